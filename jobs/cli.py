@@ -1,0 +1,65 @@
+"""The `hardviews` command: finds the job, runs it, and turns a user's mistake into one line and exit code 2."""
+
+import difflib
+import importlib
+import os
+import sys
+
+from jobs.run.command import fail
+from shards.errors import InputError
+
+# Job → what it does. Each lives in the module of its name, whose `main(argv)` runs it; modules load on use, so that
+# `hardviews info` does not wait for torch.
+JOBS = {
+    "build": "images → WebDataset shards with a manifest",
+    "index": "a manifest for WebDataset tars that others wrote",
+    "verify": "re-read shards and name every damaged shard and sample",
+    "info": "counts, sizes and provenance of shards",
+    "generate": "sample a synthetic clone of a data set from a diffusion pipeline",
+    "pretrain": "pretrain a backbone on streamed shards with hard views",
+    "evaluate": "kNN, linear probe, fine-tuning, retrieval",
+    "export": "augmentation log → Parquet tables",
+    "export-backbone": "checkpoint → safetensors that timm loads",
+    "analyse": "IoU, fANOVA and choice statistics of a run's log",
+    "report": "one self-contained HTML file about one or more runs",
+    "replay": "draw the views of a logged step again",
+    "runs": "list runs with state, step, speed and last metrics",
+    "compare": "curves and final numbers of several runs side by side",
+    "sweep": "run a study: axes × seeds, resumable",
+    "bench": "measure against honest baselines",
+    "doctor": "versions, devices, and what is missing",
+    "demo": "the whole system on real images, in minutes",
+}
+
+
+def usage() -> str:
+    width = max(map(len, JOBS))
+    lines = [f"  {name:{width}}  {text}" for name, text in JOBS.items()]
+    return "usage: hardviews JOB [flags]\n\njobs:\n" + "\n".join(lines) + "\n\n`hardviews JOB --help` explains every flag."
+
+
+def run(argv: list[str]) -> int:
+    """Runs one job and returns its exit code."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else 2
+    name, *rest = argv
+    if name not in JOBS:
+        near = difflib.get_close_matches(name, JOBS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return fail(f"{name}: no such job; {hint}known jobs: {', '.join(JOBS)}")
+    try:
+        importlib.import_module(f"jobs.{name.replace('-', '_')}").main(rest)
+    except InputError as error:
+        if os.environ.get("HARDVIEWS_TRACEBACK"):
+            raise
+        return fail(str(error))
+    except KeyboardInterrupt:
+        print("hardviews: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run(sys.argv[1:]))

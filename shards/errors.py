@@ -1,0 +1,9 @@
+"""The one exception for a user's mistake."""
+
+
+class InputError(ValueError):
+    """A wrong input that its user can mend: a flag, a path, a file's content.
+
+    The message is one line that names the field, its value and the remedy. The command line prints it without a
+    traceback and exits with 2. Bugs of ours raise anything else and keep their traceback.
+    """
