@@ -1,0 +1,125 @@
+"""The run folder: everything a run leaves behind, and where it lies."""
+
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shards.errors import InputError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths below one run's folder. Everything but config, log, checkpoints and metrics can be derived from those."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def state(self) -> Path:
+        return self.path / "state.json"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.zarr"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def quarantine(self) -> Path:
+        return self.path / "quarantine.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def analysis(self) -> Path:
+        return self.path / "analysis"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation"
+
+    def create(self, *, resume: bool, overwrite: bool) -> None:
+        """Makes an empty run folder, or leaves the one to be resumed as it is.
+
+        Raises:
+            InputError: the folder exists and neither flag is given; it is not a run; there is nothing to resume.
+        """
+        if resume and overwrite:
+            raise InputError("--resume and --overwrite exclude each other; take one")
+        exists = self.path.exists() and any(self.path.iterdir()) if self.path.is_dir() else self.path.exists()
+        if resume:
+            if not self.config.is_file():
+                raise InputError(f"run: {self.path} holds no run to resume (no config.json); leave out --resume")
+            return
+        if exists:
+            if not self.config.is_file():
+                raise InputError(f"run: {self.path} exists and is not a run folder; choose another --run")
+            if not overwrite:
+                raise InputError(f"run: {self.path} exists; go on with --resume or replace it with --overwrite")
+            shutil.rmtree(self.path)
+        self.checkpoints.mkdir(parents=True)
+
+    def write_state(self, state: str, **facts: Any) -> None:
+        """Records `running`, `finished`, `interrupted` or `failed`, for `hardviews runs`."""
+        write_json(self.state, {"state": state, "updated": time.time(), **facts})
+
+    def read_state(self) -> dict[str, Any]:
+        """The recorded state; empty where none is."""
+        return json.loads(self.state.read_text()) if self.state.is_file() else {}
+
+
+def open_run(path: str | Path) -> RunFolder:
+    """An existing run.
+
+    Raises:
+        InputError: there is no run in that folder.
+    """
+    folder = RunFolder(Path(path))
+    if not folder.config.is_file():
+        raise InputError(f"run: {path} is no run folder (no config.json in it); give the folder of a `pretrain --run`")
+    return folder
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON so that the file under its name is always whole: temporary name, sync, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def keep_lines(path: Path, last_step: int) -> None:
+    """Cuts a JSON-lines file to the lines up to `last_step`, so that a resumed run writes no step twice.
+
+    A half-written last line, left by a kill, goes too.
+    """
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if entry.get("step", 0) <= last_step:
+            kept.append(line)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text("".join(f"{line}\n" for line in kept))
+    temporary.replace(path)

@@ -1,0 +1,102 @@
+"""Optimizers with norms and biases left out of weight decay."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import timm.optim
+import torch
+from torch import nn
+
+from jobs.run.schedule import cosine, warmup_cosine
+from shards.errors import InputError
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How the online encoder learns."""
+
+    name: Literal["adamw", "lamb", "lars", "sgd"] = "adamw"
+    """Optimizer; AdamW is torch's fused one, LAMB and LARS are timm's."""
+    lr: float = 1e-3
+    """Peak learning rate for a batch of `lr_batch` images; scaled linearly with the global batch."""
+    lr_batch: int = 512
+    """Global batch (images) at which `lr` holds; 0 = never scale."""
+    final_lr: float = 0.0
+    """Learning rate at the end of the cosine, scaled as `lr`."""
+    warmup_epochs: float = 5.0
+    """Linear warm-up (epochs), at most a tenth of the run where the run is short."""
+    weight_decay: float = 0.05
+    """Weight decay of matrices and convolutions; norms, biases and tokens have none."""
+    final_weight_decay: float | None = None
+    """Weight decay at the end of its cosine; None = constant."""
+    momentum: float = 0.9
+    """Momentum of LARS and SGD, first beta of AdamW and LAMB."""
+    beta2: float = 0.999
+    """Second beta of AdamW and LAMB."""
+    clip_norm: float = 0.0
+    """Largest global gradient norm; 0 = no clipping."""
+
+    def __post_init__(self) -> None:
+        for field in ("lr", "beta2"):
+            if getattr(self, field) <= 0:
+                raise InputError(f"optimizer.{field}: {getattr(self, field)} must be above 0")
+        for field in ("final_lr", "warmup_epochs", "weight_decay", "clip_norm", "lr_batch"):
+            if getattr(self, field) < 0:
+                raise InputError(f"optimizer.{field}: {getattr(self, field)} must be 0 or above")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate and weight decay at any step: a pure function of config and length."""
+
+    config: OptimizerConfig
+    batch: int
+    steps: int
+    steps_per_epoch: float
+
+    @property
+    def scale(self) -> float:
+        return self.batch / self.config.lr_batch if self.config.lr_batch else 1.0
+
+    @property
+    def warmup(self) -> int:
+        return round(min(self.config.warmup_epochs * self.steps_per_epoch, self.steps / 10))
+
+    def lr(self, step: int) -> float:
+        peak, final = self.config.lr * self.scale, self.config.final_lr * self.scale
+        return warmup_cosine(step, self.steps, self.warmup, peak, final)
+
+    def weight_decay(self, step: int) -> float:
+        final = self.config.final_weight_decay
+        return self.config.weight_decay if final is None else cosine(step, self.steps, self.config.weight_decay, final)
+
+
+def parameter_groups(model: nn.Module) -> list[dict]:
+    """Two groups: what decays, and norms, biases, tokens and position embeddings, which do not."""
+    exempt = {"cls_token", "pos_embed", "reg_token", "mask_token", "relative_position_bias_table"}
+    decayed, spared = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            spare = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in exempt
+            (spared if spare else decayed).append(parameter)
+    return [{"params": decayed, "decays": True}, {"params": spared, "decays": False, "weight_decay": 0.0}]
+
+
+def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer over every parameter of `model` that wants a gradient; `set_step` gives it its rates."""
+    groups = parameter_groups(model)
+    betas = (config.momentum, config.beta2)
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
+    if config.name == "lamb":
+        return timm.optim.Lamb(groups, lr=config.lr, betas=betas, weight_decay=config.weight_decay)
+    if config.name == "lars":
+        return timm.optim.Lars(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+def set_step(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> None:
+    """Puts the schedule's rates for `step` into the optimizer."""
+    for group in optimizer.param_groups:
+        group["lr"] = schedule.lr(step)
+        group["weight_decay"] = schedule.weight_decay(step) if group["decays"] else 0.0

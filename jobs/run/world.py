@@ -1,0 +1,86 @@
+"""This process among all: rank, world size, device. One process without torchrun is a world of one."""
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from shards.errors import InputError
+
+
+@dataclass(frozen=True)
+class World:
+    """rank: 0 to size − 1 over all nodes; device: where this rank trains."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """Rank 0 writes checkpoints, metrics and everything else that exists once."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Per flag, whether any rank raised it, so that all ranks take the same branch."""
+        if self.size == 1:
+            return flags
+        raised = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+        return tuple(bool(flag) for flag in raised.tolist())
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean over ranks, on every rank."""
+        if self.size == 1:
+            return values
+        total = values.detach().clone()
+        dist.all_reduce(total)
+        return total / self.size
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto` is cuda where there is one, else cpu.
+
+    Raises:
+        InputError: for a device that this machine lacks.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise InputError(f"device: {name} is unknown; take auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: cuda was asked for, but torch sees no CUDA device; take cpu or auto")
+    return torch.device("cuda", local_rank) if name == "cuda" else torch.device("cpu")
+
+
+@contextmanager
+def open_world(device: str = "auto", timeout_s: float = 600) -> Iterator[World]:
+    """Joins the process group that torchrun's environment describes: NCCL on GPUs, gloo on CPUs.
+
+    A rank that waits longer than `timeout_s` seconds for another one fails with the reason.
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    place = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if size == 1:
+        yield World(0, 1, place)
+        return
+    dist.init_process_group(
+        "nccl" if place.type == "cuda" else "gloo",
+        timeout=datetime.timedelta(seconds=timeout_s),
+        device_id=place if place.type == "cuda" else None,
+    )
+    try:
+        yield World(rank, size, place)
+    finally:
+        dist.destroy_process_group()
