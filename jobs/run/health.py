@@ -1,0 +1,96 @@
+"""Signs of health of a run: gradient norms by layer, the NaN guard, model FLOPs."""
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+class TrainingFailed(RuntimeError):
+    """Training cannot go on; the message says at which step, in which layer, and where the last good state lies."""
+
+
+def layer_of(name: str) -> str:
+    """Groups a parameter's name by layer: `backbone.blocks.3.attn.qkv.weight` → `backbone.blocks.3`."""
+    match = re.match(r"(.*?\.\d+)(\.|$)", name)
+    return match.group(1) if match else name.rsplit(".", 1)[0]
+
+
+def gradient_norms(model: nn.Module) -> dict[str, torch.Tensor]:
+    """ℓ2 norm of the gradient per layer, on the device: scalars by layer name.
+
+    MoCo v3 (section 4.1) saw training spikes start at the patch projection: its norm rises some steps earlier.
+    """
+    squares: dict[str, list[torch.Tensor]] = defaultdict(list)
+    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    norms = torch._foreach_norm([gradient for _, gradient in named])
+    for (name, _), norm in zip(named, norms, strict=True):
+        squares[layer_of(name)].append(norm.float() ** 2)
+    return {layer: torch.stack(parts).sum().sqrt() for layer, parts in squares.items()}
+
+
+def clip_and_norm(parameters: list[nn.Parameter], clip: float) -> torch.Tensor:
+    """The global gradient norm before clipping; gradients are scaled to at most `clip` (0 = left alone)."""
+    return nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else float("inf"), foreach=True)
+
+
+@dataclass
+class FiniteGuard:
+    """Counts steps that were skipped because loss or gradient was not finite; `limit` in a row end the run."""
+
+    limit: int
+    skipped: int = 0
+    in_a_row: int = 0
+
+    def skip(self, step: int, model: nn.Module, loss: float, last_good: str) -> None:
+        """Counts one skipped step.
+
+        Raises:
+            TrainingFailed: `limit` steps in a row were not finite.
+        """
+        self.skipped += 1
+        self.in_a_row += 1
+        if self.in_a_row >= self.limit:
+            bad = [layer for layer, norm in gradient_norms(model).items() if not bool(torch.isfinite(norm))]
+            where = f"first layer with a gradient that is not finite: {bad[0]}" if bad else "all gradients are finite"
+            raise TrainingFailed(
+                f"step {step}: the loss is {loss} and {self.in_a_row} steps in a row were not finite; {where}; "
+                f"last good checkpoint: {last_good}; lower --optimizer.lr or set --optimizer.clip-norm"
+            )
+
+    def passed(self) -> None:
+        """Marks a finite step."""
+        self.in_a_row = 0
+
+
+# Dense bf16 peak, TFLOP/s, from the vendors' data sheets; matched against the start of torch's device name.
+PEAK_TFLOPS = {"NVIDIA H200": 989, "NVIDIA H100": 989, "NVIDIA A100": 312, "NVIDIA L40S": 362, "NVIDIA B200": 2250}
+
+
+def peak_flops(device: torch.device) -> float:
+    """Peak FLOP/s of the device: from the data sheet, else the rate of a large fp32 product measured here once."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for start, tera in PEAK_TFLOPS.items():
+            if name.startswith(start):
+                return tera * 1e12
+    from torch.utils.benchmark import Timer
+
+    side = 1024
+    a = torch.rand(side, side, device=device)
+    seconds = Timer("a @ a", globals={"a": a}).blocked_autorange(min_run_time=0.1).median
+    return 2 * side**3 / seconds
+
+
+def forward_flops(model: nn.Module, size: int, device: torch.device) -> int:
+    """FLOPs of one forward pass of one image with sides of `size` pixels."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    training = model.training
+    model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, size, size, device=device))
+    model.train(training)
+    return counter.get_total_flops()

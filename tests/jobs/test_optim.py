@@ -1,0 +1,70 @@
+"""Schedules against their formulas, and which parameters decay."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from jobs.run.optim import OptimizerConfig, Schedule, build_optimizer, parameter_groups, set_step
+from jobs.run.schedule import cosine, warmup_cosine
+from shards.errors import InputError
+
+
+def test_warmup_is_linear_and_the_cosine_ends_at_its_final_value() -> None:
+    values = [warmup_cosine(step, 100, 10, 1.0, 0.1) for step in range(101)]
+    assert values[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert values[10] == 1.0
+    assert values[55] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert values[100] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(values[10:], values[11:], strict=False))
+
+
+def test_cosine_against_its_formula() -> None:
+    assert cosine(25, 100, 0.99, 1.0) == pytest.approx(1 - 0.01 * (math.cos(math.pi / 4) + 1) / 2)
+    assert cosine(200, 100, 0.99, 1.0) == 1.0
+
+
+def test_rates_scale_with_the_batch_and_stay_off_norms() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    config = OptimizerConfig(lr=1e-3, lr_batch=512, weight_decay=0.04, final_weight_decay=0.4, warmup_epochs=0)
+    schedule = Schedule(config, batch=1024, steps=100, steps_per_epoch=10)
+    optimizer = build_optimizer(config, model)
+    set_step(optimizer, schedule, 0)
+    assert [group["lr"] for group in optimizer.param_groups] == [2e-3, 2e-3]
+    set_step(optimizer, schedule, 100)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == pytest.approx([0.4, 0.0])
+    assert [p.ndim for p in optimizer.param_groups[0]["params"]] == [2]
+
+
+def test_tokens_do_not_decay_and_frozen_parameters_are_left_out() -> None:
+    model = nn.Module()
+    model.cls_token = nn.Parameter(torch.zeros(1, 1, 4))
+    model.frozen = nn.Parameter(torch.zeros(4, 4), requires_grad=False)
+    model.weight = nn.Parameter(torch.zeros(4, 4))
+    decayed, spared = (group["params"] for group in parameter_groups(model))
+    assert [id(p) for p in decayed] == [id(model.weight)] and [id(p) for p in spared] == [id(model.cls_token)]
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "lars", "sgd"])
+def test_every_optimizer_lowers_a_loss(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(8, 8, bias=False)
+    config = OptimizerConfig(name=name, lr=0.01 if name != "lars" else 1.0, lr_batch=0, weight_decay=0.0)  # type: ignore[arg-type]
+    optimizer = build_optimizer(config, model)
+    x = torch.randn(32, 8)
+    losses = []
+    for step in range(60):
+        set_step(optimizer, Schedule(config, 1, 60, 10), step)
+        loss = (model(x) - x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize(("field", "value"), [("lr", 0.0), ("weight_decay", -1.0), ("clip_norm", -0.1)])
+def test_bad_values_name_their_field(field: str, value: float) -> None:
+    with pytest.raises(InputError, match=f"optimizer.{field}"):
+        OptimizerConfig(**{field: value})
