@@ -1,0 +1,231 @@
+"""Colour of the views on the CPU: given parameters, uint8 crops become normalised float32 views.
+
+Nothing is drawn here; `ViewParams` says what is done to each view. The order is the policies': ColorJitter's four
+operations in the view's own order, grayscale, Gaussian blur, solarize, normalisation.
+
+What is fused: brightness, contrast and saturation are affine in RGB once the mean colour is known, so every run of
+them is one 3×4 map; hue is not, and splits the jitter into map, hue, map. Solarize and normalisation are one table of
+256 values per channel. Between the stages values are rounded to uint8 and clamped, as after every operation of PIL.
+Hue is torchvision's and PIL's: a shift in HSV, here in float32 (PIL's 8-bit HSV is 0.6/255 off on average).
+
+OpenCV does the pixels; every call releases the interpreter lock, so threads scale.
+
+Shape suffixes: V views, S side of a view in pixels, 3 channels; crops are [V, S, S, 3], results [V, 3, S, S].
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from cv2.typing import MatLike
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipelines.params import JITTER_OPS, JITTER_ORDERS, ViewParams
+
+# ImageNet's mean and standard deviation of RGB in 0…1: what published backbones were trained with.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+# torchvision's weights of RGB in gray (ITU-R 601, four digits).
+LUMA = np.array([0.2989, 0.587, 0.114], np.float32)
+# Values from here on are inverted by solarize, of 255 (BYOL, appendix B).
+SOLARIZE_FROM = 128
+
+_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(len(JITTER_OPS))
+_ORDERS = np.array(JITTER_ORDERS)
+_CHUNK = 8  # views a task of an executor: some 2 ms of work, against 0.02 ms to hand it over
+
+
+def blur_kernel_size(size: int) -> int:
+    """Side in pixels of the Gaussian's window for views of `size` pixels: odd, a tenth of the view.
+
+    23 at 224, as in BYOL's and MoCo v3's code (SimCLR, appendix A: 10 % of the image's side); at least 3.
+    """
+    return max(3, int(0.1 * size) | 1)
+
+
+@dataclass(frozen=True)
+class AffineMaps:
+    """x ↦ A x + (m · mean RGB of the view) (1, 1, 1)ᵀ for each view: brightness, contrast, saturation in any order."""
+
+    matrix_V33: NDArray[np.float32]
+    mean_V3: NDArray[np.float32]
+    active_V: NDArray[np.bool_]
+    """False where the map is the identity."""
+
+    def with_means(self, mean_RGB_V3: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[V, 3, 4]: the maps as matrices on (R, G, B, 1), given each view's mean colour."""
+        shift_V = np.einsum("vc,vc->v", self.mean_V3, mean_RGB_V3)
+        return np.concatenate([self.matrix_V33, np.tile(shift_V[:, None, None], (1, 3, 1))], axis=2)
+
+
+@dataclass(frozen=True)
+class ColourPlan:
+    """What is done to the colour of V views, ready for the pixels."""
+
+    before: AffineMaps
+    """Ahead of hue; the whole of the jitter where there is no hue."""
+    hue_V: NDArray[np.float32]
+    """Shift in turns, 0 for none."""
+    after: AffineMaps
+    gray_V: NDArray[np.bool_]
+    sigma_V: NDArray[np.float32]
+    """Gaussian blur in pixels, 0 for none."""
+    solarize_V: NDArray[np.bool_]
+
+
+def plan_colour(params: ViewParams) -> ColourPlan:
+    """The plan of all views in `params` ([B, N] is read row by row), computed without pixels."""
+    params = params.flat()
+    hue_V = np.where(params.jitter, params.hue, np.float32(0))
+    order_V4 = _ORDERS[params.order]
+    place_V = np.where(hue_V != 0, np.argmax(order_V4 == _HUE, axis=1), len(JITTER_OPS))
+    ahead_V4 = np.arange(len(JITTER_OPS)) < place_V[:, None]
+    jitter_V1 = params.jitter[:, None]
+    return ColourPlan(
+        before=_affine_maps(params, order_V4, ahead_V4 & jitter_V1),
+        hue_V=hue_V,
+        after=_affine_maps(params, order_V4, ~ahead_V4 & jitter_V1),
+        gray_V=params.gray,
+        sigma_V=params.blur,
+        solarize_V=params.solarize,
+    )
+
+
+def _affine_maps(params: ViewParams, order_V4: NDArray[np.integer], use_V4: NDArray[np.bool_]) -> AffineMaps:
+    """The composition of the operations of `order_V4` where `use_V4`; clamping between them is left out."""
+    one = np.float32(1)
+    matrix_V33 = np.tile(np.eye(3, dtype=np.float32), (len(order_V4), 1, 1))
+    mean_V3 = np.zeros((len(order_V4), 3), np.float32)
+    active_V = np.zeros(len(order_V4), np.bool_)
+
+    def factor(op: int, values_V: NDArray[np.float32], place: int) -> NDArray[np.float32]:
+        return np.where(use_V4[:, place] & (order_V4[:, place] == op), values_V, one)
+
+    for place in range(len(JITTER_OPS)):
+        b_V = factor(_BRIGHTNESS, params.brightness, place)
+        c_V = factor(_CONTRAST, params.contrast, place)
+        s_V = factor(_SATURATION, params.saturation, place)
+        active_V |= (b_V != 1) | (c_V != 1) | (s_V != 1)
+        gray_V3 = np.einsum("c,vcd->vd", LUMA, matrix_V33)  # luma of the image so far, as a row on the input's RGB
+        # At one place one factor at most is not 1. Brightness: b x. Contrast: c x + (1 − c) mean luma.
+        # Saturation: s x + (1 − s) luma of x.
+        mean_V3 = (b_V * c_V * (s_V + (1 - s_V) * LUMA.sum()))[:, None] * mean_V3 + (1 - c_V)[:, None] * (
+            gray_V3 + LUMA.sum() * mean_V3
+        )
+        matrix_V33 = (b_V * c_V * s_V)[:, None, None] * matrix_V33 + ((1 - s_V)[:, None] * gray_V3)[:, None, :]
+    return AffineMaps(matrix_V33, mean_V3, active_V)
+
+
+def fused(
+    crops_VSS3: NDArray[np.uint8], params: ViewParams, out_V3SS: Tensor, *, executor: Executor | None = None
+) -> None:
+    """Colours crops and writes the normalised views into `out_V3SS` (float32, CPU, contiguous).
+
+    `params` has V entries ([B, N] is read row by row). With an executor (threads) chunks of views run side by side.
+    """
+    plan = plan_colour(params)
+    views_V3SS = out_V3SS.numpy()
+
+    def work(start: int) -> None:
+        for row in range(start, min(start + _CHUNK, len(crops_VSS3))):
+            colour_view(crops_VSS3[row], plan, row, views_V3SS[row])
+
+    starts = range(0, len(crops_VSS3), _CHUNK)
+    for _ in executor.map(work, starts) if executor else map(work, starts):
+        pass
+
+
+def colour_view(crop_SS3: NDArray[np.uint8], plan: ColourPlan, row: int, out_3SS: NDArray[np.float32]) -> None:
+    """Row `row` of the plan on one crop, written into `out_3SS`; safe to call from many threads at once."""
+    scratch = _scratch(len(crop_SS3))
+    image_SS3 = _jitter(crop_SS3, plan, row, scratch)
+    tables_3 = _TABLES[int(plan.solarize_V[row])]
+    planes_3 = scratch.planes_3
+    if plan.gray_V[row]:
+        gray_SS = cv2.cvtColor(image_SS3, cv2.COLOR_RGB2GRAY, dst=planes_3[0])
+        planes_3 = [_blur(gray_SS, float(plan.sigma_V[row]), planes_3[1])] * 3
+    else:
+        cv2.split(_blur(image_SS3, float(plan.sigma_V[row]), scratch.blurred_SS3), planes_3)
+    for plane_SS, table, out_SS in zip(planes_3, tables_3, out_3SS, strict=True):
+        cv2.LUT(plane_SS, table, dst=out_SS)
+
+
+class _Scratch:
+    """Buffers of one thread for views of one size: fresh ones would cost page faults at every view."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.before_SS3, self.hued_SS3, self.after_SS3, self.blurred_SS3 = np.empty((4, size, size, 3), np.uint8)
+        self.rgb_SS3, self.hsv_SS3 = np.empty((2, size, size, 3), np.float32)
+        self.planes_3 = list(np.empty((3, size, size), np.uint8))
+
+
+_local = threading.local()
+
+
+def _scratch(size: int) -> _Scratch:
+    scratches: dict[int, _Scratch] = _local.__dict__.setdefault("scratches", {})
+    if size not in scratches:
+        scratches[size] = _Scratch(size)
+    return scratches[size]
+
+
+def _jitter(image_SS3: MatLike, plan: ColourPlan, row: int, scratch: _Scratch) -> MatLike:
+    if plan.before.active_V[row]:
+        image_SS3 = _affine(image_SS3, plan.before, row, scratch.before_SS3)
+    if plan.hue_V[row]:
+        image_SS3 = _shift_hue(image_SS3, float(plan.hue_V[row]), scratch)
+    if plan.after.active_V[row]:
+        image_SS3 = _affine(image_SS3, plan.after, row, scratch.after_SS3)
+    return image_SS3
+
+
+def _affine(image_SS3: MatLike, maps: AffineMaps, row: int, out_SS3: MatLike) -> MatLike:
+    matrix_34 = np.empty((3, 4), np.float32)
+    matrix_34[:, :3] = maps.matrix_V33[row]
+    matrix_34[:, 3] = maps.mean_V3[row] @ cv2.mean(image_SS3)[:3] if maps.mean_V3[row].any() else 0
+    return cv2.transform(image_SS3, matrix_34, dst=out_SS3)
+
+
+def _shift_hue(image_SS3: MatLike, turns: float, scratch: _Scratch) -> MatLike:
+    np.copyto(scratch.rgb_SS3, image_SS3)
+    cv2.cvtColor(scratch.rgb_SS3, cv2.COLOR_RGB2HSV, dst=scratch.hsv_SS3)
+    # OpenCV's way back is right for 0…720 degrees, wrong below 0: hence the shift upwards.
+    scratch.hsv_SS3[..., 0] += 360 * (turns % 1)
+    cv2.cvtColor(scratch.hsv_SS3, cv2.COLOR_HSV2RGB, dst=scratch.rgb_SS3)
+    return cv2.convertScaleAbs(scratch.rgb_SS3, dst=scratch.hued_SS3)  # rounds; values are never negative here
+
+
+def _blur(image: MatLike, sigma: float, out: MatLike) -> MatLike:
+    """The image itself where sigma is 0. Reflects at the border without repeating the edge, as torchvision does."""
+    if sigma == 0:
+        return image
+    # Beyond 3 sigma lie 0.3 % of the weight: leaving them out costs at most 0.3/255 and saves half of the window.
+    radius = min(blur_kernel_size(len(image)) // 2, math.ceil(3 * sigma))
+    kernel = np.exp(-0.5 * np.square(np.arange(-radius, radius + 1) / sigma))
+    kernel = (kernel / kernel.sum()).astype(np.float32)
+    return cv2.sepFilter2D(image, -1, kernel, kernel, dst=out, borderType=cv2.BORDER_REFLECT_101)
+
+
+def normalise(images_V3SS: Tensor) -> Tensor:
+    """[V, 3, S, S] in 0…1 → minus ImageNet's mean, over its standard deviation."""
+    mean_311, std_311 = (images_V3SS.new_tensor(values)[:, None, None] for values in (MEAN, STD))
+    return (images_V3SS - mean_311) / std_311
+
+
+def _normalising_tables() -> NDArray[np.float32]:
+    """[2, 3, 256]: uint8 value → normalised value per channel, without and with solarize."""
+    values_256 = np.arange(256)
+    inverted_256 = np.where(values_256 >= SOLARIZE_FROM, 255 - values_256, values_256)
+    shades_2x1x256 = np.stack([values_256, inverted_256])[:, None, :] / 255
+    mean_3x1, std_3x1 = (np.array(values)[:, None] for values in (MEAN, STD))
+    return ((shades_2x1x256 - mean_3x1) / std_3x1).astype(np.float32)
+
+
+_TABLES = _normalising_tables()
