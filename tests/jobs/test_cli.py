@@ -1,0 +1,51 @@
+"""The `hardviews` command: jobs are found, a user's mistake is one line and exit code 2."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from jobs import cli
+from jobs.run.command import parse
+from shards.errors import InputError
+
+
+def test_unknown_job_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["biuld"]) == 2
+    error = capsys.readouterr().err
+    assert "did you mean build?" in error and all(name in error for name in cli.JOBS) and error.count("\n") == 1
+
+
+def test_help_lists_every_job(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--help"]) == 0
+    assert all(name in capsys.readouterr().out for name in cli.JOBS)
+
+
+@pytest.mark.parametrize("name", sorted(cli.JOBS))
+def test_every_job_explains_its_flags(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.run([name, "--help"])
+    assert stopped.value.code == 0
+    assert f"hardviews {name}" in capsys.readouterr().out
+
+
+@dataclass(frozen=True)
+class Flags:
+    """A job's flags."""
+
+    views: int = 4
+    """Views of an image."""
+
+
+def test_unknown_flag_names_the_nearest() -> None:
+    with pytest.raises(InputError, match=r"--veiws: hardviews x has no such argument; did you mean --views\?"):
+        parse(Flags, ["--veiws", "3"], "hardviews x")
+
+
+def test_a_mistake_is_one_line_without_a_traceback(tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).with_name("hardviews")), "info", str(tmp_path / "nowhere")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("hardviews: ") and done.stderr.count("\n") == 1

@@ -1,0 +1,83 @@
+"""Run folders, metric lines across a resume, and loggers."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from jobs.run.folder import RunFolder, keep_lines, open_run, write_json
+from jobs.run.metrics import LOGGERS, Loggers, read_metrics
+from shards.errors import InputError
+
+
+def test_a_run_that_exists_is_refused_unless_told(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.create(resume=False, overwrite=False)
+    write_json(folder.config, {})
+    with pytest.raises(InputError, match="--resume or replace it with --overwrite"):
+        folder.create(resume=False, overwrite=False)
+    (folder.checkpoints / "left.pt").touch()
+    folder.create(resume=True, overwrite=False)
+    assert (folder.checkpoints / "left.pt").exists()
+    folder.create(resume=False, overwrite=True)
+    assert not (folder.checkpoints / "left.pt").exists()
+
+
+def test_overwrite_never_removes_what_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="is not a run folder"):
+        RunFolder(tmp_path).create(resume=False, overwrite=True)
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_resume_of_nothing_and_both_flags_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no run to resume"):
+        RunFolder(tmp_path / "none").create(resume=True, overwrite=False)
+    with pytest.raises(InputError, match="exclude each other"):
+        RunFolder(tmp_path / "none").create(resume=True, overwrite=True)
+    with pytest.raises(InputError, match="no run folder"):
+        open_run(tmp_path)
+
+
+def test_resume_cuts_lines_behind_the_checkpoint_and_half_lines(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(6)) + '{"step": 6, "tra')
+    keep_lines(path, 3)
+    assert [line["step"] for line in read_metrics(path)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("name", sorted(LOGGERS))
+@pytest.mark.filterwarnings("ignore")  # wandb and mlflow warn about their own dependencies
+def test_every_logger_takes_scalars_without_a_network(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    folder = RunFolder(tmp_path / "run")
+    folder.create(resume=False, overwrite=False)
+    loggers = Loggers([name], folder, 0, {"seed": 1})
+    loggers.log(3, {"train/loss": 0.5, "train/spike": math.nan})
+    loggers.close()
+    found = {
+        "json": lambda: read_metrics(folder.metrics)[0]["train/loss"] == 0.5,
+        "tensorboard": lambda: any(folder.tensorboard.glob("events.*")),
+        "wandb": lambda: any((folder.path / "wandb").glob("offline-run-*/*.wandb")),
+        "mlflow": lambda: any("0.5 3" in p.read_text() for p in (tmp_path / "mlruns").rglob("metrics/train/loss")),
+    }
+    assert found[name]()
+
+
+def test_tensorboard_reads_back(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = RunFolder(tmp_path / "run")
+    folder.create(resume=False, overwrite=False)
+    loggers = Loggers(["tensorboard"], folder, 0, {})
+    loggers.log(7, {"train/loss": 0.25})
+    loggers.close()
+    events = EventAccumulator(str(folder.tensorboard)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(7, 0.25)]
