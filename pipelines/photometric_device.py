@@ -34,9 +34,10 @@ def fused_on_device(crops: Tensor, params: ViewParams, out_V3SS: Tensor) -> None
     for start in range(0, len(crops), _CHUNK):
         rows = slice(start, start + _CHUNK)
         images_V3SS = crops[rows]
-        if not images_V3SS.is_floating_point():
-            images_V3SS = images_V3SS.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format) / 255
-        out_V3SS[rows] = normalise(colour(images_V3SS.float(), params[rows]))
+        scale = 1 if images_V3SS.is_floating_point() else 255
+        images_V3SS = images_V3SS if images_V3SS.is_floating_point() else images_V3SS.permute(0, 3, 1, 2)
+        images_V3SS = images_V3SS.to(torch.float32, memory_format=torch.contiguous_format) / scale
+        out_V3SS[rows] = normalise(colour(images_V3SS, params[rows]))
 
 
 def colour(images_V3SS: Tensor, params: ViewParams) -> Tensor:
