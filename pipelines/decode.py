@@ -1,0 +1,234 @@
+"""From image bytes to pixels: the only file that knows DALI.
+
+Two ways through it, for the same bytes and boxes. `DaliDecoder` decodes on the CPU and leaves crops to `crop.py`;
+`DaliViews` decodes, slices and resizes in one graph, on a GPU or, operator for operator, on the CPU. It slices before
+it resizes: a resize with a region of interest reads past the box, 6/255 at its border. What is left between the two
+is the border row's treatment (DALI repeats it, torch leaves it out): 1/255 inside, at most 3/255 there at twice the
+scale, 4/255 at three times.
+
+DALI cannot skip a sample, so one broken image fails its batch; the broken ones are then found by halving the batch.
+Where DALI has no wheel (macOS), `PillowDecoder` keeps the same contract.
+
+EXIF orientation is ignored, as by torchvision's ImageFolder: boxes are drawn from the stored height and width.
+
+Shape suffixes: B images, n views of one group, S side of a view in pixels, 3 channels.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from pipelines.params import ViewParams
+from shards.errors import InputError
+
+Bytes = NDArray[np.uint8]
+HAS_DALI = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+
+
+def _dali() -> tuple[Any, Any, Any]:
+    """DALI's operators, its graph decorator and its types: untyped, for its stubs don't know graph nodes."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    return fn, pipeline_def, types
+
+
+class Decoder(Protocol):
+    """Bytes in, RGB images out; a broken image is a value, not an exception."""
+
+    def decode(self, data: Sequence[Bytes]) -> list[Tensor | str]:
+        """uint8 [height, width, 3] in RGB for each item, or why it cannot be decoded.
+
+        The images are views of the decoder's memory: they hold until the next call.
+        """
+        ...
+
+
+class BrokenImagesError(Exception):
+    """Images that a batch cannot be made of: row → reason."""
+
+    def __init__(self, reasons: dict[int, str]) -> None:
+        super().__init__(f"{len(reasons)} images cannot be decoded")
+        self.reasons = reasons
+
+
+def open_decoder(batch: int, threads: int = 1, backend: str = "auto") -> Decoder:
+    """A CPU decoder for up to `batch` images at a time: `dali`, `pillow`, or, by `auto`, DALI where it is installed.
+
+    Raises:
+        InputError: for DALI where it is not installed, or another name.
+    """
+    if backend == "auto":
+        backend = "dali" if HAS_DALI else "pillow"
+    if backend == "pillow":
+        return PillowDecoder()
+    if backend != "dali":
+        raise InputError(f"decoder: {backend!r} is not known; choose one of auto, dali, pillow")
+    if not HAS_DALI:
+        raise InputError("decoder: 'dali' is not installed; install nvidia-dali-cuda130 (Linux), or choose pillow")
+    return DaliDecoder(batch, threads)
+
+
+class PillowDecoder:
+    """Pillow, one image after the other."""
+
+    def decode(self, data: Sequence[Bytes]) -> list[Tensor | str]:
+        """See `Decoder.decode`."""
+        return [self._one(item) for item in data]
+
+    @staticmethod
+    def _one(item: Bytes) -> Tensor | str:
+        try:
+            with Image.open(io.BytesIO(item.tobytes())) as image:
+                return torch.from_numpy(np.array(image.convert("RGB")))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return f"Pillow: {error}"
+
+
+class DaliDecoder:
+    """DALI's CPU decoder, fed with our bytes; `batch` is the most it takes at a time."""
+
+    def __init__(self, batch: int, threads: int = 1) -> None:
+        fn, pipeline_def, types = _dali()
+
+        @pipeline_def(batch_size=batch, num_threads=threads, device_id=None, prefetch_queue_depth=1)
+        def graph() -> Any:
+            data = fn.external_source(name="data", dtype=types.UINT8, ndim=1)
+            return fn.decoders.image(data, output_type=types.RGB, adjust_orientation=False)
+
+        self._pipeline = graph()
+        self._pipeline.build()
+
+    def decode(self, data: Sequence[Bytes]) -> list[Tensor | str]:
+        """See `Decoder.decode`."""
+        if not data:
+            return []
+        try:
+            return list(self._run(data))
+        except RuntimeError:
+            broken = find_broken(lambda rows: self._run([data[row] for row in rows]), len(data))
+        images = iter(self._run([item for row, item in enumerate(data) if row not in broken]))
+        return [broken[row] if row in broken else next(images) for row in range(len(data))]
+
+    def _run(self, data: Sequence[Bytes]) -> list[Tensor]:
+        if not data:
+            return []
+        (images,) = self._pipeline.run(data=list(data))
+        return [torch.from_dlpack(images[row]) for row in range(len(data))]
+
+
+class DaliViews:
+    """Decode, slice, resize and mirror in one DALI graph: all views of a batch, on a GPU or on the CPU.
+
+    Args:
+        batch: the most images at a time.
+        groups: (views, side in pixels) of each group of views.
+        device: where the graph runs; the bytes are parsed on the CPU either way.
+        threads: CPU threads of the graph.
+    """
+
+    def __init__(self, batch: int, groups: Sequence[tuple[int, int]], device: torch.device, threads: int) -> None:
+        fn, pipeline_def, types = _dali()
+
+        gpu = device.type == "cuda"
+        backend = "gpu" if gpu else "cpu"
+        device_id = (device.index if device.index is not None else torch.cuda.current_device()) if gpu else None
+        # With fancy upsampling nvJPEG interpolates chroma as libjpeg-turbo does on the CPU.
+        upsampling = {"jpeg_fancy_upsampling": True} if gpu else {}
+
+        def view(image: Any, index: int, size: int) -> Any:
+            # Every view has inputs of its own: DALI would merge identical subgraphs.
+            box = fn.external_source(name=f"box{index}", dtype=types.INT32, ndim=1)
+            flip = fn.external_source(name=f"flip{index}", dtype=types.INT32, ndim=0)
+            patch = fn.slice(image, box[0:2], box[2:4], axes=(0, 1), device=backend)
+            patch = fn.resize(patch, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True, device=backend)
+            return fn.flip(patch, horizontal=flip, device=backend)
+
+        @pipeline_def(batch_size=batch, num_threads=threads, device_id=device_id, prefetch_queue_depth=1)
+        def graph() -> Any:
+            data = fn.external_source(name="data", dtype=types.UINT8, ndim=1)
+            image = fn.decoders.image(
+                data,
+                output_type=types.RGB,
+                adjust_orientation=False,
+                device="mixed" if gpu else "cpu",
+                **upsampling,
+            )
+            outputs, index = [], 0
+            for count, size in groups:
+                outputs.append(fn.stack(*(view(image, index + v, size) for v in range(count))))
+                index += count
+            return tuple(outputs)
+
+        self._pipeline = graph()
+        self._pipeline.build()
+
+    def crops(self, data: Sequence[Bytes], params: Sequence[ViewParams]) -> list[Tensor]:
+        """uint8 [B, n, S, S, 3] for each group, mirrored where the parameters say so; the caller's own memory.
+
+        Args:
+            params: [B, n] of each group.
+
+        Raises:
+            BrokenImagesError: naming all rows that cannot be decoded.
+        """
+        inputs = {"data": list(data), **self._boxes(ViewParams.concatenate(params, axis=1))}
+        try:
+            return self._run(inputs)
+        except RuntimeError as error:
+            reasons = find_broken(
+                lambda rows: self._run({name: [values[row] for row in rows] for name, values in inputs.items()}),
+                len(data),
+            )
+            if not reasons:  # not the images' fault: out of memory, a lost device
+                raise
+            raise BrokenImagesError(reasons) from error
+
+    @staticmethod
+    def _boxes(params: ViewParams) -> dict[str, list[NDArray[np.int32]]]:
+        box_BN4 = np.stack([params.top, params.left, params.height, params.width], -1)
+        flip_BN = params.flip.astype(np.int32)
+        views = range(params.shape[1])
+        return {f"box{v}": list(box_BN4[:, v]) for v in views} | {f"flip{v}": list(flip_BN[:, v]) for v in views}
+
+    def _run(self, inputs: dict[str, Any]) -> list[Tensor]:
+        # Without a stream of ours the outputs are ready when run() returns; their memory is DALI's until the next run.
+        outputs = [torch.from_dlpack(output.as_tensor()).clone() for output in self._pipeline.run(**inputs)]
+        if outputs[0].is_cuda:
+            torch.cuda.current_stream(outputs[0].device).synchronize()
+        return outputs
+
+
+def find_broken(run: Callable[[list[int]], object], count: int) -> dict[int, str]:
+    """Rows for which `run` raises RuntimeError, with the reason, by halving: about 2 log₂(count) runs a broken row."""
+    broken: dict[int, str] = {}
+
+    def search(rows: list[int]) -> None:
+        try:
+            run(rows)
+        except RuntimeError as error:
+            if len(rows) == 1:
+                broken[rows[0]] = _reason(error)
+                return
+            middle = len(rows) // 2
+            search(rows[:middle])
+            search(rows[middle:])
+
+    if count:
+        search(list(range(count)))
+    return broken
+
+
+def _reason(error: RuntimeError) -> str:
+    """What DALI's error says about the image; the lines before say where in the graph, those after nothing."""
+    _, _, said = str(error).partition("encountered:")
+    lines = [line.strip(" :") for line in (said or str(error)).strip().splitlines()]
+    return f"DALI: {lines[0]}" if lines else "DALI: cannot be decoded"
