@@ -1,0 +1,90 @@
+"""Files under a root, which is a local folder or any fsspec address; files that appear whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+
+from shards.errors import InputError
+
+Fetch = Callable[[str], bytes]  # file name under a root → its content
+
+LOCAL = ("file://", "local://")
+
+
+def local_path(address: str | Path) -> Path | None:
+    """The local path that an address means, or None where it is on another file system (`s3://`, `memory://`, …)."""
+    text = os.fspath(address)
+    for scheme in LOCAL:
+        text = text.removeprefix(scheme)
+    return None if "://" in text else Path(text)
+
+
+def filesystem(address: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The fsspec file system of an address and the path on it.
+
+    Raises:
+        InputError: for a scheme that fsspec does not know or whose package is not installed.
+    """
+    try:
+        return fsspec.core.url_to_fs(address)
+    except (ValueError, ImportError) as error:
+        raise InputError(
+            f"address {address!r}: {error}; use a path, or a scheme that fsspec has a package for"
+        ) from error
+
+
+def join(root: str, name: str) -> str:
+    """The address of the file `name` under `root`."""
+    return f"{root.rstrip('/')}/{name}"
+
+
+def fetcher(root: str) -> Fetch:
+    """A function that reads files under `root` whole; it raises FileNotFoundError for a missing one."""
+    path = local_path(root)
+    if path is not None:
+        return lambda name: (path / name).read_bytes()
+    system, base = filesystem(root)
+    return lambda name: bytes(system.cat_file(join(base, name)))  # pyright: ignore[reportArgumentType]
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file that is either complete under its name or absent, also after a power cut."""
+    partial = partial_name(path)
+    with partial.open("wb") as file:
+        file.write(content)
+        settle(file.fileno())
+    publish(partial, path)
+
+
+def partial_name(path: Path) -> Path:
+    """The temporary name of this process for `path`; `clear_partials` finds it."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def settle(descriptor: int) -> None:
+    """Waits until the content of an open file is on the disk."""
+    os.fsync(descriptor)
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Gives a settled file its final name, and settles the folder's entry too."""
+    partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def clear_partials(folder: Path) -> None:
+    """Removes what killed processes left under temporary names."""
+    for path in folder.glob(".*.partial"):
+        path.unlink(missing_ok=True)
+
+
+def clear(folder: Path) -> None:
+    """Removes a folder with all its content, if there is one."""
+    shutil.rmtree(folder, ignore_errors=True)
