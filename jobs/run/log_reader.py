@@ -91,6 +91,12 @@ class Log:
         """Rows of all ranks: images times steps."""
         return sum(self._lengths.values())
 
+    @property
+    def step_range(self) -> tuple[int, int]:
+        """The first and the last step of a log that is not empty."""
+        columns = [(self._arrays[group]["step"], rows) for group, rows in self._lengths.items()]
+        return min(int(column[0]) for column, _ in columns), max(int(column[rows - 1]) for column, rows in columns)
+
     def count(self, steps: tuple[int, int] | None = None) -> int:
         """Rows of all ranks whose step lies in [first, last)."""
         return sum(end - start for start, end in (self._bounds(group, steps) for group in self._lengths))
