@@ -1,0 +1,113 @@
+"""What a run folder holds, read for the report; whatever is missing or damaged stays out, with the reason."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from jobs.reporting.html import Markup
+from jobs.run.folder import RunFolder, open_run
+from jobs.run.metrics import read_metrics
+
+
+@dataclass(frozen=True)
+class RunData:
+    """One run. `pictures` holds the parts that need images or a model: name → HTML, or the reason it is not there."""
+
+    name: str
+    path: Path
+    config: dict[str, Any]
+    state: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    analysis: dict[str, Any] | None
+    evaluations: list[dict[str, Any]]
+    quarantine: list[dict[str, Any]]
+    problems: list[str]
+    pictures: Mapping[str, Markup | str] = field(default_factory=dict)
+
+    def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and values, float64 [n] each, of one metric; empty where it was never logged."""
+        points = [(line["step"], line[name]) for line in self.metrics if "step" in line and _is_number(line.get(name))]
+        both = np.array(points, dtype=np.float64).reshape(-1, 2)
+        return both[:, 0], both[:, 1]
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Metrics that start with `prefix`, in the order they first appear."""
+        found: dict[str, None] = {}
+        for line in self.metrics:
+            found.update({key: None for key in line if key not in ("step", "time") and key.startswith(prefix)})
+        return list(found)
+
+    def last(self, name: str) -> float | None:
+        """The newest finite value of a metric."""
+        values = self.series(name)[1]
+        finite = values[np.isfinite(values)]
+        return float(finite[-1]) if len(finite) else None
+
+    def setting(self, *names: str) -> Any:
+        """The first of these dotted config keys that is set."""
+        flat = flatten(self.config)
+        return next((flat[name] for name in names if flat.get(name) is not None), None)
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, content in config.items():
+        if isinstance(content, Mapping):
+            flat.update(flatten(content, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = content
+    return flat
+
+
+def read_run(path: Path) -> RunData:
+    """Reads everything but the pictures.
+
+    Raises:
+        InputError: the folder is no run.
+    """
+    folder = open_run(path)
+    problems: list[str] = []
+    evaluations = [_json(file, problems) for file in sorted(folder.evaluation.glob("*.json"))]
+    return RunData(
+        name=folder.path.resolve().name,
+        path=folder.path,
+        config=_json(folder.config, problems) or {},
+        state=(_json(folder.state, problems) or {}) if folder.state.is_file() else {},
+        metrics=read_metrics(folder.metrics),
+        analysis=_analysis(folder, problems),
+        evaluations=[e for e in evaluations if e is not None and "kind" in e],
+        quarantine=read_metrics(folder.quarantine),
+        problems=problems,
+    )
+
+
+def _analysis(folder: RunFolder, problems: list[str]) -> dict[str, Any] | None:
+    file = folder.analysis / "analysis.json"
+    return _json(file, problems) if file.is_file() else None
+
+
+def _json(path: Path, problems: list[str]) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        problems.append(f"{path.name} cannot be read ({error})")
+        return None
+    if isinstance(content, dict):
+        return content
+    problems.append(f"{path.name} is not a JSON object")
+    return None
+
+
+def _is_number(x: object) -> TypeGuard[float]:
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+def is_finite(x: object) -> TypeGuard[float]:
+    """Whether x is a number that can be drawn."""
+    return _is_number(x) and math.isfinite(x)
