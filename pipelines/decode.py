@@ -36,7 +36,8 @@ HAS_DALI = importlib.util.find_spec("nvidia") is not None and importlib.util.fin
 
 def _dali() -> tuple[Any, Any, Any]:
     """DALI's operators, its graph decorator and its types: untyped, for its stubs don't know graph nodes."""
-    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali import fn, types
+    from nvidia.dali.pipeline import pipeline_def
 
     return fn, pipeline_def, types
 

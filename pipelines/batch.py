@@ -1,0 +1,233 @@
+"""What a batch is made from and what comes out: rows with their parameters, the crops to make, the finished batch.
+
+Shape suffixes: B images, N views over all groups, n views of one group, S side of a view in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from shards.reader import SampleError
+from torch import Tensor
+
+from pipelines.draw import draw, static_colour
+from pipelines.params import FIELDS, ViewParams, pairs
+from pipelines.policies import Policy
+
+
+class Facts(Protocol):
+    """Columns of the manifest that views need, one element per sample."""
+
+    @property
+    def height(self) -> NDArray[np.int32]: ...
+    @property
+    def width(self) -> NDArray[np.int32]: ...
+    @property
+    def label(self) -> NDArray[np.int32]: ...
+
+
+class Reader(Protocol):
+    """The part of `shards.reader.SampleReader` that views need."""
+
+    def columns(self, ids: NDArray[np.int64]) -> Facts: ...
+    def read(self, ids: NDArray[np.int64]) -> Sequence[NDArray[np.uint8] | SampleError]: ...
+    def substitute(self, sample_id: int, attempt: int) -> int: ...
+    def name(self, sample_id: int) -> tuple[str, str]: ...
+
+
+class Samples(Protocol):
+    """`shards.order.Samples`: what stands at a stretch of positions."""
+
+    @property
+    def ids(self) -> NDArray[np.int64]: ...
+    @property
+    def sources(self) -> NDArray[np.int16]: ...
+    @property
+    def epochs(self) -> NDArray[np.int32]: ...
+
+
+class Order(Protocol):
+    """The part of `shards.order.SampleOrder` that views need."""
+
+    def at(self, position: int, count: int) -> Samples: ...
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How the views that pairs are chosen from differ from those that train; by default not at all."""
+
+    size: int | None = None
+    """Side in pixels of the first group's views while selecting, cropped from the same decode; None for the same."""
+    static_colour: bool = False
+    """One colour draw for all views of an image while selecting (HVP, section 6)."""
+
+    @property
+    def differs(self) -> bool:
+        """Whether selection has crops of its own."""
+        return self.size is not None or self.static_colour
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor of crops: a group of views at a size, with its own or the static colours."""
+
+    span: slice
+    """The group's columns among all views."""
+    size: int
+    """Side, pixels."""
+    static: bool = False
+    blur_scale: float = 1.0
+    """Sigma is in pixels of the trained view; a smaller view has a smaller one."""
+
+    @property
+    def count(self) -> int:
+        """Views of an image."""
+        return self.span.stop - self.span.start
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """What the crops depend on; outputs that agree in it share them."""
+        return self.span.start, self.size
+
+    def params(self, own: ViewParams, static: ViewParams | None) -> ViewParams:
+        """[B, n]: the parameters of this output's views."""
+        chosen = own if static is None or not self.static else static
+        chosen = chosen[:, self.span]
+        return chosen if self.blur_scale == 1 else replace(chosen, blur=chosen.blur * np.float32(self.blur_scale))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that the views of a sample depend on, besides the sample."""
+
+    policy: Policy
+    seed: int
+    selection: Selection = Selection()
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """The trained groups, then, where selection differs, the same groups as selection sees them."""
+        groups = self.policy.groups
+        trained = [Output(span, group.size) for span, group in zip(self.policy.spans, groups, strict=True)]
+        if not self.selection.differs:
+            return tuple(trained)
+        scale = (self.selection.size or groups[0].size) / groups[0].size
+        static = self.selection.static_colour
+        return (*trained, *(Output(o.span, max(1, round(o.size * scale)), static, scale) for o in trained))
+
+    def draw(
+        self,
+        ids_B: NDArray[np.int64],
+        epochs_B: NDArray[np.int32],
+        sizes_B2: NDArray[np.int32],
+        positions_B: NDArray[np.int64],
+    ) -> tuple[ViewParams, ViewParams | None]:
+        """[B, N]: the views' parameters, and those with static colour where selection has it."""
+        params = draw(self.policy, ids_B, epochs_B, self.seed, sizes_B2, positions_B)
+        if not self.selection.static_colour:
+            return params, None
+        return params, static_colour(self.policy, params, ids_B, epochs_B, self.seed)
+
+
+@dataclass
+class Rows:
+    """A batch before its pixels: who is in it and every parameter. A broken sample's row is drawn anew for another."""
+
+    recipe: Recipe
+    position: int
+    ids_B: NDArray[np.int64]
+    sources_B: NDArray[np.int16]
+    epochs_B: NDArray[np.int32]
+    labels_B: NDArray[np.int32]
+    sizes_B2: NDArray[np.int32]
+    params: ViewParams
+    static: ViewParams | None
+    replaced: list[SampleError] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.ids_B)
+
+    def substitute(self, rows: Sequence[int], ids: Sequence[int], reader: Reader) -> None:
+        """Puts other samples of the same source, and so of the same epoch count, into some rows."""
+        index = np.asarray(rows)
+        self.ids_B[index] = ids
+        self.labels_B[index], self.sizes_B2[index] = _facts(reader, self.ids_B[index])
+        drawn = self.recipe.draw(self.ids_B[index], self.epochs_B[index], self.sizes_B2[index], self.position + index)
+        for old, new in zip((self.params, self.static), drawn, strict=True):
+            if old is not None and new is not None:
+                for name in FIELDS:
+                    getattr(old, name)[index] = getattr(new, name)
+
+
+def plan_rows(order: Order, reader: Reader, recipe: Recipe, position: int, count: int) -> Rows:
+    """The rows at `count` positions from `position` on, with all parameters drawn."""
+    samples = order.at(position, count)
+    ids_B, sources_B, epochs_B = samples.ids.copy(), samples.sources, samples.epochs
+    labels_B, sizes_B2 = _facts(reader, ids_B)
+    params, static = recipe.draw(ids_B, epochs_B, sizes_B2, position + np.arange(count))
+    return Rows(recipe, position, ids_B, sources_B, epochs_B, labels_B, sizes_B2, params, static)
+
+
+@dataclass(frozen=True)
+class ViewBatch:
+    """N views of B images with everything that is known about them."""
+
+    crops: tuple[Tensor, ...]
+    """[B, n, 3, S, S] per group of views, normalised by ImageNet's mean and standard deviation, on the device."""
+    params: ViewParams
+    """[B, N], all groups side by side."""
+    ids_B: NDArray[np.int64]
+    sources_B: NDArray[np.int16]
+    epochs_B: NDArray[np.int32]
+    labels_B: NDArray[np.int32]
+    sizes_B2: NDArray[np.int32]
+    """Height and width of the images, pixels."""
+    position: int
+    """Global index of this rank's first row since the start of training."""
+    replaced: tuple[SampleError, ...]
+    """What was wrong with the samples that others stand in for here."""
+    selection_crops: tuple[Tensor, ...] | None
+    """Like `crops`, as selection sees them; None where it sees the same."""
+
+    def __len__(self) -> int:
+        return len(self.ids_B)
+
+    @property
+    def scored(self) -> tuple[Tensor, ...]:
+        """The crops that pairs are chosen from."""
+        return self.crops if self.selection_crops is None else self.selection_crops
+
+    def take(self, choice_B: NDArray[np.integer]) -> tuple[Tensor, ...]:
+        """The chosen pair of every image, [B, 2, 3, S, S], and the other groups' views unchanged."""
+        views_BNCHW, *others = self.crops
+        table_P2 = torch.from_numpy(pairs(views_BNCHW.shape[1]).copy()).to(views_BNCHW.device)
+        chosen_B2 = table_P2[torch.as_tensor(choice_B, device=views_BNCHW.device)]
+        rows_B1 = torch.arange(len(chosen_B2), device=views_BNCHW.device)[:, None]
+        return views_BNCHW[rows_B1, chosen_B2], *others
+
+
+def finish(rows: Rows, tensors: Sequence[Tensor]) -> ViewBatch:
+    """The batch of finished rows; `tensors` in the order of the recipe's outputs."""
+    groups = len(rows.recipe.policy.groups)
+    return ViewBatch(
+        crops=tuple(tensors[:groups]),
+        params=rows.params,
+        ids_B=rows.ids_B,
+        sources_B=rows.sources_B,
+        epochs_B=rows.epochs_B,
+        labels_B=rows.labels_B,
+        sizes_B2=rows.sizes_B2,
+        position=rows.position,
+        replaced=tuple(rows.replaced),
+        selection_crops=tuple(tensors[groups:]) or None,
+    )
+
+
+def _facts(reader: Reader, ids: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    columns = reader.columns(ids)
+    return columns.label.copy(), np.stack([columns.height, columns.width], 1)

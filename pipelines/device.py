@@ -1,0 +1,129 @@
+"""Batches made on a device: one DALI graph decodes, slices and resizes, torch colours what it leaves there.
+
+One thread draws and reads ahead while another runs the graph on a stream of its own, so neither the training step nor
+the disk waits for the other. The same code runs on the CPU, on DALI's CPU operators.
+
+Shape suffixes: B images of a batch, n views of a group, V views in a row, S side of a view in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipelines.batch import Order, Reader, Recipe, Rows, ViewBatch, finish, plan_rows
+from pipelines.clock import Clock
+from pipelines.decode import BrokenImagesError, DaliViews
+from pipelines.host import COLOURS, STAGES
+from pipelines.params import ViewParams
+from pipelines.photometric_device import fused_on_device
+from pipelines.replace import Replacer, read_rows, undecodable
+from shards.errors import InputError
+
+
+class DeviceProducer:
+    """Makes batches of `dtype` on `device`; `threads` are the graph's on the CPU."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        order: Order,
+        recipe: Recipe,
+        *,
+        batch: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        colour: str,
+        threads: int,
+    ) -> None:
+        self.clock = Clock(STAGES)
+        self._reader, self._order, self._recipe = reader, order, recipe
+        self._batch, self._device, self._dtype = batch, device, dtype
+        self._colour = device_colour(colour)
+        # Selection at the trained size shares the crops.
+        self._cropped = list({output.key: output for output in reversed(recipe.outputs)}.values())[::-1]
+        self._graph = DaliViews(batch, [(output.count, output.size) for output in self._cropped], device, threads)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="hardviews-read")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="hardviews-views")
+
+    def submit(self, position: int) -> Future[ViewBatch]:
+        """Promises the batch that begins at the global index `position`."""
+        read = self._ahead.submit(self._read, position)
+        return self._pool.submit(lambda: self._make(*read.result()))
+
+    def close(self) -> None:
+        """Drops what has not begun, waits for what has, and ends the threads."""
+        self._ahead.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, position: int) -> tuple[Rows, Replacer, dict[int, NDArray[np.uint8]]]:
+        with self.clock("draw"):
+            rows = plan_rows(self._order, self._reader, self._recipe, position, self._batch)
+        replacer = Replacer(self._reader, rows)
+        data: dict[int, NDArray[np.uint8]] = {}
+        self._fetch(rows, replacer, data, list(range(len(rows))))
+        return rows, replacer, data
+
+    def _fetch(self, rows: Rows, replacer: Replacer, data: dict[int, NDArray[np.uint8]], todo: list[int]) -> None:
+        """Reads the rows to do into `data`, replacing samples until all can be read."""
+        with self.clock("read"):
+            while todo:
+                found, broken = read_rows(self._reader, rows, todo)
+                data.update(found)
+                todo = replacer.replace(broken)
+
+    def _make(self, rows: Rows, replacer: Replacer, data: dict[int, NDArray[np.uint8]]) -> ViewBatch:
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            crops = self._crops(rows, replacer, data)
+            with self.clock("colour"):
+                tensors = self._coloured(rows, dict(zip((o.key for o in self._cropped), crops, strict=True)))
+                if self._stream:
+                    # The batch is whole when the promise is kept: whoever takes it needs no stream of ours.
+                    self._stream.synchronize()
+        rows.replaced = replacer.errors
+        return finish(rows, tensors)
+
+    def _crops(self, rows: Rows, replacer: Replacer, data: dict[int, NDArray[np.uint8]]) -> list[Tensor]:
+        """uint8 [B, n, S, S, 3] of every group; samples that cannot be decoded are replaced on the way."""
+        while True:
+            params = [output.params(rows.params, None) for output in self._cropped]
+            try:
+                with self.clock("decode"):
+                    return self._graph.crops([data[row] for row in range(len(rows))], params)
+            except BrokenImagesError as error:
+                reasons = error.reasons
+            broken = {row: undecodable(self._reader, rows, row, reason) for row, reason in reasons.items()}
+            self._fetch(rows, replacer, data, replacer.replace(broken))
+
+    def _coloured(self, rows: Rows, crops: dict[tuple[int, int], Tensor]) -> list[Tensor]:
+        """[B, n, 3, S, S] of every output, normalised."""
+        tensors = []
+        for output in self._recipe.outputs:
+            crops_BnSS3 = crops[output.key]
+            shape = (len(rows), output.count, 3, output.size, output.size)
+            tensors.append(torch.empty(shape, dtype=self._dtype, device=self._device))
+            params = output.params(rows.params, rows.static)
+            self._colour(crops_BnSS3.flatten(0, 1), params, tensors[-1].flatten(0, 1))
+        return tensors
+
+
+def device_colour(name: str) -> Callable[[Tensor, ViewParams, Tensor], None]:
+    """The colour step on a device's crops: (uint8 [V, S, S, 3], parameters, [V, 3, S, S] to write).
+
+    Raises:
+        InputError: for an unknown name.
+    """
+    if name == "exact":
+        from pipelines.exact import exact
+
+        return exact
+    if name != "fused":
+        raise InputError(f"views.colour: {name!r} is not known; choose one of {', '.join(COLOURS)}")
+    return fused_on_device
