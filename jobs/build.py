@@ -1,0 +1,80 @@
+"""`hardviews build`: images of a folder, of tars or of Parquet → WebDataset shards with a manifest."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from jobs.run.command import console, parse, progress, warn
+from shards.build import build, plan
+from shards.engines import run_tasks
+from shards.images import Rules
+from shards.manifest import QUARANTINE_NAME, Manifest
+from shards.writer import ShardResult
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """Writes the shards that --out does not hold yet; a build that was killed goes on when it is run again."""
+
+    images: tyro.conf.Positional[str]
+    """Where the images are: imagefolder:PATH (a folder per class), folder:PATH (no classes), tars:PATH (WebDataset),
+    parquet:PATH (as Hugging Face writes it). PATH may be an address such as s3://bucket/images; for tars and Parquet
+    also a pattern with *."""
+    out: Path
+    """Folder for the shards."""
+    source: str = "real"
+    """Tag of these images in manifests, logs and reports."""
+    shard_samples: int = 1000
+    """Images per shard."""
+    keep_order: bool = False
+    """Take the files of a folder in the order of their names. Otherwise they are spread, so that each shard holds all
+    classes. Tars and Parquet are always read in their own order."""
+    check: Literal["full", "header"] = "full"
+    """Decode every image whole, or read its header and end alone (several times faster, finds less)."""
+    resize_short: int | None = None
+    """Reduce images whose shorter side is longer than this, in pixels. Without it the original bytes are kept."""
+    quality: int | None = None
+    """Encode every image anew in this quality, 1 to 100, as JPEG or WebP."""
+    format: Literal["jpg", "png", "webp"] | None = None
+    """Encode images of other formats anew in this one."""
+    max_pixels: int = 100_000_000
+    """Leave out images of more pixels (decompression bombs)."""
+    engine: Literal["local", "ray"] = "local"
+    """Processes of this machine, or tasks of a Ray cluster that sees the same folders."""
+    workers: int | None = None
+    """Tasks at a time; by default one per core."""
+    address: str | None = None
+    """Of the Ray cluster; by default Ray is started on this machine."""
+    overwrite: bool = False
+    """Write anew what --out holds from other images or settings, and remove surplus shards."""
+
+
+def run(config: BuildConfig) -> Manifest:
+    """Builds with a progress bar and says what came of it."""
+    rules = Rules(config.check, config.resize_short, config.quality, config.format, config.max_pixels)
+    tasks = partial(run_tasks, config.engine, workers=config.workers, address=config.address)
+    planned = plan(
+        config.images, config.out, tasks, rules=rules, shard_samples=config.shard_samples, keep_order=config.keep_order
+    )
+    left_out = 0
+    with progress("building", planned.images, "images") as bar:
+
+        def on_shard(result: ShardResult) -> None:
+            nonlocal left_out
+            left_out += len(result.rejected)
+            bar.advance(result.entry.count + len(result.rejected), f"{left_out} left out" if left_out else None)
+
+        manifest = build(planned, config.source, tasks, overwrite=config.overwrite, on_shard=on_shard)
+    if left_out:
+        warn(f"{left_out} images left out; the reasons are in {config.out / QUARANTINE_NAME}")
+    size = sum(entry.size for entry in manifest.entries)
+    console.print(f"{len(manifest)} images in {len(manifest.entries)} shards, {size / 1e6:.1f} MB, in {config.out}")
+    return manifest
+
+
+def main(argv: list[str]) -> None:
+    """Entry point of `hardviews build`."""
+    run(parse(BuildConfig, argv, prog="hardviews build"))

@@ -1,0 +1,75 @@
+"""`hardviews info`: what folders of shards hold."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from jobs.run.command import parse
+from shards.manifest import Manifest, open_manifest
+
+SAMPLED_SHARDS = 64  # column files read for the image sizes of a large data set
+
+
+@dataclass(frozen=True)
+class InfoConfig:
+    """Counts per class and source, sizes, provenance."""
+
+    folders: tyro.conf.Positional[tuple[str, ...]]
+    """Folders or addresses of shards."""
+    classes: int = 20
+    """Classes listed by count; 0 lists none."""
+
+
+def facts(manifest: Manifest) -> dict[str, str]:
+    """What there is to say of a data set, as names and texts."""
+    size = sum(entry.size for entry in manifest.entries)
+    shards = np.unique(np.linspace(0, len(manifest.entries) - 1, SAMPLED_SHARDS).round().astype(int))
+    columns = [manifest.shard_columns(int(shard)) for shard in shards]
+    heights = np.concatenate([one.height for one in columns])
+    widths = np.concatenate([one.width for one in columns])
+    scope = "" if len(shards) == len(manifest.entries) else f" (in {len(shards)} of the shards)"
+    labelled = int(manifest.class_counts.sum())
+    return {
+        "source": manifest.source,
+        "images": f"{len(manifest):,} in {len(manifest.entries):,} shards",
+        "labelled": f"{labelled:,} in {len(manifest.classes):,} classes",
+        "size": f"{size / 1e6:,.1f} MB, {size / len(manifest) / 1e3:,.1f} kB an image",
+        f"width{scope}": f"{widths.min()} to {widths.max()} px, median {np.median(widths):.0f}",
+        f"height{scope}": f"{heights.min()} to {heights.max()} px, median {np.median(heights):.0f}",
+        **{f"provenance: {name}": str(value) for name, value in manifest.provenance.items() if value is not None},
+    }
+
+
+def class_table(manifests: list[Manifest], limit: int) -> Table:
+    """Images by class and source, the largest classes first."""
+    names = sorted({name for manifest in manifests for name in manifest.classes})
+    counts = {name: [0] * len(manifests) for name in names}
+    for place, manifest in enumerate(manifests):
+        for name, count in zip(manifest.classes, manifest.class_counts, strict=True):
+            counts[name][place] += int(count)
+    shown = sorted(names, key=lambda name: (-sum(counts[name]), name))[:limit]
+    table = Table("class", *(manifest.source for manifest in manifests), title=f"{len(shown)} of {len(names)} classes")
+    for name in shown:
+        table.add_row(name, *(f"{count:,}" for count in counts[name]))
+    return table
+
+
+def run(config: InfoConfig) -> None:
+    """Prints the tables."""
+    manifests = [open_manifest(folder) for folder in config.folders]
+    console = Console()
+    for manifest in manifests:
+        table = Table("", manifest.root, show_header=True)
+        for name, text in facts(manifest).items():
+            table.add_row(name, text)
+        console.print(table)
+    if config.classes and any(manifest.classes for manifest in manifests):
+        console.print(class_table(manifests, config.classes))
+
+
+def main(argv: list[str]) -> None:
+    """Entry point of `hardviews info`."""
+    run(parse(InfoConfig, argv, prog="hardviews info"))

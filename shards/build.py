@@ -1,0 +1,194 @@
+"""Images of any source → shards: one idempotent task per output shard, the same on every engine."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shards.errors import InputError
+from shards.images import BadImageError, Rules, prepare
+from shards.manifest import MANIFEST_NAME, Manifest
+from shards.sources import Part, Record, Runner, open_source
+from shards.writer import (
+    Rejected,
+    Sample,
+    ShardResult,
+    finish,
+    finished,
+    output_folder,
+    remove_shards,
+    sample_key,
+    shard_name,
+    shards_in,
+    write_shard,
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker needs to write one shard."""
+
+    folder: str
+    number: int
+    first: int
+    """Number of the part's first image in the data set."""
+    part: Part
+    rules: Rules
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides the shard's content."""
+        return {
+            **asdict(self.rules),
+            "first image": self.first,
+            "images": len(self.part),
+            "list of images": self.part.fingerprint(),
+        }
+
+
+def build_shard(task: Task) -> ShardResult:
+    """Writes the shard of one task; running it again gives the same bytes."""
+    numbered = enumerate(task.part.records(), task.first)
+    samples = (sample_of(number, record, task.rules) for number, record in numbered)
+    return write_shard(Path(task.folder), shard_name(task.number), samples, task.settings)
+
+
+def sample_of(number: int, record: Record, rules: Rules) -> Sample | Rejected:
+    """A record as it is written, or the reason why it is not."""
+    key = sample_key(number, record.name)
+    if record.problem:
+        return Rejected(key, record.name, record.problem)
+    try:
+        picture = prepare(record.content, rules)
+    except BadImageError as error:
+        return Rejected(key, record.name, str(error))
+    return Sample(key, picture.content, picture.extension, picture.height, picture.width, record.label)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A listed source, cut into tasks."""
+
+    out: Path
+    tasks: tuple[Task, ...]
+    classes: tuple[str, ...]
+    provenance: dict[str, Any]
+
+    @property
+    def images(self) -> int:
+        """Number of images listed."""
+        return sum(len(task.part) for task in self.tasks)
+
+
+def plan(
+    address: str,
+    out: Path,
+    run: Runner,
+    *,
+    rules: Rules | None = None,
+    shard_samples: int = 1000,
+    keep_order: bool = False,
+) -> Plan:
+    """Lists a source.
+
+    Args:
+        address: KIND:PATH, see `shards.sources`.
+        out: folder for the shards.
+        run: `run_tasks` of an engine.
+        rules: how images are checked and written.
+        shard_samples: images per shard.
+        keep_order: the files of a folder in the order of their names rather than spread.
+
+    Raises:
+        InputError: wrong source or settings.
+    """
+    rules = rules or Rules()
+    check_settings(rules, shard_samples)
+    listed = open_source(address, shard_samples, run, keep_order)
+    starts = np.cumsum([0, *map(len, listed.parts)]).tolist()
+    tasks = [Task(str(out.resolve()), i, starts[i], part, rules) for i, part in enumerate(listed.parts)]
+    provenance = {"images": address, **asdict(rules), "shard_samples": shard_samples, "keep_order": keep_order}
+    return Plan(out, tuple(tasks), listed.classes, provenance)
+
+
+def build(
+    planned: Plan,
+    source: str,
+    run: Runner,
+    *,
+    overwrite: bool = False,
+    on_shard: Callable[[ShardResult], None] = lambda result: None,
+) -> Manifest:
+    """Writes the shards that the folder does not hold yet, then the manifest.
+
+    Args:
+        source: tag for the manifest, e.g. "real".
+        run: `run_tasks` of an engine.
+        overwrite: write shards anew that the folder holds with other images or settings, and remove surplus ones.
+        on_shard: called for each shard, those that stood already first.
+
+    Raises:
+        InputError: the folder holds other shards, or no image can be read.
+    """
+    with output_folder(planned.out):
+        results, missing = split_done(planned.out, planned.tasks, overwrite)
+        clear_surplus(planned.out, {shard_name(task.number) for task in planned.tasks}, overwrite)
+        if missing:
+            (planned.out / MANIFEST_NAME).unlink(missing_ok=True)  # it would speak of shards that are about to change
+        for result in results:
+            on_shard(result)
+        for result in run(build_shard, missing):
+            results.append(result)
+            on_shard(result)
+        return finish(planned.out, results, source=source, classes=planned.classes, provenance=planned.provenance)
+
+
+def clear_surplus(folder: Path, names: set[str], overwrite: bool) -> None:
+    """Removes tars of other names.
+
+    Raises:
+        InputError: there are some, and they are not to be removed.
+    """
+    surplus = sorted(set(shards_in(folder)) - names)
+    if surplus and not overwrite:
+        raise InputError(f"--out {folder}: holds other shards too ({surplus[0]}); pass --overwrite or another --out")
+    if surplus:
+        (folder / MANIFEST_NAME).unlink(missing_ok=True)
+        remove_shards(folder, surplus)
+
+
+def split_done(out: Path, tasks: Sequence[Task], overwrite: bool) -> tuple[list[ShardResult], list[Task]]:
+    """Results of the shards that stand already, and the tasks of the others.
+
+    Raises:
+        InputError: a shard stands with other settings, and it is not to be overwritten.
+    """
+    results, missing = [], []
+    for task in tasks:
+        try:
+            result = finished(out, shard_name(task.number), task.settings)
+        except InputError:
+            if not overwrite:
+                raise
+            result = None
+        if result is None:
+            missing.append(task)
+        else:
+            results.append(result)
+    return results, missing
+
+
+def check_settings(rules: Rules, shard_samples: int) -> None:
+    """Raises InputError for a setting that is out of range."""
+    if shard_samples < 1:
+        raise InputError(f"--shard-samples {shard_samples}: at least 1 is needed")
+    if rules.resize_short is not None and rules.resize_short < 1:
+        raise InputError(f"--resize-short {rules.resize_short}: at least 1 pixel is needed")
+    if rules.quality is not None and not 1 <= rules.quality <= 100:
+        raise InputError(f"--quality {rules.quality}: it goes from 1 to 100")
+    if rules.quality is not None and rules.format == "png":
+        raise InputError(f"--quality {rules.quality}: PNG has none; leave it out or pass --format jpg")
+    if rules.max_pixels < 1:
+        raise InputError(f"--max-pixels {rules.max_pixels}: at least 1 is needed")

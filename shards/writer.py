@@ -1,0 +1,323 @@
+"""Writing one shard: tar, DALI index, column file. All three appear whole or not at all, the column file last.
+
+The column file is the mark of a finished shard. It also keeps the settings that the shard was made with and what was
+left out of it, so that a build or a generation that was killed anywhere goes on by asking `finished` for each shard.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import re
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+
+from shards.errors import InputError
+from shards.files import clear_partials, partial_name, publish, settle, write_whole
+from shards.images import Extension
+from shards.manifest import (
+    QUARANTINE_NAME,
+    Manifest,
+    ShardEntry,
+    columns_name,
+    format_columns,
+    index_name,
+    open_manifest,
+    parse_columns,
+    write_manifest,
+)
+
+LONGEST_NAME = 60  # characters of an original name kept in a key; ustar allows 100 with the rest
+LOCK_NAME = ".lock"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image to be written."""
+
+    key: str
+    content: bytes
+    extension: Extension
+    height: int
+    width: int
+    label: int = -1
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """One image that is left out."""
+
+    key: str
+    """The key it would have had."""
+    origin: str
+    """Where it comes from: a file, or a container and a place in it."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """What is known of a finished shard."""
+
+    entry: ShardEntry
+    labels: Mapping[int, int]
+    """Samples by label; −1 counts the unlabelled."""
+    rejected: tuple[Rejected, ...]
+
+
+def shard_name(number: int) -> str:
+    """File name of the tar with this number."""
+    return f"shard-{number:06d}.tar"
+
+
+def sample_key(number: int, name: str = "") -> str:
+    """A key that is unique by its number and safe as a file name anywhere: no path, no dot, ASCII alone."""
+    stem = re.sub(r"[^0-9A-Za-z_-]+", "_", name.rsplit("/", 1)[-1].split(".")[0]).strip("_")[:LONGEST_NAME]
+    return f"{number:09d}-{stem}" if stem else f"{number:09d}"
+
+
+class TarWriter:
+    """Appends members to a tar and hashes it on the way; headers hold names and sizes, no times, owners or rights."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.size = 0
+        self.hash = hashlib.sha256()
+
+    def _write(self, data: bytes) -> None:
+        self.file.write(data)
+        self.hash.update(data)
+        self.size += len(data)
+
+    def add(self, name: str, content: bytes) -> int:
+        """Appends one file and returns the offset of its first byte."""
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        self._write(info.tobuf(tarfile.USTAR_FORMAT))
+        start = self.size
+        self._write(content)
+        self._write(bytes(-len(content) % tarfile.BLOCKSIZE))
+        return start
+
+    def close(self) -> None:
+        """Appends the end of the archive."""
+        self._write(bytes(-(self.size + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE + 2 * tarfile.BLOCKSIZE))
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the column file and the index keep of one sample."""
+
+    key: str
+    members: tuple[tuple[str, int, int], ...]
+    """Extension, offset and size of each file of the sample, the image first."""
+    height: int
+    width: int
+    label: int
+    crc32: int
+    seed: int | None = None
+
+
+def write_shard(
+    folder: Path, name: str, samples: Iterable[Sample | Rejected], settings: Mapping[str, Any]
+) -> ShardResult:
+    """Writes one shard; the same samples and settings give the same bytes.
+
+    Args:
+        folder: an existing folder.
+        name: file name of the tar, from `shard_name`.
+        samples: in the order of the tar, keys unique; either all have a seed or none.
+        settings: all that decides the shard's content, as JSON; `finished` compares it.
+    """
+    rows: list[Row] = []
+    rejected: list[Rejected] = []
+    partial = partial_name(folder / name)
+    with partial.open("wb") as file:
+        tar = TarWriter(file)
+        for sample in samples:
+            if isinstance(sample, Rejected):
+                rejected.append(sample)
+            else:
+                rows.append(add_sample(tar, sample))
+        tar.close()
+        file.flush()
+        settle(file.fileno())
+    publish(partial, folder / name)
+    return write_columns(folder, name, rows, rejected, settings, tar.size, tar.hash.hexdigest())
+
+
+def add_sample(tar: TarWriter, sample: Sample) -> Row:
+    """Appends a sample's files to the tar."""
+    members = [(sample.extension, tar.add(f"{sample.key}.{sample.extension}", sample.content), len(sample.content))]
+    if sample.label >= 0:
+        text = b"%d" % sample.label
+        members.append(("cls", tar.add(f"{sample.key}.cls", text), len(text)))
+    return Row(
+        key=sample.key,
+        members=tuple(members),
+        height=sample.height,
+        width=sample.width,
+        label=sample.label,
+        crc32=zlib.crc32(sample.content),
+        seed=sample.seed,
+    )
+
+
+def write_columns(
+    folder: Path,
+    name: str,
+    rows: Sequence[Row],
+    rejected: Sequence[Rejected],
+    settings: Mapping[str, Any],
+    size: int,
+    sha256: str,
+    index: bytes | None = None,
+) -> ShardResult:
+    """Writes index and column file of a tar that stands already, with `size` bytes of the hash `sha256`.
+
+    `index` replaces the index of the rows' own members, where a tar holds more than those.
+    """
+    index = format_index([(row.key, row.members) for row in rows]) if index is None else index
+    write_whole(folder / index_name(name), index)
+    labels = Counter(row.label for row in rows)
+    note = {
+        "settings": settings,
+        "tar": {"size": size, "sha256": sha256},
+        "index_sha256": hashlib.sha256(index).hexdigest(),
+        "labels": sorted(labels.items()),
+        "rejected": [asdict(one) for one in rejected],
+    }
+    arrays = {field: [getattr(row, field) for row in rows] for field in ("height", "width", "label", "crc32")}
+    arrays["offset"] = [row.members[0][1] for row in rows]
+    arrays["size"] = [row.members[0][2] for row in rows]
+    seeds = [row.seed for row in rows if row.seed is not None]
+    assert len(seeds) in (0, len(rows)), "either all samples of a shard have a seed or none"
+    columns = format_columns([row.key for row in rows], arrays, seeds or None, note)
+    write_whole(folder / columns_name(name), columns)
+    return result_of(name, len(rows), note, columns)
+
+
+def format_index(samples: Iterable[tuple[str, Sequence[tuple[str, int, int]]]]) -> bytes:
+    """DALI's index (v1.2, as its wds2idx writes it) of samples given as key and members (extension, offset, size)."""
+    lines = [
+        " ".join(f"{extension} {offset} {size} {key}.{extension}" for extension, offset, size in members)
+        for key, members in samples
+    ]
+    return "\n".join([f"v1.2 {len(lines)}", *lines, ""]).encode()
+
+
+def result_of(name: str, count: int, note: Mapping[str, Any], columns: bytes) -> ShardResult:
+    """The result that a column file with this note stands for."""
+    entry = ShardEntry(
+        name=name,
+        count=count,
+        size=note["tar"]["size"],
+        sha256=note["tar"]["sha256"],
+        columns_sha256=hashlib.sha256(columns).hexdigest(),
+        index_sha256=note["index_sha256"],
+    )
+    return ShardResult(entry, dict(note["labels"]), tuple(Rejected(**one) for one in note["rejected"]))
+
+
+def finished(folder: Path, name: str, settings: Mapping[str, Any]) -> ShardResult | None:
+    """The shard's result if it was written whole with these settings; None if it is still to be written.
+
+    Raises:
+        InputError: it was written with other settings; the message names the first that differs.
+    """
+    try:
+        content = (folder / columns_name(name)).read_bytes()
+        table, note = parse_columns(content)
+        complete = (folder / name).stat().st_size == note["tar"]["size"] and (folder / index_name(name)).exists()
+    except (OSError, pa.ArrowInvalid, ValueError, KeyError):
+        return None  # absent, or damaged: written again
+    if not complete:
+        return None
+    if note["settings"] != json.loads(json.dumps(settings)):
+        raise InputError(
+            f"{folder / name}: {difference(note['settings'], settings)}; pass --overwrite or another --out"
+        )
+    return result_of(name, len(table), note, content)
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Names the first setting in which a shard on disk differs from the one asked for."""
+    for field in [*new, *old]:
+        if old.get(field) != new.get(field):
+            return f"was written with {field} {old.get(field)!r}, not {new.get(field)!r}"
+    return "was written with the same settings in another order"
+
+
+def finish(
+    folder: Path, results: Iterable[ShardResult], *, source: str, classes: Sequence[str], provenance: Mapping[str, Any]
+) -> Manifest:
+    """Writes the quarantine file, then the manifest, which makes the folder a data set.
+
+    Args:
+        results: of all shards, in any order.
+        source: tag, e.g. "real" or "synthetic".
+        classes: names by label; labels beyond them are named by their number.
+        provenance: JSON about where the images come from.
+
+    Raises:
+        InputError: there is not one sample.
+    """
+    ordered = sorted(results, key=lambda result: result.entry.name)
+    rejected = [one for result in ordered for one in result.rejected]
+    lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in rejected]
+    write_whole(folder / QUARANTINE_NAME, "".join(lines).encode())
+    labels = sum((Counter(result.labels) for result in ordered), Counter[int]())
+    if not labels:
+        where = folder / QUARANTINE_NAME
+        raise InputError(f"{folder}: none of {len(rejected)} images can be read; the reasons are in {where}")
+    names = [*classes, *map(str, range(len(classes), max(labels) + 1))]
+    write_manifest(
+        folder,
+        source=source,
+        classes=names,
+        class_counts=[labels[label] for label in range(len(names))],
+        unlabelled=labels[-1],
+        entries=[result.entry for result in ordered if result.entry.count],
+        provenance={**provenance, "quarantined": len(rejected)},
+    )
+    return open_manifest(folder)
+
+
+@contextlib.contextmanager
+def output_folder(folder: Path) -> Iterator[None]:
+    """Makes the folder, keeps other processes from writing it meanwhile, clears what a killed one left half-written.
+
+    Raises:
+        InputError: it cannot be made, or another process is writing it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK_NAME).open("w")
+    except OSError as error:
+        raise InputError(f"--out {folder}: {error.strerror}; choose a folder that can be written") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it when the process ends, however
+        except OSError as error:
+            raise InputError(f"--out {folder}: another process is writing it; wait, or choose another") from error
+        clear_partials(folder)
+        yield
+
+
+def remove_shards(folder: Path, names: Iterable[str]) -> None:
+    """Removes shards, the mark that they are finished first."""
+    for name in names:
+        for file in (columns_name(name), index_name(name), name):
+            (folder / file).unlink(missing_ok=True)
+
+
+def shards_in(folder: Path) -> list[str]:
+    """Names of the tars in a folder, in order."""
+    return sorted(path.name for path in folder.glob("*.tar"))
