@@ -9,7 +9,7 @@ boxes too.
 The measure turns every feature into its share of mass below, u in [0, 1]: `uniform` over the feature's range, as in
 the paper, or `empirical`, the marginal distributions of data.
 
-Shape suffixes: L leaves, F features, G bins of u, M Monte Carlo points.
+Shape suffixes: L leaves, F features, G bins of u, M Monte Carlo points, R data rows, W subsets of the features.
 """
 
 from collections.abc import Callable, Sequence
@@ -163,11 +163,10 @@ def joint_term(
     """
     x_MF, z_MF = (measure.draw(rng, points).astype(np.float32) for _ in range(2))
     features = x_MF.shape[1]
-    contrast_M = np.zeros(points)
-    for subset in range(2**features):
-        from_x = (subset >> np.arange(features)) & 1
-        sign = (-1) ** (features - from_x.sum())
-        contrast_M += sign * predict(np.where(from_x.astype(bool), x_MF, z_MF))
+    from_x_WF = ((np.arange(2**features)[:, None] >> np.arange(features)) & 1).astype(bool)
+    sign_W = (-1.0) ** (features - from_x_WF.sum(1))
+    mixed_WMF = np.where(from_x_WF[:, None, :], x_MF, z_MF)
+    contrast_M = sign_W @ predict(mixed_WMF.reshape(-1, features)).reshape(len(sign_W), points)
     square_M = contrast_M**2 / 2**features
     return float(square_M.mean()), float(square_M.std(ddof=1) / np.sqrt(points))
 

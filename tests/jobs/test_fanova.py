@@ -20,7 +20,8 @@ def trees_of(forest, measure):
 @pytest.fixture(scope="module")
 def ishigami_forest():
     x = np.random.default_rng(0).uniform(-np.pi, np.pi, (20_000, 3)).astype(np.float32)
-    return x, ishigami(x), RandomForestRegressor(8, max_features=0.7, n_jobs=2, random_state=0).fit(x, ishigami(x))
+    forest = RandomForestRegressor(4, n_jobs=2, random_state=0)
+    return x, ishigami(x), forest.fit(x, ishigami(x))
 
 
 @pytest.mark.parametrize("measure", [fanova.uniform, fanova.empirical])
