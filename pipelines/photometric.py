@@ -39,6 +39,7 @@ SOLARIZE_FROM = 128
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(len(JITTER_OPS))
 _ORDERS = np.array(JITTER_ORDERS)
 _CHUNK = 8  # views a task of an executor: some 2 ms of work, against 0.02 ms to hand it over
+_STRIP = 28 * 1024  # pixels of a strip: in float32 twice 336 KB, beside 4 times 150 KB of uint8
 
 
 def blur_kernel_size(size: int) -> int:
@@ -57,11 +58,6 @@ class AffineMaps:
     mean_V3: NDArray[np.float32]
     active_V: NDArray[np.bool_]
     """False where the map is the identity."""
-
-    def with_means(self, mean_RGB_V3: NDArray[np.float32]) -> NDArray[np.float32]:
-        """[V, 3, 4]: the maps as matrices on (R, G, B, 1), given each view's mean colour."""
-        shift_V = np.einsum("vc,vc->v", self.mean_V3, mean_RGB_V3)
-        return np.concatenate([self.matrix_V33, np.tile(shift_V[:, None, None], (1, 3, 1))], axis=2)
 
 
 @dataclass(frozen=True)
@@ -151,19 +147,29 @@ def colour_view(crop_SS3: NDArray[np.uint8], plan: ColourPlan, row: int, out_3SS
         gray_SS = cv2.cvtColor(image_SS3, cv2.COLOR_RGB2GRAY, dst=planes_3[0])
         planes_3 = [_blur(gray_SS, float(plan.sigma_V[row]), planes_3[1])] * 3
     else:
-        cv2.split(_blur(image_SS3, float(plan.sigma_V[row]), scratch.blurred_SS3), planes_3)
+        cv2.split(_blur(image_SS3, float(plan.sigma_V[row]), scratch.image_SS3()), planes_3)
     for plane_SS, table, out_SS in zip(planes_3, tables_3, out_3SS, strict=True):
         cv2.LUT(plane_SS, table, dst=out_SS)
 
 
 class _Scratch:
-    """Buffers of one thread for views of one size: fresh ones would cost page faults at every view."""
+    """Buffers of one thread for views of one size: fresh ones would cost page faults at every view.
+
+    They are few, and hue goes strip by strip, so that all of a view stays in a core's second-level cache.
+    """
 
     def __init__(self, size: int) -> None:
-        self.size = size
-        self.before_SS3, self.hued_SS3, self.after_SS3, self.blurred_SS3 = np.empty((4, size, size, 3), np.uint8)
-        self.rgb_SS3, self.hsv_SS3 = np.empty((2, size, size, 3), np.float32)
-        self.planes_3 = list(np.empty((3, size, size), np.uint8))
+        self._images_SS3 = [np.empty((size, size, 3), np.uint8) for _ in range(2)]
+        self._next = 0
+        self.planes_3 = [np.empty((size, size), np.uint8) for _ in range(3)]
+        rows = max(1, _STRIP // size)
+        self.strips = [slice(row, min(row + rows, size)) for row in range(0, size, rows)]
+        self.rgb_rS3, self.hsv_rS3 = np.empty((2, min(rows, size), size, 3), np.float32)
+
+    def image_SS3(self) -> NDArray[np.uint8]:
+        """A buffer other than the one given before, which holds what is being worked on."""
+        self._next = 1 - self._next
+        return self._images_SS3[self._next]
 
 
 _local = threading.local()
@@ -178,28 +184,36 @@ def _scratch(size: int) -> _Scratch:
 
 def _jitter(image_SS3: MatLike, plan: ColourPlan, row: int, scratch: _Scratch) -> MatLike:
     if plan.before.active_V[row]:
-        image_SS3 = _affine(image_SS3, plan.before, row, scratch.before_SS3)
+        image_SS3 = _affine(image_SS3, plan.before, row, scratch.image_SS3())
     if plan.hue_V[row]:
         image_SS3 = _shift_hue(image_SS3, float(plan.hue_V[row]), scratch)
     if plan.after.active_V[row]:
-        image_SS3 = _affine(image_SS3, plan.after, row, scratch.after_SS3)
+        image_SS3 = _affine(image_SS3, plan.after, row, scratch.image_SS3())
     return image_SS3
 
 
 def _affine(image_SS3: MatLike, maps: AffineMaps, row: int, out_SS3: MatLike) -> MatLike:
     matrix_34 = np.empty((3, 4), np.float32)
     matrix_34[:, :3] = maps.matrix_V33[row]
-    matrix_34[:, 3] = maps.mean_V3[row] @ cv2.mean(image_SS3)[:3] if maps.mean_V3[row].any() else 0
+    weights_3 = maps.mean_V3[row].tolist()
+    mean_3 = cv2.mean(image_SS3) if any(weights_3) else (0, 0, 0)  # only contrast needs it
+    matrix_34[:, 3] = weights_3[0] * mean_3[0] + weights_3[1] * mean_3[1] + weights_3[2] * mean_3[2]
     return cv2.transform(image_SS3, matrix_34, dst=out_SS3)
 
 
 def _shift_hue(image_SS3: MatLike, turns: float, scratch: _Scratch) -> MatLike:
-    np.copyto(scratch.rgb_SS3, image_SS3)
-    cv2.cvtColor(scratch.rgb_SS3, cv2.COLOR_RGB2HSV, dst=scratch.hsv_SS3)
-    # OpenCV's way back is right for 0…720 degrees, wrong below 0: hence the shift upwards.
-    scratch.hsv_SS3[..., 0] += 360 * (turns % 1)
-    cv2.cvtColor(scratch.hsv_SS3, cv2.COLOR_HSV2RGB, dst=scratch.rgb_SS3)
-    return cv2.convertScaleAbs(scratch.rgb_SS3, dst=scratch.hued_SS3)  # rounds; values are never negative here
+    out_SS3 = scratch.image_SS3()
+    # OpenCV's way back from HSV is right for 0…720 degrees, wrong below 0: hence the shift upwards.
+    degrees = 360 * (turns % 1)
+    for strip in scratch.strips:
+        rows = strip.stop - strip.start
+        rgb_rS3, hsv_rS3 = scratch.rgb_rS3[:rows], scratch.hsv_rS3[:rows]
+        np.copyto(rgb_rS3, image_SS3[strip])
+        cv2.cvtColor(rgb_rS3, cv2.COLOR_RGB2HSV, dst=hsv_rS3)
+        hsv_rS3[..., 0] += degrees
+        cv2.cvtColor(hsv_rS3, cv2.COLOR_HSV2RGB, dst=rgb_rS3)
+        cv2.convertScaleAbs(rgb_rS3, dst=out_SS3[strip])  # rounds; nothing is negative here
+    return out_SS3
 
 
 def _blur(image: MatLike, sigma: float, out: MatLike) -> MatLike:
