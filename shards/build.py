@@ -1,6 +1,6 @@
 """Images of any source → shards: one idempotent task per output shard, the same on every engine."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from shards.writer import (
     Sample,
     ShardResult,
     finish,
-    finished,
     output_folder,
     remove_shards,
     sample_key,
     shard_name,
     shards_in,
+    split_done,
     write_shard,
 )
 
@@ -36,14 +36,20 @@ class Task:
     """Number of the part's first image in the data set."""
     part: Part
     rules: Rules
+    shard_samples: int
+
+    @property
+    def name(self) -> str:
+        """File name of the tar."""
+        return shard_name(self.number)
 
     @property
     def settings(self) -> dict[str, Any]:
         """All that decides the shard's content."""
         return {
             **asdict(self.rules),
-            "first image": self.first,
-            "images": len(self.part),
+            "shard_samples": self.shard_samples,
+            "first": self.first,
             "list of images": self.part.fingerprint(),
         }
 
@@ -52,7 +58,7 @@ def build_shard(task: Task) -> ShardResult:
     """Writes the shard of one task; running it again gives the same bytes."""
     numbered = enumerate(task.part.records(), task.first)
     samples = (sample_of(number, record, task.rules) for number, record in numbered)
-    return write_shard(Path(task.folder), shard_name(task.number), samples, task.settings)
+    return write_shard(Path(task.folder), task.name, samples, task.settings)
 
 
 def sample_of(number: int, record: Record, rules: Rules) -> Sample | Rejected:
@@ -108,7 +114,7 @@ def plan(
     check_settings(rules, shard_samples)
     listed = open_source(address, shard_samples, run, keep_order)
     starts = np.cumsum([0, *map(len, listed.parts)]).tolist()
-    tasks = [Task(str(out.resolve()), i, starts[i], part, rules) for i, part in enumerate(listed.parts)]
+    tasks = [Task(str(out.resolve()), i, starts[i], part, rules, shard_samples) for i, part in enumerate(listed.parts)]
     provenance = {"images": address, **asdict(rules), "shard_samples": shard_samples, "keep_order": keep_order}
     return Plan(out, tuple(tasks), listed.classes, provenance)
 
@@ -134,7 +140,7 @@ def build(
     """
     with output_folder(planned.out):
         results, missing = split_done(planned.out, planned.tasks, overwrite)
-        clear_surplus(planned.out, {shard_name(task.number) for task in planned.tasks}, overwrite)
+        clear_surplus(planned.out, {task.name for task in planned.tasks}, overwrite)
         if missing:
             (planned.out / MANIFEST_NAME).unlink(missing_ok=True)  # it would speak of shards that are about to change
         for result in results:
@@ -157,27 +163,6 @@ def clear_surplus(folder: Path, names: set[str], overwrite: bool) -> None:
     if surplus:
         (folder / MANIFEST_NAME).unlink(missing_ok=True)
         remove_shards(folder, surplus)
-
-
-def split_done(out: Path, tasks: Sequence[Task], overwrite: bool) -> tuple[list[ShardResult], list[Task]]:
-    """Results of the shards that stand already, and the tasks of the others.
-
-    Raises:
-        InputError: a shard stands with other settings, and it is not to be overwritten.
-    """
-    results, missing = [], []
-    for task in tasks:
-        try:
-            result = finished(out, shard_name(task.number), task.settings)
-        except InputError:
-            if not overwrite:
-                raise
-            result = None
-        if result is None:
-            missing.append(task)
-        else:
-            results.append(result)
-    return results, missing
 
 
 def check_settings(rules: Rules, shard_samples: int) -> None:

@@ -48,7 +48,7 @@ class Columns:
     """Facts about n samples, one array element each."""
 
     key: list[str]
-    """Name of the sample in its tar, without extension; unique in a data set."""
+    """Name of the sample in its tar, without extension."""
     shard: np.ndarray
     """int32[n]: number of the shard in the data set."""
     offset: np.ndarray
@@ -236,8 +236,15 @@ def parse_manifest(raw: bytes, name: str) -> dict[str, Any]:
         content = json.loads(b"{" + body)
         version = content["schema_version"]
         if version == SCHEMA_VERSION:
+            if not all(map(stays_inside, content["shards"]["name"])):
+                raise InputError(f"{name}: a shard's name leads out of the folder; build the shards again")
             return content
     raise InputError(f"{name}: schema_version {version}, this program reads {SCHEMA_VERSION}; build the shards again")
+
+
+def stays_inside(name: str) -> bool:
+    """Whether a file name under a root means a file under that root."""
+    return not name.startswith("/") and ".." not in name.split("/")
 
 
 def _version(raw: bytes) -> int | None:

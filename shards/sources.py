@@ -461,7 +461,12 @@ def image_member(group: Group) -> tuple[str, int, int] | None:
 def label_of(group: Group, file: Any) -> int:
     """The class index in the `.cls` file, −1 where there is none or it is no number."""
     place = next(((offset, size) for extension, offset, size in group.members if extension == "cls"), None)
-    text = read_at(file, *place).strip() if place else b""
+    return parse_label(read_at(file, *place)) if place else -1
+
+
+def parse_label(text: bytes) -> int:
+    """Content of a `.cls` file → class index, −1 where it is no number."""
+    text = text.strip()
     return int(text) if text.isdigit() and len(text) < 10 else -1
 
 

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import pyarrow as pa
 
@@ -206,10 +206,14 @@ def write_columns(
 
 def format_index(samples: Iterable[tuple[str, Sequence[tuple[str, int, int]]]]) -> bytes:
     """DALI's index (v1.2, as its wds2idx writes it) of samples given as key and members (extension, offset, size)."""
-    lines = [
-        " ".join(f"{extension} {offset} {size} {key}.{extension}" for extension, offset, size in members)
-        for key, members in samples
-    ]
+
+    def fields(key: str, extension: str, offset: int, size: int) -> str:
+        names = (extension, f"{key}.{extension}")
+        # Fields are parted by blanks; the name serves DALI's messages alone.
+        kind, name = (re.sub(r"\s", "_", text) for text in names)
+        return f"{kind} {offset} {size} {name}"
+
+    lines = [" ".join(fields(key, *member) for member in members) for key, members in samples]
     return "\n".join([f"v1.2 {len(lines)}", *lines, ""]).encode()
 
 
@@ -247,12 +251,55 @@ def finished(folder: Path, name: str, settings: Mapping[str, Any]) -> ShardResul
     return result_of(name, len(table), note, content)
 
 
+class ShardTask(Protocol):
+    """What a shard is to be made of."""
+
+    @property
+    def name(self) -> str:
+        """File name of the tar."""
+        ...
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """All that decides the shard's content, as JSON."""
+        ...
+
+
+AnyTask = TypeVar("AnyTask", bound=ShardTask)
+
+
+def split_done(folder: Path, tasks: Iterable[AnyTask], overwrite: bool) -> tuple[list[ShardResult], list[AnyTask]]:
+    """Results of the shards that stand already, and the tasks of the others.
+
+    Args:
+        overwrite: a shard that stands with other settings is one to be written.
+
+    Raises:
+        InputError: a shard stands with other settings, and it is not to be overwritten.
+    """
+    results: list[ShardResult] = []
+    missing: list[AnyTask] = []
+    for task in tasks:
+        try:
+            result = finished(folder, task.name, task.settings)
+        except InputError:
+            if not overwrite:
+                raise
+            result = None
+        if result is None:
+            missing.append(task)
+        else:
+            results.append(result)
+    return results, missing
+
+
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Names the first setting in which a shard on disk differs from the one asked for."""
-    for field in [*new, *old]:
-        if old.get(field) != new.get(field):
-            return f"was written with {field} {old.get(field)!r}, not {new.get(field)!r}"
-    return "was written with the same settings in another order"
+    field = next((field for field in [*new, *old] if old.get(field) != new.get(field)), "order of settings")
+    before, after = old.get(field), new.get(field)
+    if isinstance(before, str) and isinstance(after, str) and len(before) == len(after) == 64:  # hashes say nothing
+        return f"was written with another {field}"
+    return f"was written with {field} {before!r}, not {after!r}"
 
 
 def finish(

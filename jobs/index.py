@@ -1,0 +1,78 @@
+"""`hardviews index`: makes a data set of WebDataset tars that others wrote, in place."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from jobs.run.command import console, parse, progress, warn
+from shards.engines import run_tasks
+from shards.errors import InputError
+from shards.files import local_path
+from shards.images import Rules
+from shards.index import index
+from shards.manifest import QUARANTINE_NAME, Manifest
+from shards.writer import ShardResult, shards_in
+
+
+@dataclass(frozen=True)
+class IndexConfig:
+    """Writes manifest, column files and DALI indexes beside the tars of a folder; the tars stay as they are."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder of WebDataset tars."""
+    source: str = "real"
+    """Tag of these images in manifests, logs and reports."""
+    classes: Path | None = None
+    """Text file with the name of a class in each line, in the order of the labels in the .cls files."""
+    check: Literal["full", "header"] = "full"
+    """Decode every image whole, or read its header and end alone (several times faster, finds less)."""
+    max_pixels: int = 100_000_000
+    """Leave out images of more pixels (decompression bombs)."""
+    workers: int | None = None
+    """Processes; by default one per core."""
+    overwrite: bool = False
+    """Index anew what is indexed already."""
+
+
+def run(config: IndexConfig) -> Manifest:
+    """Indexes with a progress bar and says what came of it."""
+    if local_path(str(config.folder)) is None:
+        raise InputError(f"{config.folder}: tars are indexed in place, in a local folder; copy them to one")
+    classes = read_classes(config.classes) if config.classes else ()
+    left_out = 0
+    with progress("indexing", len(shards_in(config.folder)), "shards") as bar:
+
+        def on_shard(result: ShardResult) -> None:
+            nonlocal left_out
+            left_out += len(result.rejected)
+            bar.advance(1, f"{left_out} images left out" if left_out else None)
+
+        manifest = index(
+            config.folder,
+            config.source,
+            partial(run_tasks, "local", workers=config.workers),
+            rules=Rules(check=config.check, max_pixels=config.max_pixels),
+            classes=classes,
+            overwrite=config.overwrite,
+            on_shard=on_shard,
+        )
+    if left_out:
+        warn(f"{left_out} images left out; the reasons are in {config.folder / QUARANTINE_NAME}")
+    console.print(f"{len(manifest)} images in {len(manifest.entries)} shards, in {config.folder}")
+    return manifest
+
+
+def read_classes(path: Path) -> tuple[str, ...]:
+    """Class names, one a line."""
+    try:
+        return tuple(path.read_text().splitlines())
+    except OSError as error:
+        raise InputError(f"--classes {path}: cannot be read ({error.strerror}); name a text file") from error
+
+
+def main(argv: list[str]) -> None:
+    """Entry point of `hardviews index`."""
+    run(parse(IndexConfig, argv, prog="hardviews index"))

@@ -1,0 +1,131 @@
+"""Column files, DALI indexes and a manifest for WebDataset tars of others, beside them; the tars stay as they are."""
+
+import hashlib
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from shards.errors import InputError
+from shards.images import BadImageError, Rules, prepare
+from shards.manifest import MANIFEST_NAME, Manifest, open_manifest
+from shards.sources import Group, Runner, groups, image_member, tar_record
+from shards.writer import (
+    Rejected,
+    Row,
+    ShardResult,
+    finish,
+    format_index,
+    output_folder,
+    shards_in,
+    split_done,
+    write_columns,
+)
+
+
+@dataclass(frozen=True)
+class IndexTask:
+    """One tar to be indexed."""
+
+    folder: str
+    name: str
+    rules: Rules
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides the column file's content, but for the tar."""
+        return {"in place": True, **asdict(self.rules)}
+
+
+def index_tar(task: IndexTask) -> ShardResult:
+    """Reads a tar whole and writes its column file and index."""
+    folder = Path(task.folder)
+    path = folder / task.name
+    rows: list[Row] = []
+    rejected: list[Rejected] = []
+    members: list[tuple[str, Sequence[tuple[str, int, int]]]] = []
+    with path.open("rb") as headers, path.open("rb") as file:
+        for group in groups(headers):
+            if isinstance(group, Group):
+                members.append((group.key, group.members))
+            row = index_sample(task.name, group, file, task.rules)
+            if isinstance(row, Rejected):
+                rejected.append(row)
+            else:
+                rows.append(row)
+        file.seek(0)
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    size = path.stat().st_size
+    return write_columns(folder, task.name, rows, rejected, task.settings, size, sha256, format_index(members))
+
+
+def index_sample(tar: str, group: Group | str, file: BinaryIO, rules: Rules) -> Row | Rejected:
+    """The row of a sample whose image can be used as it stands, or the reason why it cannot."""
+    record = tar_record(tar, group, file)
+    if isinstance(group, str):
+        return Rejected("", record.name, record.problem)
+    place = image_member(group)
+    if place is None or record.problem:
+        return Rejected(group.key, record.name, record.problem)
+    try:
+        picture = prepare(record.content, rules)
+    except BadImageError as error:
+        return Rejected(group.key, record.name, str(error))
+    if not record.content.startswith(picture.content):
+        remedy = "`hardviews build tars:… --out …` does that"
+        return Rejected(group.key, record.name, f"has to be converted (rotation, colours or depth); {remedy}")
+    # Bytes after the image's end are left out of its size.
+    member = (place[0], place[1], len(picture.content))
+    return Row(group.key, (member,), picture.height, picture.width, record.label, zlib.crc32(picture.content))
+
+
+def index(
+    folder: Path,
+    source: str,
+    run: Runner,
+    *,
+    rules: Rules | None = None,
+    classes: Sequence[str] = (),
+    overwrite: bool = False,
+    on_shard: Callable[[ShardResult], None] = lambda result: None,
+) -> Manifest:
+    """Indexes the tars of a folder that are not indexed yet, then writes the manifest.
+
+    Args:
+        folder: of tars; column files, indexes, quarantine file and manifest go into it too.
+        source: tag for the manifest.
+        run: `run_tasks` of an engine.
+        rules: how images are checked; nothing is encoded anew here.
+        classes: names by label.
+        overwrite: index all tars anew.
+
+    Raises:
+        InputError: no such folder, no tars, or a folder that `build` or `generate` wrote.
+    """
+    rules = rules or Rules()
+    if not folder.is_dir():
+        raise InputError(f"{folder}: there is no such folder; name one that holds WebDataset tars")
+    names = shards_in(folder)
+    if not names:
+        raise InputError(f"{folder}: there are no .tar files in it; name a folder that holds WebDataset tars")
+    if (folder / MANIFEST_NAME).exists() and not overwrite and not indexed(folder):
+        raise InputError(f"{folder}: its shards have a manifest from their making; pass --overwrite to replace it")
+    with output_folder(folder):
+        tasks = [IndexTask(str(folder.resolve()), name, rules) for name in names]
+        results, missing = ([], tasks) if overwrite else split_done(folder, tasks, overwrite)
+        for result in results:
+            on_shard(result)
+        for result in run(index_tar, missing):
+            results.append(result)
+            on_shard(result)
+        provenance = {"indexed": True, "check": rules.check, "max_pixels": rules.max_pixels}
+        return finish(folder, results, source=source, classes=classes, provenance=provenance)
+
+
+def indexed(folder: Path) -> bool:
+    """Whether the folder's manifest is one of `index`, or too damaged to tell."""
+    try:
+        return bool(open_manifest(folder).provenance.get("indexed"))
+    except InputError:
+        return True
