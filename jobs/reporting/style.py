@@ -3,8 +3,8 @@
 # Series colours keep their order in every chart; the dark steps are chosen for a dark surface, not inverted.
 _LIGHT = """
   color-scheme: light;
-  --page: #f6f6f3; --surface: #fcfcfb; --raised: #f1f0ec; --ink: #0b0b0b; --ink-2: #52514e; --muted: #75736d;
-  --grid: #e4e3dc; --axis: #c3c2b7; --border: rgba(11, 11, 11, 0.10); --accent: #1c5cab; --chosen: #d9480f;
+  --page: #f6f6f3; --surface: #fcfcfb; --raised: #f1f0ec; --ink: #0b0b0b; --ink-2: #52514e; --muted: #6c6a64;
+  --grid: #e4e3dc; --axis: #c3c2b7; --border: rgba(11, 11, 11, 0.10); --accent: #1c5cab; --chosen: #c2410c;
   --good: #0a7d0a; --warn: #8a5a00; --bad: #c22f2f; --cell: 42, 120, 214;
   --s0: #2a78d6; --s1: #eb6834; --s2: #1baf7a; --s3: #eda100; --s4: #e87ba4; --s5: #008300; --s6: #4a3aa7;
   --s7: #e34948;
