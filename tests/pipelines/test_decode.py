@@ -1,0 +1,172 @@
+"""Decoders against Pillow and each other; broken images found by halving; DALI's graph against torch's crops."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from view_pictures import encoded, jpeg, pixels, truncated
+
+from pipelines.crop import crop_views
+from pipelines.decode import BrokenImagesError, DaliDecoder, DaliViews, PillowDecoder, find_broken, open_decoder
+from pipelines.draw import draw
+from pipelines.params import ViewParams
+from pipelines.policies import build_policy
+from shards.errors import InputError
+
+SIZES = [(120, 180), (400, 470), (33, 20), (64, 300)]
+
+
+def reference(data: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data.tobytes())).convert("RGB"))
+
+
+@pytest.fixture(scope="module")
+def dali() -> DaliDecoder:
+    return DaliDecoder(8)
+
+
+@pytest.mark.parametrize("backend", ["dali", "pillow"])
+def test_every_format_decodes_to_pillows_pixels(backend: str) -> None:
+    image = pixels(50, 70)
+    data = [
+        encoded(image, quality=90),
+        encoded(image, "JPEG", "L"),
+        encoded(image, "JPEG", "CMYK"),
+        encoded(image, "JPEG", progressive=True),
+        encoded(image, "PNG", "RGBA"),
+        encoded(image, "PNG", "P"),
+        encoded(image, "PNG", "L"),
+        encoded(image, "WEBP", quality=80),
+    ]
+    decoder = open_decoder(len(data), backend=backend)
+    for found, item in zip(decoder.decode(data), data, strict=True):
+        assert isinstance(found, torch.Tensor)
+        assert np.array_equal(found.numpy(), reference(item))
+
+
+@pytest.mark.parametrize("backend", ["dali", "pillow"])
+def test_orientation_tags_are_ignored(backend: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotated by a quarter turn
+    data = encoded(pixels(40, 60), exif=exif)
+    (found,) = open_decoder(1, backend=backend).decode([data])
+    assert isinstance(found, torch.Tensor) and tuple(found.shape) == (40, 60, 3)
+
+
+@pytest.mark.parametrize("backend", ["dali", "pillow"])
+def test_broken_images_are_named_and_the_others_decoded(backend: str) -> None:
+    good = [jpeg(30 + i, 50, i) for i in range(4)]
+    junk = np.arange(200, dtype=np.uint8)
+    data = [good[0], truncated(jpeg(200, 300)), good[1], junk, good[2], good[3]]
+    decoder = open_decoder(8, backend=backend)
+    found = decoder.decode(data)
+    assert [isinstance(item, str) for item in found] == [False, True, False, True, False, False]
+    for item, source in zip(found, data, strict=True):
+        if isinstance(item, str):
+            assert item.lower().startswith(backend) and "\n" not in item
+        else:
+            assert np.array_equal(item.numpy(), reference(source))
+    again = decoder.decode(good)
+    assert all(isinstance(item, torch.Tensor) for item in again)
+    assert decoder.decode([]) == []
+    assert [isinstance(item, str) for item in decoder.decode([junk])] == [True]
+
+
+@pytest.mark.parametrize("broken", [set(), {0}, {15}, {3, 4}, {0, 7, 15}, set(range(16))])
+def test_halving_finds_exactly_the_broken_rows_in_few_runs(broken: set[int]) -> None:
+    runs = []
+
+    def run(rows: list[int]) -> None:
+        runs.append(rows)
+        if broken & set(rows):
+            raise RuntimeError("encountered:\n\nimage is bad\nmore")
+
+    assert find_broken(run, 16) == dict.fromkeys(broken, "DALI: image is bad")
+    assert len(runs) <= 1 + 2 * len(broken) * math.log2(16)
+
+
+def test_only_runtime_errors_are_taken_for_broken_images() -> None:
+    def run(rows: list[int]) -> None:
+        raise KeyError(rows[0])
+
+    with pytest.raises(KeyError):
+        find_broken(run, 2)
+
+
+def test_an_unknown_decoder_is_an_input_error() -> None:
+    with pytest.raises(InputError, match="auto, dali, pillow"):
+        open_decoder(1, backend="nvjpeg")
+
+
+def test_without_dali_pillow_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.decode.HAS_DALI", False)
+    assert isinstance(open_decoder(1), PillowDecoder)
+    with pytest.raises(InputError, match="not installed"):
+        open_decoder(1, backend="dali")
+
+
+def views_of(name: str, size: int, *counts: int) -> tuple[list[tuple[int, int]], list[ViewParams]]:
+    policy = build_policy(name, size, *counts)
+    ids = np.arange(len(SIZES))
+    params = draw(policy, ids, ids * 0, 2, np.array(SIZES))
+    return [(group.count, group.size) for group in policy.groups], [params[:, span] for span in policy.spans]
+
+
+def test_dalis_graph_agrees_with_torchs_crops(dali: DaliDecoder) -> None:
+    """The graph that runs on a GPU, operator for operator, on the CPU: at most 3/255 and on average 0.2/255 apart."""
+    data = [jpeg(height, width, seed) for seed, (height, width) in enumerate(SIZES)]
+    groups, params = views_of("dino", 112, 4, 3)
+    crops = DaliViews(8, groups, torch.device("cpu"), 1).crops(data, params)
+    images = dali.decode(data)
+    for (count, size), views, crops_BnSS3 in zip(groups, params, crops, strict=True):
+        assert crops_BnSS3.shape == (len(data), count, size, size, 3) and crops_BnSS3.dtype == torch.uint8
+        expected = torch.empty_like(crops_BnSS3)
+        for row, image in enumerate(images):
+            crop_views(image, views[row], expected[row])
+        apart = (crops_BnSS3.int() - expected.int()).abs()
+        assert apart.max() <= 3
+        assert apart.float().mean() <= 0.2
+        assert views.flip.any() and not views.flip.all()
+
+
+def test_dalis_graph_names_broken_images_and_goes_on() -> None:
+    data = [jpeg(height, width) for height, width in SIZES]
+    groups, params = views_of("byol", 16, 2)
+    graph = DaliViews(8, groups, torch.device("cpu"), 1)
+    whole = graph.crops(data, params)
+    with pytest.raises(BrokenImagesError) as caught:
+        graph.crops([data[0], truncated(data[1]), data[2], data[3][:40]], params)
+    assert sorted(caught.value.reasons) == [1, 3]
+    assert all(torch.equal(a, b) for a, b in zip(graph.crops(data, params), whole, strict=True))
+    fewer = graph.crops(data[:2], [views[:2] for views in params])
+    assert torch.equal(fewer[0], whole[0][:2])
+
+
+def test_a_box_outside_the_image_is_the_images_fault() -> None:
+    data, (groups, params) = [jpeg(height, width) for height, width in SIZES], views_of("byol", 16, 2)
+    with pytest.raises(BrokenImagesError) as caught:
+        DaliViews(8, groups, torch.device("cpu"), 1).crops([data[2], *data[1:]], params)
+    assert list(caught.value.reasons) == [0]
+
+
+@pytest.mark.parametrize("size", [8, 64, 224])
+def test_crops_are_torchs_antialiased_resize(size: int) -> None:
+    image = torch.from_numpy(pixels(150, 200))
+    params = draw(build_policy("byol", size, 6), np.array([3]), np.array([0]), 0, np.array([[150, 200]]))[0]
+    crops = torch.empty(6, size, size, 3, dtype=torch.uint8)
+    crop_views(image, params, crops)
+    assert params.flip.any() and not params.flip.all()
+    for view in range(6):
+        top, left, height, width = (int(getattr(params, n)[view]) for n in ("top", "left", "height", "width"))
+        patch = image[top : top + height, left : left + width].permute(2, 0, 1)[None]
+        exact = F.interpolate(patch.float(), (size, size), mode="bilinear", antialias=True)
+        uint8 = F.interpolate(patch.contiguous(), (size, size), mode="bilinear", antialias=True)
+        if params.flip[view]:
+            exact, uint8 = exact.flip(-1), uint8.flip(-1)
+        found = crops[view].permute(2, 0, 1)[None]
+        assert torch.equal(found, uint8)
+        assert (found - exact).abs().max() <= 1.01
