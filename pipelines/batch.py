@@ -202,13 +202,31 @@ class ViewBatch:
         """The crops that pairs are chosen from."""
         return self.crops if self.selection_crops is None else self.selection_crops
 
-    def take(self, choice_B: NDArray[np.integer]) -> tuple[Tensor, ...]:
+    def take(self, choice_B: Tensor | NDArray[np.integer]) -> tuple[Tensor, ...]:
         """The chosen pair of every image, [B, 2, 3, S, S], and the other groups' views unchanged."""
         views_BNCHW, *others = self.crops
-        table_P2 = torch.from_numpy(pairs(views_BNCHW.shape[1]).copy()).to(views_BNCHW.device)
-        chosen_B2 = table_P2[torch.as_tensor(choice_B, device=views_BNCHW.device)]
+        table_P2 = torch.from_numpy(pairs(views_BNCHW.shape[1]).copy())
+        chosen_B2 = table_P2[torch.as_tensor(choice_B).cpu()].to(views_BNCHW.device)
         rows_B1 = torch.arange(len(chosen_B2), device=views_BNCHW.device)[:, None]
         return views_BNCHW[rows_B1, chosen_B2], *others
+
+    def rows(self, part: slice) -> ViewBatch:
+        """Neighbouring rows as a batch of their own, sharing memory; what was replaced stays with the whole."""
+        start, _, step = part.indices(len(self))
+        assert step == 1, "positions of a batch are consecutive"
+        scored = self.selection_crops
+        return ViewBatch(
+            crops=tuple(crops[part] for crops in self.crops),
+            params=self.params[part],
+            ids_B=self.ids_B[part],
+            sources_B=self.sources_B[part],
+            epochs_B=self.epochs_B[part],
+            labels_B=self.labels_B[part],
+            sizes_B2=self.sizes_B2[part],
+            position=self.position + start,
+            replaced=(),
+            selection_crops=None if scored is None else tuple(crops[part] for crops in scored),
+        )
 
 
 def finish(rows: Rows, tensors: Sequence[Tensor]) -> ViewBatch:

@@ -31,7 +31,7 @@ class Purpose(IntEnum):
     FLIP = 2
     COLOUR = 3
     STATIC_COLOUR = 4
-    SELECTION = 5
+    CHOICE = 5
 
 
 def philox(counter_4xM: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
