@@ -1,0 +1,173 @@
+"""Backbones from timm: ViT/DeiT of any size, Swin, ResNet, with MoCo v3's changes for ViTs as options.
+
+B images, D feature width.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from timm.layers.patch_embed import PatchEmbed
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from models.heads import BatchNorm
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Which encoder is trained."""
+
+    name: str = "vit_tiny_patch16_224"
+    """timm model: any ViT, DeiT, Swin or ResNet by its timm name."""
+    image_size: int = 224
+    """Side of the views (pixels)."""
+    patch_size: int | None = None
+    """Side of a ViT's patches (pixels); None = the model's own."""
+    width: int | None = None
+    """A ViT's embedding width; None = the model's own."""
+    depth: int | None = None
+    """A ViT's blocks; None = the model's own."""
+    heads: int | None = None
+    """A ViT's attention heads; None = the model's own (timm's ViT-S has 6, MoCo v3's has 12)."""
+    drop_path: float = 0.0
+    """Stochastic depth rate of the online encoder (0 to 1)."""
+    target_drop_path: float = 0.0
+    """Stochastic depth rate of the target encoder (0 to 1)."""
+    pool: str = ""
+    """How a ViT's tokens become one feature: token (class token) or avg (mean of patches); empty = the model's own."""
+    fixed_patch: bool = False
+    """Freeze the random patch projection (MoCo v3, section 4.2)."""
+    sincos: bool = False
+    """Fixed 2-D sine-cosine position embedding instead of a learned one (MoCo v3, section 5)."""
+    batchnorm_mlp: bool = False
+    """BatchNorm instead of LayerNorm before the MLP blocks (MoCo v3, section 5.1)."""
+
+    def __post_init__(self) -> None:
+        for field in ("image_size", "patch_size", "width", "depth", "heads"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"backbone.{field}: {value} must be at least 1")
+        for field in ("drop_path", "target_drop_path"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"backbone.{field}: {getattr(self, field)} must lie in [0, 1)")
+        if self.patch_size and self.image_size % self.patch_size:
+            raise ValueError(
+                f"backbone.patch_size: {self.patch_size} does not divide the image size {self.image_size}; "
+                f"take a divisor of it"
+            )
+
+
+def build_backbone(config: BackboneConfig, drop_path: float) -> nn.Module:
+    """A timm model without classifier: float [B, 3, S, S] → features [B, D]; `.num_features` is D.
+
+    Raises:
+        ValueError: an unknown name, or an option that this kind of model does not have.
+    """
+    if not timm.is_model(config.name):
+        near = timm.list_models(f"*{config.name.split('_')[0]}*")[:8] or ["vit_tiny_patch16_224", "resnet50"]
+        raise ValueError(f"backbone.name: timm has no model {config.name!r}; for example {', '.join(near)}")
+    shape = {"patch_size": config.patch_size, "embed_dim": config.width, "depth": config.depth}
+    options: dict[str, Any] = {key: value for key, value in shape.items() if value is not None}
+    if config.heads is not None:
+        options["num_heads"] = config.heads
+    if config.pool:
+        options["global_pool"] = config.pool
+    kind = _kind(config.name)
+    if kind != "vit" and (options or config.fixed_patch or config.sincos):
+        named = sorted({*options, *(f for f in ("fixed_patch", "sincos") if getattr(config, f))})
+        raise ValueError(f"backbone.{named[0]}: {config.name} is no ViT and has no such option; leave it out")
+    if kind != "resnet":
+        options["img_size"] = config.image_size
+    model = timm.create_model(config.name, pretrained=False, num_classes=0, drop_path_rate=drop_path, **options)
+    if config.sincos:
+        fix_sincos_positions(model)
+    if config.fixed_patch:
+        freeze_patch_projection(model)
+    if config.batchnorm_mlp:
+        replace_mlp_norms(model, config.name)
+    return model
+
+
+def feature_width(backbone: nn.Module) -> int:
+    """D of a timm model's features."""
+    width = backbone.num_features
+    assert isinstance(width, int)
+    return width
+
+
+def _kind(name: str) -> str:
+    """vit, swin or resnet, by the class that timm builds, found without building a large one."""
+    entry = timm.model_entrypoint(name)
+    module = entry.__module__.rsplit(".", 1)[-1]
+    if module in ("vision_transformer", "deit"):
+        return "vit"
+    if module == "swin_transformer":
+        return "swin"
+    if module == "resnet":
+        return "resnet"
+    raise ValueError(f"backbone.name: {name} is a {module} model; hardviews trains ViT, DeiT, Swin and ResNet")
+
+
+def fix_sincos_positions(model: nn.Module) -> None:
+    """Replaces a ViT's position embedding by the fixed 2-D sine-cosine one (MoCo v3, section 5)."""
+    assert isinstance(model, VisionTransformer) and isinstance(model.patch_embed, PatchEmbed)
+    height, width = model.patch_embed.grid_size
+    positions = sincos_positions(height, width, model.embed_dim)
+    assert isinstance(model.pos_embed, nn.Parameter)
+    prefix = model.pos_embed.shape[1] - height * width
+    with torch.no_grad():
+        model.pos_embed.zero_()
+        model.pos_embed[0, prefix:] = positions
+    model.pos_embed.requires_grad = False
+
+
+def sincos_positions(height: int, width: int, dim: int) -> Tensor:
+    """[height·width, dim]: a quarter each of sin and cos of columns, sin and cos of rows.
+
+    Raises:
+        ValueError: dim is not divisible by 4.
+    """
+    if dim % 4:
+        raise ValueError(f"backbone.width: {dim} must be divisible by 4 for sine-cosine positions")
+    omega = torch.exp(-math.log(10_000.0) * torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    rows, columns = torch.meshgrid(
+        torch.arange(height, dtype=torch.float64), torch.arange(width, dtype=torch.float64), indexing="ij"
+    )
+    x, y = (grid.flatten()[:, None] * omega for grid in (columns, rows))
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], 1).float()
+
+
+def freeze_patch_projection(model: nn.Module) -> None:
+    """Leaves a ViT's patch projection at its random initial values."""
+    assert isinstance(model, VisionTransformer)
+    for parameter in model.patch_embed.parameters():
+        parameter.requires_grad = False
+
+
+class TokenBatchNorm(nn.Module):
+    """BatchNorm over batch and tokens of [B, T, D] (or [B, H, W, D]) in place of a LayerNorm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = BatchNorm(width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.norm(tokens.flatten(0, -2)).view_as(tokens)
+
+
+def replace_mlp_norms(model: nn.Module, name: str) -> None:
+    """BatchNorm instead of LayerNorm before every MLP block of a ViT or Swin.
+
+    Raises:
+        ValueError: another kind of model.
+    """
+    if not isinstance(model, VisionTransformer | SwinTransformer):
+        raise ValueError(f"backbone.batchnorm_mlp: {name} has no LayerNorm before MLPs; leave it out")
+    for module in model.modules():
+        norm = getattr(module, "norm2", None)
+        if isinstance(norm, nn.LayerNorm):
+            module.norm2 = TokenBatchNorm(norm.normalized_shape[0])

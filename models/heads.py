@@ -1,0 +1,65 @@
+"""Projection and prediction heads, and a BatchNorm whose statistics span all ranks. B images, D width."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.distributed import sum_over_ranks, world_size
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """BatchNorm over [B, D] with the statistics of all ranks' rows, on any device.
+
+    torch's SyncBatchNorm refuses CPU tensors; here sums and squares are added over ranks by a differentiable
+    all-reduce, so that gloo works. In a world of one it is torch's own BatchNorm.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if world_size() == 1 or not self.training:
+            return super().forward(input)
+        rows = input.float()
+        count = len(rows) * world_size()
+        mean = sum_over_ranks(rows.sum(0)) / count
+        variance = sum_over_ranks((rows - mean).square().sum(0)) / count
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+            assert self.num_batches_tracked is not None and self.momentum is not None
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean.detach(), self.momentum)
+            self.running_var.lerp_(variance.detach() * count / (count - 1), self.momentum)
+        normal = (rows - mean) * (variance + self.eps).rsqrt()
+        if self.affine:
+            normal = normal * self.weight + self.bias
+        return normal.to(input.dtype)
+
+
+def mlp(
+    width_in: int,
+    hidden: int,
+    width_out: int,
+    layers: int = 2,
+    *,
+    hidden_norm: bool = True,
+    last_norm: bool = False,
+    last_affine: bool = False,
+    bias: bool = True,
+) -> nn.Sequential:
+    """Linear layers with BatchNorm and ReLU between them.
+
+    MoBY: two layers, BatchNorm + ReLU in the hidden one only. MoCo v3 and SimCLR normalise the output too, without
+    affine parameters (`last_norm`); `last_affine` gives them.
+    """
+    modules: list[nn.Module] = []
+    for layer in range(layers):
+        last = layer + 1 == layers
+        size_in, size_out = width_in if layer == 0 else hidden, width_out if last else hidden
+        normed = last_norm if last else hidden_norm
+        modules.append(nn.Linear(size_in, size_out, bias=bias and not (normed and not last)))
+        if normed:
+            modules.append(BatchNorm(size_out, affine=last_affine if last else True))
+        if not last:
+            modules.append(nn.ReLU(inplace=True))
+    return nn.Sequential(*modules)
+
+
+def unit(rows: Tensor) -> Tensor:
+    """Rows [..., D] scaled to length 1, in fp32: similarities under a temperature of 0.2 want it."""
+    return F.normalize(rows.float(), dim=-1)

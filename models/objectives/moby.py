@@ -1,0 +1,129 @@
+"""MoBY (Xie et al. 2021), and with synthetic negatives SynBY, MoCHi's mixing and Syn²Co.
+
+Online encoder f_q = backbone + projector + predictor, target f_k = backbone + projector by momentum; two queues, one
+per view of the pair.
+
+    q1, q2 = f_q(x1), f_q(x2)
+    k1, k2 = f_k(x1), f_k(x2)                        # no gradient
+    loss = ctr(q1, k2, queue2) + ctr(q2, k1, queue1) # InfoNCE, τ = 0.2
+    step; f_k ← m f_k + (1 − m) f_q; queue1 ← k1; queue2 ← k2
+
+Shape suffixes: B images, N views, P pairs, D width.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from models.backbones import BackboneConfig, build_backbone, feature_width
+from models.contrast import info_nce, queue_pair_losses
+from models.distributed import gather
+from models.heads import mlp, unit
+from models.momentum import follow, momentum_at, target_of
+from models.negatives import NegativesConfig
+from models.objectives.base import Chosen, Encoder, Length, Metrics, Objective, check_positive, per_view
+from models.queue import Queue
+from models.selection import SelectionConfig
+
+
+@dataclass(frozen=True)
+class MoBYConfig:
+    """MoBY; with counts of synthetic negatives above 0, SynBY."""
+
+    negatives: NegativesConfig = field(default_factory=NegativesConfig)
+    """Synthetic hard negatives; all counts 0 = MoBY."""
+    temperature: float = 0.2
+    """τ of the contrastive loss."""
+    queue: int = 4096
+    """Negatives in each of the two queues."""
+    momentum: float = 0.99
+    """Momentum of the target at the start; reaches 1 at the end by a cosine."""
+    hidden: int = 4096
+    """Width of the heads' hidden layers."""
+    width: int = 256
+    """Width of the embedding."""
+    oracle: bool = False
+    """Leave out negatives with the query's label (an upper bound for analyses; needs labels)."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "temperature", "queue", "hidden", "width")
+        if not 0 <= self.momentum <= 1:
+            raise ValueError(f"objective.momentum: {self.momentum} must lie between 0 and 1")
+        if self.negatives.total and self.negatives.hardest > self.queue:
+            raise ValueError(
+                f"objective.negatives.hardest: {self.negatives.hardest} is more than the queue's {self.queue} rows; "
+                f"lower it or raise objective.queue"
+            )
+
+
+class MoBY(Objective):
+    """MoBY and SynBY."""
+
+    target: Encoder  # pyright: ignore[reportIncompatibleVariableOverride]  # never None here
+
+    def __init__(self, config: MoBYConfig, backbone: BackboneConfig, length: Length) -> None:
+        super().__init__(length)
+        self.config = config
+        online = build_backbone(backbone, backbone.drop_path)
+        features = feature_width(online)
+        self.online = Encoder(
+            online,
+            mlp(features, config.hidden, config.width),
+            mlp(config.width, config.hidden, config.width),
+        )
+        # Built apart, because its drop path differs, and then given the online encoder's weights.
+        target = build_backbone(backbone, backbone.target_drop_path)
+        target.load_state_dict(online.state_dict())
+        self.target = Encoder(target.requires_grad_(False), target_of(self.online.projector))
+        self.queue1, self.queue2 = Queue(config.queue, config.width), Queue(config.queue, config.width)
+        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def pair_table(self, features: dict[str, Tensor | None], selection: SelectionConfig) -> Tensor:
+        """Plain InfoNCE of all pairs: synthetic negatives, which are redrawn for every loss, do not take part."""
+        assert features["target"] is not None
+        projected_NBD = per_view(self.target.projector, features["target"], selection)
+        if features["online"] is None:  # the target's view of the images through the online predictor
+            q_NBD = per_view(self.online.predict, projected_NBD.transpose(0, 1), selection)
+        else:
+            q_NBD = per_view(self.online.head, features["online"], selection)
+        queues = self.queue1.rows_KD, self.queue2.rows_KD
+        return queue_pair_losses(unit(q_NBD), unit(projected_NBD), *queues, self.config.temperature)
+
+    def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
+        x1, x2 = chosen.crops[0].unbind(1)
+        features1, features2 = self.online.backbone(x1), self.online.backbone(x2)
+        q1, q2 = unit(self.online.head(features1)), unit(self.online.head(features2))
+        with torch.no_grad():
+            if chosen.features_B2D is None:
+                k1, k2 = unit(self.target(x1)), unit(self.target(x2))
+            else:
+                k1, k2 = (unit(self.target.head(f)) for f in chosen.features_B2D.unbind(1))
+        loss1, metrics1 = self._contrast(q1, k2, self.queue2, labels_B)
+        loss2, metrics2 = self._contrast(q2, k1, self.queue1, labels_B)
+        self._pending.append((k1, k2, torch.full((len(k1),), -1, device=k1.device) if labels_B is None else labels_B))
+        self.seen_features_BD = features1.detach()
+        metrics = {name: (value + metrics2[name]) / 2 for name, value in metrics1.items()}
+        return loss1 + loss2, metrics
+
+    def _contrast(self, q_BD: Tensor, k_BD: Tensor, queue: Queue, labels_B: Tensor | None) -> tuple[Tensor, Metrics]:
+        negatives = self.config.negatives
+        barred = None
+        if self.config.oracle and labels_B is not None:
+            barred = (labels_B[:, None] == queue.labels_K) & (labels_B[:, None] >= 0)
+        active = negatives.active(self.epoch, self.length.epochs)
+        synthetic = negatives if active else None
+        return info_nce(q_BD, k_BD, queue.rows_KD, self.config.temperature, synthetic, barred)
+
+    def after_step(self) -> None:
+        """Moves the target, then puts the step's keys of all ranks into the queues."""
+        follow(self.target, self.online, momentum_at(self.step, self.length.steps, self.config.momentum))
+        keys1, keys2, labels = (gather(torch.cat(parts)) for parts in zip(*self._pending, strict=True))
+        self._pending.clear()
+        self.queue1.push(keys1, labels)
+        self.queue2.push(keys2, labels)
+        super().after_step()
+
+    def skip_step(self) -> None:
+        self._pending.clear()
+        super().skip_step()

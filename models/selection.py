@@ -1,0 +1,156 @@
+"""Hard-view selection: which pair of an image's N views trains (HVP, section 3).
+
+Shape suffixes: B images, N views, P = N(N−1)/2 pairs in lexicographic order, D width.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+Rule = Literal["hardest", "easiest", "random", "lowest-iou"]
+
+
+@dataclass(frozen=True)
+class SelectionConfig:
+    """How the pair that trains is chosen among N views."""
+
+    views: int = 4
+    """Views per image that pairs are chosen from (at least 2; 2 = no choice)."""
+    rule: Rule = "hardest"
+    """hardest: largest loss; easiest: smallest (collapses); random: plain training; lowest-iou: least overlap."""
+    encoder: Literal["online", "target"] = "online"
+    """Whose features are scored: the online encoder's against the target's keys, or the target's alone, whose features
+    pass through the online predictor: no online forward, and the features serve the loss again."""
+    every: int = 1
+    """Select on every k-th step; on the others a random pair trains."""
+    precision: Literal["same", "bf16"] = "same"
+    """Arithmetic of the scoring forwards: as in training, or bf16."""
+    resolution: int | None = None
+    """Side of the views while scoring (pixels); None = as in training."""
+    layer: int | None = None
+    """Score a ViT's features after this many blocks; None = all of them."""
+    static_colour: bool = False
+    """One colour draw for all views of an image while scoring (HVP, section 6.1.3)."""
+    batchnorm: Literal["view", "joint", "running"] = "view"
+    """Whose statistics BatchNorm uses while scoring: of all images' v-th views (as in training), of all views of all
+    images at once, or the running ones. Running statistics never change here."""
+    cross_policy: bool = False
+    """Only pairs of views from different policies (one of T, one of T′) compete."""
+    audit_every: int = 0
+    """Steps between comparisons of a cheaper choice with the full one (agreement, regret); 0 = never."""
+
+    def __post_init__(self) -> None:
+        if self.views < 2:
+            raise ValueError(f"selection.views: {self.views} leaves no pair to choose; give 2 or more")
+        if self.rule not in RULES:
+            raise ValueError(f"selection.rule: {self.rule!r} is unknown; known: {', '.join(RULES)}")
+        for field in ("every", "resolution", "layer"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"selection.{field}: {value} must be at least 1")
+        if self.audit_every < 0:
+            raise ValueError(f"selection.audit_every: {self.audit_every} must be 0 or above")
+
+    def scores(self, step: int) -> bool:
+        """Whether pairs are scored at this step; where not, a random pair trains."""
+        return self.rule in ("hardest", "easiest") and self.views > 2 and step % self.every == 0
+
+
+@cache
+def pairs(views: int) -> tuple[tuple[int, int], ...]:
+    """The P pairs of `views` views: (0, 1), (0, 2), …, (1, 2), …"""
+    return tuple((a, b) for a in range(views) for b in range(a + 1, views))
+
+
+def pair_index(views: int, device: torch.device) -> Tensor:
+    """int64 [P, 2] on the device."""
+    return torch.tensor(pairs(views), device=device)
+
+
+def same_policy(views: int, device: torch.device) -> Tensor:
+    """bool [P]: both views of the pair have even or both have odd numbers, so come from the same policy of two."""
+    index_P2 = pair_index(views, device)
+    return (index_P2[:, 0] - index_P2[:, 1]) % 2 == 0
+
+
+RULES: dict[str, Callable[[Tensor], Tensor]] = {
+    "hardest": lambda losses_BP: losses_BP.argmax(1),
+    "easiest": lambda losses_BP: losses_BP.argmin(1),
+    "random": lambda uniform_BP: uniform_BP.argmax(1),
+    "lowest-iou": lambda iou_BP: iou_BP.argmin(1),
+}
+
+
+def select(scores_BP: Tensor, rule: Rule, barred_P: Tensor | None = None) -> Tensor:
+    """int64 [B]: each image's chosen pair. A pure function, without host synchronisation.
+
+    `scores_BP` is what the rule looks at: losses for hardest and easiest, overlaps for lowest-iou, uniform numbers for
+    random. `barred_P` marks pairs that do not compete. Of equal scores the first pair wins.
+    """
+    if barred_P is not None:
+        worst = torch.inf if rule in ("easiest", "lowest-iou") else -torch.inf
+        scores_BP = scores_BP.masked_fill(barred_P, worst)
+    return RULES[rule](scores_BP)
+
+
+def take_pair(values_BN: Tensor, choice_B: Tensor) -> Tensor:
+    """[B, N, …] → [B, 2, …]: the two views of each image's chosen pair, in one gather."""
+    chosen_B2 = pair_index(values_BN.shape[1], values_BN.device)[choice_B]
+    return values_BN[torch.arange(len(choice_B), device=values_BN.device)[:, None], chosen_B2]
+
+
+def regret(losses_BP: Tensor, choice_B: Tensor) -> Tensor:
+    """Share of the hardness gained over a random pair that a choice loses against the hardest: scalar, 0 = nothing."""
+    hardest = losses_BP.max(1).values
+    chosen = losses_BP.gather(1, choice_B[:, None])[:, 0]
+    return (hardest - chosen).mean() / (hardest - losses_BP.mean(1)).mean().clamp_min(1e-12)
+
+
+@contextmanager
+def without_side_effects(module: nn.Module, running: bool = False) -> Iterator[None]:
+    """Forwards inside leave no trace: no gradient, no drop path or dropout, no BatchNorm statistics updated.
+
+    BatchNorm normalises by the statistics of what it is given, or with `running` by its running ones. Training modes
+    are as before afterwards. Nothing here draws from a random number generator.
+    """
+    modes = {part: part.training for part in module.modules()}
+    norms = {part: part.track_running_stats for part in modes if isinstance(part, _BatchNorm)}
+    try:
+        module.eval()
+        if not running:
+            for norm in norms:  # in training mode without tracking: batch statistics, which go nowhere
+                norm.training, norm.track_running_stats = True, False
+        with torch.no_grad():
+            yield
+    finally:
+        for norm, tracks in norms.items():
+            norm.track_running_stats = tracks
+        for part, mode in modes.items():
+            part.training = mode
+
+
+@contextmanager
+def first_blocks(backbone: nn.Module, layer: int | None) -> Iterator[None]:
+    """Inside, a ViT stops after `layer` blocks (its final norm and pooling still follow).
+
+    Raises:
+        ValueError: the backbone has no blocks, or fewer.
+    """
+    if layer is None:
+        yield
+        return
+    blocks = getattr(backbone, "blocks", None)
+    if not isinstance(blocks, nn.Sequential) or layer > len(blocks):
+        there = f"has {len(blocks)}" if isinstance(blocks, nn.Sequential) else "is no ViT"
+        raise ValueError(f"selection.layer: {layer} blocks asked for, but the backbone {there}")
+    try:
+        backbone.blocks = blocks[:layer]
+        yield
+    finally:
+        backbone.blocks = blocks
