@@ -4,6 +4,7 @@ Shape suffixes: B log rows, P candidate pairs, R = B·P, N views.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +50,8 @@ def predict_choice(rows: Rows, seed: int = 0, iterations: int = 150) -> Predicti
     features_RF = choice_features(rows)
     chosen_R = (rows.choice_B[:, None] == np.arange(count)).ravel()
     test_R = np.repeat(test_B, count)
-    model = HistGradientBoostingClassifier(max_iter=iterations, early_stopping=False, random_state=seed)
+    how: dict[str, Any] = {"max_iter": iterations, "early_stopping": False}
+    model = HistGradientBoostingClassifier(random_state=seed, **how)
     model.fit(features_RF[~test_R], chosen_R[~test_R])
     score_BP = model.predict_proba(features_RF[test_R])[:, 1].reshape(-1, count)
     choice_B = rows.choice_B[test_B]
