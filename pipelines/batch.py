@@ -164,7 +164,7 @@ class Rows:
                     getattr(old, name)[index] = getattr(new, name)
 
 
-def plan_rows(order: Order, reader: Reader, recipe: Recipe, position: int, count: int) -> Rows:
+def plan_rows(order: Order, reader: Reader, recipe: Recipe, position: int, *, count: int) -> Rows:
     """The rows at `count` positions from `position` on, with all parameters drawn."""
     samples = order.at(position, count)
     ids_B, sources_B, epochs_B = samples.ids.copy(), samples.sources, samples.epochs
@@ -205,8 +205,8 @@ class ViewBatch:
     def take(self, choice_B: Tensor | NDArray[np.integer]) -> tuple[Tensor, ...]:
         """The chosen pair of every image, [B, 2, 3, S, S], and the other groups' views unchanged."""
         views_BNCHW, *others = self.crops
-        table_P2 = torch.from_numpy(pairs(views_BNCHW.shape[1]).copy())
-        chosen_B2 = table_P2[torch.as_tensor(choice_B).cpu()].to(views_BNCHW.device)
+        table_P2 = torch.from_numpy(pairs(views_BNCHW.shape[1]).copy()).to(views_BNCHW.device)
+        chosen_B2 = table_P2[torch.as_tensor(choice_B, device=views_BNCHW.device).long()]
         rows_B1 = torch.arange(len(chosen_B2), device=views_BNCHW.device)[:, None]
         return views_BNCHW[rows_B1, chosen_B2], *others
 

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.batch import Order, Reader, Recipe, Rows, ViewBatch, finish, plan_rows
+from pipelines.batch import Reader, Recipe, Rows, ViewBatch, finish
 from pipelines.clock import Clock
 from pipelines.decode import BrokenImagesError, DaliViews
 from pipelines.host import COLOURS, STAGES
@@ -28,12 +28,11 @@ from shards.errors import InputError
 
 
 class DeviceProducer:
-    """Makes batches of `dtype` on `device`; `threads` are the graph's on the CPU."""
+    """Makes batches of at most `batch` rows, of `dtype`, on `device`; `threads` are the graph's on the CPU."""
 
     def __init__(
         self,
         reader: Reader,
-        order: Order,
         recipe: Recipe,
         *,
         batch: int,
@@ -43,19 +42,19 @@ class DeviceProducer:
         threads: int,
     ) -> None:
         self.clock = Clock(STAGES)
-        self._reader, self._order, self._recipe = reader, order, recipe
-        self._batch, self._device, self._dtype = batch, device, dtype
+        self._reader, self._recipe = reader, recipe
+        self._device, self._dtype = device, dtype
         self._colour = device_colour(colour)
         # Selection at the trained size shares the crops.
-        self._cropped = list({output.key: output for output in reversed(recipe.outputs)}.values())[::-1]
+        self._cropped = list({output.key: output for output in recipe.outputs}.values())
         self._graph = DaliViews(batch, [(output.count, output.size) for output in self._cropped], device, threads)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="hardviews-read")
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="hardviews-views")
 
-    def submit(self, position: int) -> Future[ViewBatch]:
-        """Promises the batch that begins at the global index `position`."""
-        read = self._ahead.submit(self._read, position)
+    def submit(self, plan: Callable[[], Rows]) -> Future[ViewBatch]:
+        """Promises the batch of the rows (at most `batch`) that `plan` draws; it runs in a thread of ours."""
+        read = self._ahead.submit(self._read, plan)
         return self._pool.submit(lambda: self._make(*read.result()))
 
     def close(self) -> None:
@@ -63,9 +62,10 @@ class DeviceProducer:
         self._ahead.shutdown(wait=True, cancel_futures=True)
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _read(self, position: int) -> tuple[Rows, Replacer, dict[int, NDArray[np.uint8]]]:
+    def _read(self, plan: Callable[[], Rows]) -> tuple[Rows, Replacer, dict[int, NDArray[np.uint8]]]:
+        """Rows with their bytes; what cannot be read is replaced."""
         with self.clock("draw"):
-            rows = plan_rows(self._order, self._reader, self._recipe, position, self._batch)
+            rows = plan()
         replacer = Replacer(self._reader, rows)
         data: dict[int, NDArray[np.uint8]] = {}
         self._fetch(rows, replacer, data, list(range(len(rows))))

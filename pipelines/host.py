@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.batch import Order, Output, Reader, Recipe, Rows, ViewBatch, finish, plan_rows
+from pipelines.batch import Output, Reader, Recipe, Rows, ViewBatch, finish
 from pipelines.buffers import Buffers
 from pipelines.clock import Clock
 from pipelines.crop import crop_views
@@ -32,12 +32,11 @@ CHUNK = 16  # images a task: some 20 ms of work, and few enough to stay near the
 
 
 class HostProducer:
-    """Makes batches on `threads` cores and copies them to `device` as `dtype`."""
+    """Makes batches of at most `batch` rows on `threads` cores and copies them to `device` as `dtype`."""
 
     def __init__(
         self,
         reader: Reader,
-        order: Order,
         recipe: Recipe,
         *,
         batch: int,
@@ -48,8 +47,8 @@ class HostProducer:
         decoder: str = "auto",
     ) -> None:
         self.clock = Clock(STAGES)
-        self._reader, self._order, self._recipe = reader, order, recipe
-        self._batch, self._device, self._dtype = batch, device, dtype
+        self._reader, self._recipe = reader, recipe
+        self._device, self._dtype = device, dtype
         self._colour = host_colour(colour)
         self._chunk = max(1, min(CHUNK, -(-batch // threads)))
         self._decoder = decoder
@@ -57,10 +56,10 @@ class HostProducer:
         self._local = threading.local()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="hardviews-views")
 
-    def submit(self, position: int) -> Future[ViewBatch]:
-        """Promises the batch that begins at the global index `position`."""
+    def submit(self, plan: Callable[[], Rows]) -> Future[ViewBatch]:
+        """Promises the batch of the rows (at most `batch`) that `plan` draws; it runs in a thread of ours."""
         promise: Future[ViewBatch] = Future()
-        self._run(promise, lambda: self._plan(promise, position))
+        self._run(promise, lambda: self._begin(promise, plan))
         return promise
 
     def close(self) -> None:
@@ -80,10 +79,10 @@ class HostProducer:
 
         self._pool.submit(guarded)
 
-    def _plan(self, promise: Future[ViewBatch], position: int) -> None:
+    def _begin(self, promise: Future[ViewBatch], plan: Callable[[], Rows]) -> None:
         """Draws a batch and queues its chunks; the last chunk to finish keeps the promise."""
         with self.clock("draw"):
-            rows = plan_rows(self._order, self._reader, self._recipe, position, self._batch)
+            rows = plan()
         shapes = [(len(rows), output.count, 3, output.size, output.size) for output in self._recipe.outputs]
         tensors = [self._buffers.take(shape) for shape in shapes]
         starts = range(0, len(rows), self._chunk)

@@ -12,12 +12,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from pipelines.batch import Order, Reader, Recipe, Selection, ViewBatch
+from pipelines.batch import Order, Reader, Recipe, Selection, ViewBatch, plan_rows
 from pipelines.decode import HAS_DALI
 from pipelines.device import DeviceProducer
 from pipelines.host import HostProducer
@@ -81,23 +82,20 @@ class ViewStream:
             raise InputError(f"batch: {batch} images a process; give at least 1")
         if prefetch < 0 or threads < 0:
             raise InputError(f"prefetch, threads: {prefetch}, {threads}; neither can be negative")
-        if backend not in BACKENDS:
-            raise InputError(f"views.backend: {backend!r} is not known; choose one of {', '.join(BACKENDS)}")
         self.position = position
         self._step, self._offset = batch * world, batch * rank
         self._batch, self._prefetch = batch, prefetch
         self._quarantine, self._max_failure_share = quarantine, max_failure_share
         self._seen = self._failed = 0
         self._waited = 0.0
-        self._device = torch.device(device)
-        on_device = backend == "device" or (backend == "auto" and self._device.type == "cuda" and HAS_DALI)
-        producer = DeviceProducer if on_device else HostProducer
-        self._producer = producer(
+        recipe = Recipe(policy, seed, selection)
+        self._plan = partial(plan_rows, order, reader, recipe, count=batch)
+        self._producer = open_producer(
             reader,
-            order,
-            Recipe(policy, seed, selection),
+            recipe,
+            backend=backend,
             batch=batch,
-            device=self._device,
+            device=torch.device(device),
             dtype=dtype,
             colour=colour,
             threads=threads or cores(),
@@ -111,7 +109,7 @@ class ViewStream:
     def __next__(self) -> ViewBatch:
         """The batch at `position`, which then moves on by batch × world."""
         while len(self._pending) <= self._prefetch:
-            self._pending.append(self._producer.submit(self._submitted + self._offset))
+            self._pending.append(self._producer.submit(partial(self._plan, self._submitted + self._offset)))
             self._submitted += self._step
         start = time.perf_counter()
         batch = self._pending.popleft().result()
@@ -151,6 +149,29 @@ class ViewStream:
                 f"data: {self._failed} of the first {self._seen} samples cannot be used, more than "
                 f"{self._max_failure_share:.1%}; the last: {batch.replaced[-1]}; run `hardviews verify` on the shards"
             )
+
+
+def open_producer(
+    reader: Reader,
+    recipe: Recipe,
+    *,
+    backend: str,
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    colour: str,
+    threads: int,
+) -> HostProducer | DeviceProducer:
+    """The producer for a backend; `auto` takes the device's own graph where that is a GPU and DALI is installed.
+
+    Raises:
+        InputError: for an unknown backend or colour.
+    """
+    if backend not in BACKENDS:
+        raise InputError(f"views.backend: {backend!r} is not known; choose one of {', '.join(BACKENDS)}")
+    on_device = backend == "device" or (backend == "auto" and device.type == "cuda" and HAS_DALI)
+    producer = DeviceProducer if on_device else HostProducer
+    return producer(reader, recipe, batch=batch, device=device, dtype=dtype, colour=colour, threads=threads)
 
 
 def cores() -> int:
