@@ -11,10 +11,11 @@ a counter-based generator whose raw output is fixed for good.
 Letters: n positions asked for, S shards, m samples of a block.
 """
 
+import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from math import ceil
 
@@ -40,7 +41,10 @@ class Samples:
 
 
 class SourceOrder:
-    """The endless sequence of one source's rows: epoch after epoch, each a block-wise shuffle of all rows."""
+    """The endless sequence of one source's rows: epoch after epoch, each a block-wise shuffle of all rows.
+
+    Safe to share between threads.
+    """
 
     def __init__(self, counts: np.ndarray, seed: int, source: int, block: int) -> None:
         """`counts` int64[S]: samples per shard; `block`: shards that are shuffled together."""
@@ -49,6 +53,7 @@ class SourceOrder:
         self._key, self._block = (seed, source), block
         self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
         self._blocks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -58,10 +63,11 @@ class SourceOrder:
         parts = []
         while count > 0:
             epoch, within = divmod(start, len(self))
-            shards, ends = self._epoch(epoch)
-            number = int(np.searchsorted(ends, within, side="right"))
-            first = int(ends[number - 1]) if number else 0
-            taken = self._shuffled(epoch, number, shards)[within - first : within - first + count]
+            with self._lock:
+                shards, ends = self._epoch(epoch)
+                number = int(np.searchsorted(ends, within, side="right"))
+                first = int(ends[number - 1]) if number else 0
+                taken = self._shuffled(epoch, number, shards)[within - first : within - first + count]
             parts.append(taken)
             start, count = start + len(taken), count - len(taken)
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
@@ -81,7 +87,7 @@ class SourceOrder:
         key = epoch, number
         if key not in self._blocks:
             members = shards[number * self._block : (number + 1) * self._block]
-            rows = np.concatenate([np.arange(self._starts[s], self._starts[s + 1]) for s in members])
+            rows = np.concatenate([self._starts[s] + np.arange(int(self._counts[s])) for s in members])
             order = np.argsort(words((*self._key, epoch, SHUFFLE_BLOCK, number), len(rows)), kind="stable")
             self._blocks[key] = rows[order]
             if len(self._blocks) > CACHED_BLOCKS:
@@ -144,6 +150,7 @@ class SampleOrder:
         self._offsets = np.concatenate([[0], np.cumsum([len(source) for source in self._sources])])
         self._stretches = [self._stretch(0, None)]
         self._starts = [0]
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return int(self._offsets[-1])
@@ -169,11 +176,9 @@ class SampleOrder:
             position, count = position + taken, count - taken
         if not parts:
             return Samples(np.empty(0, np.int64), np.empty(0, np.int16), np.empty(0, np.int32))
-        return (
-            parts[0]
-            if len(parts) == 1
-            else Samples(*(np.concatenate(column) for column in zip(*(vars(p).values() for p in parts), strict=True)))
-        )
+        if len(parts) == 1:
+            return parts[0]
+        return Samples(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Samples)))
 
     def _within(self, stretch: _Stretch, offset: int, count: int) -> Samples:
         """Samples of positions inside one epoch."""
@@ -205,10 +210,11 @@ class SampleOrder:
         return self._stretches[bisect_right(self._starts, position) - 1]
 
     def _epoch(self, number: int) -> _Stretch:
-        while len(self._stretches) <= number:
-            last = self._stretches[-1]
-            self._stretches.append(self._stretch(len(self._stretches), last))
-            self._starts.append(last.start + last.length)
+        with self._lock:
+            while len(self._stretches) <= number:
+                last = self._stretches[-1]
+                self._stretches.append(self._stretch(len(self._stretches), last))
+                self._starts.append(last.start + last.length)
         return self._stretches[number]
 
     def _stretch(self, epoch: int, last: _Stretch | None) -> _Stretch:
