@@ -9,12 +9,15 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from jobs.run.command import warn
-from jobs.run.folder import write_json
+from jobs.run.config import PretrainConfig, load_config
+from jobs.run.folder import open_run, write_json
+from models.backbones import build_backbone
 from shards.errors import InputError
 
 SCHEMA_VERSION = 1
@@ -121,6 +124,33 @@ def load_step(folder: Path, step: int | None) -> dict[str, Any]:
             return load(entry.path, entry.facts)
     there = ", ".join(str(entry.step) for entry in entries(folder)) or "none"
     raise InputError(f"step: {folder} has no checkpoint of step {step}; there are: {there}")
+
+
+def load_backbone(
+    run: str | Path, which: Literal["target", "online"] = "target", step: int | None = None
+) -> tuple[nn.Module, PretrainConfig]:
+    """A run's backbone in evaluation mode on the CPU, and the run's configuration.
+
+    `which`: the momentum target (the online encoder where the objective has no target), or the online encoder.
+
+    Raises:
+        InputError: no run, no such checkpoint, or one of another architecture than the run's config.json.
+    """
+    folder = open_run(run)
+    config = load_config(folder.config)
+    weights = load_step(folder.checkpoints, step)["objective"]
+    prefix = f"{which}.backbone."
+    if not any(name.startswith(prefix) for name in weights):
+        prefix = "online.backbone."
+    backbone = build_backbone(config.backbone, 0.0)
+    try:
+        backbone.load_state_dict({n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)})
+    except RuntimeError as error:
+        raise InputError(
+            f"backbone: the checkpoint in {folder.checkpoints} does not fit {config.backbone.name} of config.json "
+            f"({' '.join(str(error).split())[:200]}); was config.json changed?"
+        ) from error
+    return backbone.eval(), config
 
 
 def _sha256(path: Path) -> str:

@@ -1,0 +1,245 @@
+"""The configuration of a pretraining run: frozen dataclasses, and their JSON form."""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import cattrs
+
+from jobs.run.folder import write_json
+from jobs.run.metrics import LOGGERS
+from jobs.run.optim import OptimizerConfig
+from models.backbones import BackboneConfig
+from models.objectives import OBJECTIVES, ObjectiveConfig
+from models.objectives.moby import MoBYConfig
+from models.selection import SelectionConfig
+from pipelines.policies import POLICIES, IouScript, Policy, ViewPolicy, build_policy
+from shards.errors import InputError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from."""
+
+    real: str = ""
+    """Shards of real images: a folder or an fsspec address such as s3://bucket/shards; empty = none."""
+    synthetic: str = ""
+    """Shards of synthetic images; empty = none."""
+    synthetic_share: float = 0.5
+    """Share of synthetic images in every stretch of the stream (0 to 1); without synthetic shards it is 0."""
+    final_synthetic_share: float | None = None
+    """Share in the last epoch, approached linearly by epoch; None = constant."""
+    block: int = 16
+    """Shards that are shuffled together, and so the most that are open at once."""
+    threads: int = 0
+    """CPU threads that read, decode and augment per process; 0 = one per core."""
+    prefetch: int = 2
+    """Batches prepared ahead."""
+    max_failures: float = 0.01
+    """Share of unreadable samples above which a run stops (0 to 1)."""
+    cache: str = ""
+    """Folder for shards fetched from an address; empty = a folder below the user's cache folder."""
+    cache_gb: float = 50.0
+    """Size the cache may grow to (10⁹ bytes)."""
+
+    def __post_init__(self) -> None:
+        for name in ("synthetic_share", "max_failures"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"data.{name}: {getattr(self, name)} must lie between 0 and 1")
+        if self.final_synthetic_share is not None and not 0 <= self.final_synthetic_share <= 1:
+            raise InputError(f"data.final_synthetic_share: {self.final_synthetic_share} must lie between 0 and 1")
+        for name in ("block", "prefetch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"data.{name}: {getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True)
+class ViewsConfig:
+    """How views are drawn."""
+
+    policy: str = "byol"
+    """Augmentation policy by name: byol, moco_v2, simclr, moco_v3, dino, ibot."""
+    local_views: int | None = None
+    """Local crops per image of a multi-crop policy; None = the policy's own number."""
+    crop_scale: tuple[float, float] | None = None
+    """Crop area (share of the image) of the views that pairs are chosen from; None = the policy's own."""
+    jitter: float = 1.0
+    """Factor on the policy's four colour jitter strengths; 1 = as published."""
+    colour: Literal["fused", "exact"] = "fused"
+    """Colour operations: fused into few passes, or one by one by Kornia."""
+    iou: IouScript | None = None
+    """Scripted overlap of an image's views instead of free draws; None = free."""
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise InputError(f"views.policy: {self.policy!r} is not known; choose one of {', '.join(POLICIES)}")
+        if self.jitter < 0:
+            raise InputError(f"views.jitter: {self.jitter} must be 0 or above")
+
+    def build(self, size: int, views: int) -> Policy:
+        """The policy with `views` views of `size` pixels that compete, and its local views.
+
+        Raises:
+            InputError: local views asked of a policy without any.
+        """
+        counts = (views,) if self.local_views is None else (views, self.local_views)
+        policy = build_policy(self.policy, size, *counts)
+        first = policy.groups[0]
+        if self.crop_scale is not None:
+            first = replace(first, views=tuple(replace(view, scale=self.crop_scale) for view in first.views))
+        groups = (first, *policy.groups[1:])
+        groups = tuple(replace(g, views=tuple(_jittered(view, self.jitter) for view in g.views)) for g in groups)
+        return replace(policy, groups=groups, iou=self.iou)
+
+
+def _jittered(view: ViewPolicy, factor: float) -> ViewPolicy:
+    strengths = {name: getattr(view, name) * factor for name in ("brightness", "contrast", "saturation")}
+    return replace(view, **strengths, hue=min(view.hue * factor, 0.5))
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and which are kept."""
+
+    every: int = 1000
+    """Steps between checkpoints; one more is written at the end, on SIGTERM and on Ctrl-C."""
+    keep: int = 3
+    """Newest checkpoints that are kept; the one with the best held-out kNN accuracy is kept besides."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "keep"):
+            if getattr(self, name) < 1:
+                raise InputError(f"checkpoint.{name}: {getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """What is watched while training."""
+
+    every: int = 10
+    """Steps between lines of metrics."""
+    health_every: int = 100
+    """Steps between gradient norms by layer, feature standard deviation and RankMe; 0 = never."""
+    bank: int = 16_384
+    """Images whose features are kept in a memory bank that every step updates, for a kNN accuracy of every step's
+    images against it; 0 = none."""
+    knn_every: int = 0
+    """Steps between kNN evaluations of the held-out shards; there is one at the start and the end besides."""
+    knn_train: str = ""
+    """Labelled shards or ImageFolder that the kNN evaluation learns from; empty = no evaluation."""
+    knn_test: str = ""
+    """Held-out shards or ImageFolder that it is scored on."""
+    max_bad_steps: int = 20
+    """Steps in a row with a loss or gradient that is not finite after which the run stops; each is skipped."""
+    loggers: tuple[str, ...] = ("json", "tensorboard")
+    """Where metrics go: json, tensorboard, wandb, mlflow."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "max_bad_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"monitor.{name}: {getattr(self, name)} must be at least 1")
+        for name in ("health_every", "bank", "knn_every"):
+            if getattr(self, name) < 0:
+                raise InputError(f"monitor.{name}: {getattr(self, name)} must be 0 or above")
+        if unknown := set(self.loggers) - set(LOGGERS):
+            raise InputError(f"monitor.loggers: {', '.join(sorted(unknown))} unknown; known: {', '.join(LOGGERS)}")
+        if bool(self.knn_train) != bool(self.knn_test):
+            raise InputError("monitor.knn_train and monitor.knn_test: one is given without the other; give both")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything that decides what a run computes."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    views: ViewsConfig = field(default_factory=ViewsConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    objective: ObjectiveConfig = field(default_factory=MoBYConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    epochs: float = 300.0
+    """Length in epochs: passes over the real images (over the synthetic ones where there are no real ones)."""
+    steps: int | None = None
+    """Length in steps; overrides epochs."""
+    batch: int = 512
+    """Images per step over all processes."""
+    accumulate: int = 1
+    """Parts that each process splits its images of a step into, to save memory; gradients add up."""
+    seed: int = 0
+    """Seed of every random choice."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto = cuda where there is one."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the encoders; auto = bf16 on cuda, fp32 elsewhere."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the encoders; auto = on for cuda."""
+    checkpoint_activations: bool = False
+    """Recompute activations in the backward pass, to save memory."""
+
+    def __post_init__(self) -> None:
+        if self.epochs <= 0:
+            raise InputError(f"epochs: {self.epochs} must be above 0")
+        if self.steps is not None and self.steps < 1:
+            raise InputError(f"steps: {self.steps} must be at least 1")
+        for name in ("batch", "accumulate"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: {getattr(self, name)} must be at least 1")
+
+
+def _converter() -> cattrs.Converter:
+    """Objectives are told apart by the name they have in OBJECTIVES; a key that no field reads is an error."""
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    plain = cattrs.Converter(forbid_extra_keys=True)
+    names = {config: name for name, (config, _) in OBJECTIVES.items()}
+
+    def structure(value: dict[str, Any], _: type) -> Any:
+        name = value.get("name")
+        if name not in OBJECTIVES:
+            raise ValueError(f"objective.name: {name!r} is unknown; known: {', '.join(OBJECTIVES)}")
+        return plain.structure({key: value[key] for key in value if key != "name"}, OBJECTIVES[name][0])
+
+    converter.register_structure_hook_func(lambda kind: kind == ObjectiveConfig, structure)
+    converter.register_unstructure_hook_func(
+        lambda kind: kind == ObjectiveConfig, lambda value: {"name": names[type(value)], **plain.unstructure(value)}
+    )
+    return converter
+
+
+def to_plain(config: PretrainConfig) -> dict[str, Any]:
+    """Dicts, lists, numbers and strings, for JSON and checkpoints."""
+    return _converter().unstructure(config, PretrainConfig)
+
+
+def from_plain(plain: dict[str, Any]) -> PretrainConfig:
+    """The inverse of `to_plain`.
+
+    Raises:
+        InputError: a key that nothing reads, a value of the wrong type or out of range.
+    """
+    try:
+        return _converter().structure(plain, PretrainConfig)
+    except (cattrs.BaseValidationError, ValueError) as error:
+        reasons = (
+            cattrs.transform_error(error, path="config") if isinstance(error, cattrs.BaseValidationError) else [error]
+        )
+        raise InputError(f"config: {'; '.join(map(str, reasons))}") from error
+
+
+def save_config(config: PretrainConfig, path: Path) -> None:
+    """Writes `config.json` of a run folder."""
+    write_json(path, to_plain(config))
+
+
+def load_config(path: Path) -> PretrainConfig:
+    """Reads `config.json` of a run folder.
+
+    Raises:
+        InputError: as `from_plain`, or no JSON.
+    """
+    try:
+        return from_plain(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise InputError(f"config: {path} is no JSON ({error})") from error

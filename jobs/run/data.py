@@ -1,0 +1,99 @@
+"""From the shard addresses of a configuration to manifests, the order of samples, and a stream of views."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+
+from jobs.run.config import DataConfig, PretrainConfig
+from jobs.run.world import World
+from models.objectives import Length
+from pipelines.batch import Selection
+from pipelines.policies import Policy
+from pipelines.stream import ViewStream
+from shards.errors import InputError
+from shards.manifest import Manifest, open_manifest
+from shards.order import SampleOrder
+from shards.reader import SampleError, SampleReader
+
+
+@dataclass(frozen=True)
+class Data:
+    """Opened shards and the order of their samples; source numbers are positions in `manifests`."""
+
+    manifests: tuple[Manifest, ...]
+    order: SampleOrder
+    reader: SampleReader
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Source tags in the order of their numbers."""
+        return tuple(manifest.source for manifest in self.manifests)
+
+
+def open_data(config: PretrainConfig) -> Data:
+    """Opens the real and the synthetic shards that the configuration names.
+
+    Raises:
+        InputError: neither is named, one cannot be read, or a share asks for what is not there.
+    """
+    addresses = [address for address in (config.data.real, config.data.synthetic) if address]
+    if not addresses:
+        raise InputError("data.real: no shards given; name a folder that `hardviews build` made")
+    manifests = tuple(open_manifest(address) for address in addresses)
+    counts = [manifest.counts for manifest in manifests]
+    seed, block = config.seed, config.data.block
+    order = SampleOrder(counts, shares(config.data, 1), seed, block)
+    if config.data.final_synthetic_share is not None:
+        epochs = config.epochs if config.steps is None else config.steps * config.batch / order.epoch_length
+        order = SampleOrder(counts, shares(config.data, ceil(epochs)), seed, block)
+    return Data(manifests, order, SampleReader(manifests))
+
+
+def shares(config: DataConfig, epochs: int) -> list[list[float]]:
+    """Per epoch the share of each source that is there, real before synthetic."""
+    if not (config.real and config.synthetic):
+        return [[1.0]]
+    first = config.synthetic_share
+    last = first if config.final_synthetic_share is None else config.final_synthetic_share
+    ramp = [first + (last - first) * epoch / max(epochs - 1, 1) for epoch in range(max(epochs, 1))]
+    return [[1 - share, share] for share in ramp]
+
+
+def run_length(config: PretrainConfig, order: SampleOrder) -> Length:
+    """Steps of the run and of an epoch."""
+    per_epoch = order.epoch_length / config.batch
+    return Length(config.steps or max(1, ceil(config.epochs * per_epoch - 1e-9)), per_epoch)
+
+
+def run_policy(config: PretrainConfig) -> Policy:
+    """All views of an image."""
+    return config.views.build(config.backbone.image_size, config.selection.views)
+
+
+def open_stream(
+    config: PretrainConfig, data: Data, world: World, step: int, quarantine: Callable[[SampleError], None]
+) -> ViewStream:
+    """This rank's batches from `step` on.
+
+    Raises:
+        InputError: the batch does not divide among the ranks.
+    """
+    if config.batch % world.size:
+        raise InputError(f"batch: {config.batch} images do not divide among {world.size} processes; take a multiple")
+    return ViewStream(
+        data.reader,
+        data.order,
+        run_policy(config),
+        seed=config.seed,
+        batch=config.batch // world.size,
+        rank=world.rank,
+        world=world.size,
+        position=step * config.batch,
+        device=world.device,
+        colour=config.views.colour,
+        threads=config.data.threads,
+        prefetch=config.data.prefetch,
+        selection=Selection(config.selection.resolution, config.selection.static_colour),
+        quarantine=quarantine,
+        max_failure_share=config.data.max_failures,
+    )
