@@ -66,6 +66,8 @@ class Replacer:
                     f"data: {MAX_ATTEMPTS} samples in a row cannot be used, the last for this: {broken[row]}; "
                     "run `hardviews verify` on the shards"
                 )
-        ids = [self._reader.substitute(int(self._first_B[row]), int(self._attempts_B[row])) for row in todo]
+        # Ever longer leaps: out of a damaged shard of 1,000 samples in 10 attempts.
+        leaps = [(1 << int(self._attempts_B[row])) - 1 for row in todo]
+        ids = [self._reader.substitute(int(self._first_B[row]), leap) for row, leap in zip(todo, leaps, strict=True)]
         self._rows.substitute(todo, ids, self._reader)
         return todo
