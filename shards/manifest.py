@@ -128,6 +128,11 @@ class Manifest:
         """File names of the tars."""
         return tuple(entry.name for entry in self.entries)
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the hashes of all shards: the same for the same images in the same order, wherever they lie."""
+        return hashlib.sha256("".join(entry.sha256 for entry in self.entries).encode()).hexdigest()
+
     def shard_of(self, rows: np.ndarray) -> np.ndarray:
         """int64[n] row numbers → int32[n] shard numbers."""
         return (np.searchsorted(self.starts, rows, side="right") - 1).astype(np.int32)
