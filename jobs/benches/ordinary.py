@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 from pipelines.photometric import MEAN, SOLARIZE_FROM, STD
 from pipelines.policies import Policy, ViewPolicy
 
+PREFETCH = 2  # batches that each process makes ahead, torch's default
+
 
 @dataclass(frozen=True)
 class PillowBlur:
@@ -76,6 +78,7 @@ def ordinary_batches(files: Sequence[Path], policy: Policy, batch: int, workers:
         batch_size=batch,
         sampler=RandomSampler(files, replacement=True, num_samples=1 << 40),
         num_workers=workers,
+        prefetch_factor=PREFETCH,
         # Not a fork: this process has threads of DALI, OpenCV and torch.
         multiprocessing_context="spawn",
     )

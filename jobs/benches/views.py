@@ -1,0 +1,343 @@
+"""`hardviews bench views`: N views per image, beside the loader that people use, in one run and by turns.
+
+Both sides read the same images by the same policy with as many cores. Rounds alternate, figures are medians over the
+rounds, and each side rests while the other is timed. A third measurement stops after decode and crops.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from jobs.benches.accuracy import differences, markdown
+from jobs.benches.ordinary import PREFETCH, ordinary_batches
+from jobs.benches.photographs import jpeg
+from jobs.run.command import parse, progress
+from jobs.run.log import AugmentationLog
+from pipelines.crop import crop_views
+from pipelines.decode import Decoder, open_decoder
+from pipelines.draw import draw
+from pipelines.policies import Policy, build_policy
+from pipelines.stream import ViewStream, cores
+from shards.build import build, plan
+from shards.engines import run_tasks
+from shards.errors import InputError
+from shards.manifest import Manifest, open_manifest
+from shards.order import SampleOrder
+from shards.reader import SampleError, SampleReader
+
+SEED = 0
+AHEAD = 2  # batches our stream makes ahead
+
+
+@dataclass(frozen=True)
+class ViewsBench:
+    """Measures views per image against an ordinary loader, or colour against torchvision."""
+
+    images: Path | None = None
+    """Folder of images to use, with or without class folders; by default photographs of about 470×400 pixels and
+    110 KB are made."""
+    views: int = 4
+    """Views of an image."""
+    size: int = 224
+    """Side of a view, pixels."""
+    policy: str = "byol"
+    """Augmentation policy; byol is MoBY's and SynBY's."""
+    batch: int = 32
+    """Images in a batch."""
+    threads: int = 0
+    """Cores: our threads, and the ordinary loader's processes; 0 for all that this process may use."""
+    rounds: int = 5
+    """Times that each side is measured."""
+    seconds: float = 4.0
+    """Length of a measurement, seconds."""
+    made: int = 256
+    """Photographs to make where no folder is given."""
+    device: str = "cpu"
+    """Where our batches go: cpu, or cuda (decode, crops and colour then run there)."""
+    accuracy: bool = False
+    """Print how far each colour operation is from torchvision's instead, as a Markdown table."""
+    json: bool = False
+    """Print the figures as one JSON object on the last line."""
+
+
+class Side:
+    """One loader under measurement: batches without end, made ahead in the background."""
+
+    def __init__(self, step: Callable[[], int], ahead: int) -> None:
+        """`step` takes one batch and returns its images; up to `ahead` batches are made without being asked for."""
+        self._step, self._ahead = step, ahead
+        self._batch_seconds = 0.0
+
+    def measure(self, seconds: float) -> float:
+        """Images a second in the steady state, over whole batches for at least so long."""
+        for _ in range(self._ahead + 1):  # what was made while resting does not count
+            self._step()
+        images, batches, start = 0, 0, time.perf_counter()
+        while (spent := time.perf_counter() - start) < seconds or batches < 2:
+            images += self._step()
+            batches += 1
+        self._batch_seconds = spent / batches
+        return images / spent
+
+    def rest(self) -> None:
+        """Waits until the batches ahead are made, so that the next measurement has the cores."""
+        time.sleep(self._batch_seconds * (self._ahead + 1))
+
+
+class OurViews:
+    """The real stream over real shards, each batch's rows written to a log as a training step does."""
+
+    def __init__(self, config: ViewsBench, manifest: Manifest, reader: SampleReader, policy: Policy, log: Path) -> None:
+        order = SampleOrder([manifest.counts], [1.0], SEED)
+        self.stream = ViewStream(
+            reader,
+            order,
+            policy,
+            seed=SEED,
+            batch=config.batch,
+            device=config.device,
+            threads=config.threads or cores(),
+            prefetch=AHEAD,
+        )
+        self.log = AugmentationLog(log, views=policy.views)
+        self.log_seconds = 0.0
+        self._steps = 0
+        self._cuda = config.device.startswith("cuda")
+
+    def step(self) -> int:
+        """Takes one batch and logs it; returns its images."""
+        batch = next(self.stream)
+        if self._cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        self.log.append(
+            self._steps,
+            batch.position,
+            batch.ids_B,
+            batch.sources_B,
+            batch.epochs_B,
+            batch.labels_B,
+            batch.sizes_B2,
+            batch.params,
+        )
+        self.log_seconds += time.perf_counter() - start
+        self._steps += 1
+        return len(batch)
+
+    def seconds(self) -> dict[str, float]:
+        """Thread-seconds so far by stage, the log's among them; `images`; `cpu`, the process's CPU time."""
+        stages = {name: spent for name, spent in self.stream.profile().items() if name != "wait"}
+        return {**stages, "log": self.log_seconds, "cpu": time.process_time()}
+
+    def close(self) -> None:
+        """Ends the stream and the log."""
+        self.stream.close()
+        self.log.close()
+
+
+class DecodeAndCrop:
+    """Read, decode and crop alone, in as many threads; nothing is coloured."""
+
+    def __init__(self, config: ViewsBench, reader: SampleReader, policy: Policy) -> None:
+        self._reader, self._policy = reader, policy
+        self._order = SampleOrder([manifest.counts for manifest in reader.manifests], [1.0], SEED)
+        self._batch = config.batch
+        threads = config.threads or cores()
+        self._chunk = -(-config.batch // threads)
+        self._local = threading.local()
+        self.pool = ThreadPoolExecutor(threads)
+        self._position = 0
+
+    def step(self) -> int:
+        """Makes the crops of one batch."""
+        starts = range(self._position, self._position + self._batch, self._chunk)
+        self._position += self._batch
+        return sum(self.pool.map(self._work, starts))
+
+    def _work(self, position: int) -> int:
+        local, policy = self._local, self._policy
+        if not hasattr(local, "decoder"):
+            local.decoder = open_decoder(self._chunk)
+            sizes = [(group.count, group.size) for group in policy.groups]
+            local.crops = [torch.empty(count, size, size, 3, dtype=torch.uint8) for count, size in sizes]
+        samples = self._order.at(position, self._chunk)
+        params = draw(policy, samples.ids, samples.epochs, SEED, self._reader.sizes(samples.ids))
+        data = [item for item in self._reader.read(samples.ids) if not isinstance(item, SampleError)]
+        decoder: Decoder = local.decoder
+        for row, image in enumerate(decoder.decode(data)):
+            assert isinstance(image, torch.Tensor), image
+            for span, crops in zip(policy.spans, local.crops, strict=True):
+                crop_views(image, params[row][span], crops)
+        return len(data)
+
+
+def views_figures(config: ViewsBench) -> dict[str, object]:
+    """Runs the measurements; every figure with its unit in its name.
+
+    Raises:
+        InputError: for a bad setting, or a folder without images.
+    """
+    if config.rounds < 1 or config.batch < 1 or config.made < 1:
+        raise InputError("rounds, batch, made: give at least 1 of each")
+    policy = build_policy(config.policy, config.size, config.views)
+    threads = config.threads or cores()
+    torch.set_num_threads(1)  # threads of ours run beside each other; torch's own would fight them
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = config.images or make_photographs(scratch / "images", config.made)
+        manifest = make_shards(folder, scratch / "shards", threads)
+        files = image_files(folder, manifest)
+        reader = SampleReader([manifest])
+        stack.callback(reader.close)
+        ours = OurViews(config, manifest, reader, policy, scratch / "log.zarr")
+        stack.callback(ours.close)
+        crops = DecodeAndCrop(config, reader, policy)
+        stack.callback(crops.pool.shutdown)
+        ordinary = ordinary_batches(files, policy, config.batch, threads)
+        sides = {
+            "ours": Side(ours.step, AHEAD),
+            "ordinary": Side(partial(_take, ordinary), PREFETCH * threads),
+            "crops": Side(crops.step, 0),
+        }
+        rates, spent = _alternate(sides, ours, config)
+        del ordinary  # ends its processes
+        facts = {
+            "images": len(manifest),
+            "mean_kilobytes": sum(path.stat().st_size for path in files) / len(files) / 1e3,
+            "views": policy.views,
+            "size": config.size,
+            "policy": config.policy,
+            "batch": config.batch,
+            "threads": threads,
+            "device": config.device,
+        }
+    return {**_figures(rates, spent, config), **facts}
+
+
+def _take(batches: Iterator[list[torch.Tensor]]) -> int:
+    return len(next(batches)[0])
+
+
+def _alternate(
+    sides: dict[str, Side], ours: OurViews, config: ViewsBench
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Rates of each side over the rounds, and what our stages took in our measurements alone."""
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    spent: dict[str, float] = {}
+    with progress("measuring", config.rounds * len(sides), "measurements") as bar:
+        for side in sides.values():  # starts processes and threads, fills caches
+            side.measure(min(1.0, config.seconds))
+            side.rest()
+        for _ in range(config.rounds):
+            for name, side in sides.items():
+                before = ours.seconds()
+                rates[name].append(side.measure(config.seconds))
+                if name == "ours":
+                    after = ours.seconds()
+                    spent = {key: spent.get(key, 0.0) + after[key] - before[key] for key in after}
+                side.rest()
+                bar.advance()
+    return rates, spent
+
+
+def _figures(rates: dict[str, list[float]], spent: dict[str, float], config: ViewsBench) -> dict[str, object]:
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    images = spent.pop("images")
+    cpu = spent.pop("cpu")
+    milliseconds = {stage: 1e3 * seconds / images for stage, seconds in spent.items()}
+    busiest = max(milliseconds, key=lambda stage: milliseconds[stage])
+    return {
+        "images_per_second": medians["ours"],
+        "baseline_images_per_second": medians["ordinary"],
+        "ratio": medians["ours"] / medians["ordinary"],
+        "ratios": [a / b for a, b in zip(rates["ours"], rates["ordinary"], strict=True)],
+        "decode_and_crop_images_per_second": medians["crops"],
+        "profile": milliseconds,
+        "bound_by": busiest,
+        "cpu_milliseconds_per_image": 1e3 * cpu / images,
+        # Against the shortest step there can be, one that waits for nothing but its data.
+        "log_share_of_step": milliseconds["log"] * medians["ours"] / 1e3,
+        "peak_memory_gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+
+
+def make_photographs(folder: Path, count: int) -> Path:
+    """A folder of made JPEGs."""
+    folder.mkdir(parents=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, progress("making photographs", count, "images") as bar:
+        for number, content in enumerate(pool.map(jpeg, range(count))):
+            (folder / f"{number:05}.jpg").write_bytes(content)
+            bar.advance()
+    return folder
+
+
+def make_shards(folder: Path, out: Path, workers: int) -> Manifest:
+    """Shards of all images in the folder, made as `hardviews build` makes them."""
+    run = partial(run_tasks, "local", workers=workers, address=None)
+    build(plan(f"folder:{folder}", out, run, shard_samples=128, keep_order=True), "real", run)
+    return open_manifest(out)
+
+
+def image_files(folder: Path, manifest: Manifest) -> list[Path]:
+    """The files of the images that the shards hold, so that both sides read the same.
+
+    Raises:
+        InputError: fewer files than samples carry a JPEG's, PNG's or WebP's name.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
+    if len(files) != len(manifest):
+        raise InputError(
+            f"images: {folder}: {len(manifest)} of {len(files)} image files can be read; take the others out"
+        )
+    return files
+
+
+def table(figures: dict[str, object]) -> Table:
+    """The figures as people read them."""
+    shown = Table(title="Views: {views} of {size} pixels an image, policy {policy}, {threads} cores".format(**figures))
+    shown.add_column("")
+    shown.add_column("value", justify="right")
+    number = {key: value for key, value in figures.items() if isinstance(value, float)}
+    shown.add_row("hardviews, whole pipeline", f"{number['images_per_second']:,.0f} images/s")
+    shown.add_row("ordinary loader (torchvision, DataLoader)", f"{number['baseline_images_per_second']:,.0f} images/s")
+    shown.add_row("ratio", f"{number['ratio']:.2f}")
+    shown.add_row("decode and crops alone", f"{number['decode_and_crop_images_per_second']:,.0f} images/s")
+    shown.add_section()
+    profile = figures["profile"]
+    assert isinstance(profile, dict)
+    for stage, milliseconds in profile.items():
+        shown.add_row(f"{stage}, over all threads", f"{milliseconds:.3f} ms/image")
+    shown.add_row("CPU time of the process", f"{number['cpu_milliseconds_per_image']:.2f} ms/image")
+    shown.add_row("bound by", str(figures["bound_by"]))
+    shown.add_row("log, of the shortest possible step", f"{number['log_share_of_step']:.2%}")
+    shown.add_row("peak memory", f"{number['peak_memory_gigabytes']:.1f} GB")
+    return shown
+
+
+def main(argv: list[str]) -> None:
+    """Entry point of `hardviews bench views`."""
+    config = parse(ViewsBench, argv, prog="hardviews bench views")
+    if config.accuracy:
+        found = differences(config.size, device=config.device)
+        print(json.dumps([vars(difference) for difference in found]) if config.json else markdown(found))
+        return
+    figures = views_figures(config)
+    Console().print(table(figures))
+    if config.json:
+        print(json.dumps(figures))
