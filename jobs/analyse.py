@@ -9,7 +9,7 @@ import numpy as np
 import tyro
 
 from jobs.analysis import output, plots
-from jobs.analysis.choices import HISTOGRAMS, Choices
+from jobs.analysis.choices import DISTANCE_EDGES, HISTOGRAMS, ZOOM_EDGES, Choices
 from jobs.analysis.classifier import predict_choice
 from jobs.analysis.importance import PUBLISHED, TRAPS, importance
 from jobs.analysis.sample import PairData, RowSample, pair_data
@@ -39,11 +39,15 @@ class AnalyseConfig:
     """Candidate pairs sampled for the forests and the classifier; the statistics of choices take all."""
     seed: int = 0
     """Of the sample, the random pairs and the forests."""
+    pictures: bool = True
+    """Draw PNG and SVG pictures; without them only JSON and CSV."""
     out: Path | None = None
     """Folder for the comparison of several runs; FIRST_RUN/analysis/comparison by default."""
 
 
-def analyse(run: Path, *, steps: str | None = None, pairs: int = 300_000, seed: int = 0) -> dict[str, Any]:
+def analyse(
+    run: Path, *, steps: str | None = None, pairs: int = 300_000, seed: int = 0, pictures: bool = True
+) -> dict[str, Any]:
     """Analyses one run, writes RUN/analysis and returns the content of its analysis.json.
 
     What cannot be computed is left out, with the reason under `notes`. `pairs` bounds the time: 300,000 take about a
@@ -71,7 +75,8 @@ def analyse(run: Path, *, steps: str | None = None, pairs: int = 300_000, seed: 
     folder = RunFolder(run).analysis
     folder.mkdir(parents=True, exist_ok=True)
     output.write_tables(analysis, folder)
-    plots.draw_all(analysis, folder)
+    if pictures:
+        plots.draw_all(analysis, folder)
     write_json(folder / "analysis.json", analysis)
     return analysis
 
@@ -113,9 +118,6 @@ def _choices(choices: Choices, notes: list[str]) -> dict[str, Any]:
     by_class = choices.by_class()
     if not by_class:
         notes.append("labels: the log has none; the table by class is left out")
-    chosen, everything = choices.grids["chosen"], choices.grids["all"]
-    expected = everything * chosen.sum() / everything.sum()
-    lift = np.where(expected >= 5, chosen / np.maximum(expected, 1e-9), np.nan)  # fewer are noise
     iou = {kind: counts.astype(int).tolist() for kind, counts in choices.histograms["iou"].items()}
     return {
         "lowest_iou_share": total["lowest_iou_share"],
@@ -129,14 +131,28 @@ def _choices(choices: Choices, notes: list[str]) -> dict[str, Any]:
             }
             for name, kinds in choices.histograms.items()
         },
-        "zoom_distance": {
-            "zoom_edges": plots.ZOOM_EDGES.tolist(),
-            "distance_edges": plots.DISTANCE_EDGES.tolist(),
-            "lift": [[None if np.isnan(value) else float(value) for value in row] for row in lift],
-        },
+        "zoom_distance": _grid(choices),
         "over_training": choices.over_training(),
         "by_source": choices.by_source(),
         "by_class": by_class,
+    }
+
+
+def _grid(choices: Choices) -> dict[str, Any] | None:
+    """How much more often than at random a zoom and distance is chosen; None where every cell has too few pairs."""
+    chosen, everything = choices.grids["chosen"], choices.grids["all"]
+    expected = everything * chosen.sum() / everything.sum()
+    enough = expected >= 5
+    if not enough.any():
+        return None
+    lift = np.divide(chosen, expected, out=np.zeros_like(chosen), where=enough)
+    return {
+        "zoom_edges": ZOOM_EDGES.tolist(),
+        "distance_edges": DISTANCE_EDGES.tolist(),
+        "lift": [
+            [float(value) if known else None for value, known in zip(*row, strict=True)]
+            for row in zip(lift, enough, strict=True)
+        ],
     }
 
 
@@ -180,7 +196,9 @@ def main(argv: list[str]) -> None:
     analyses: dict[str, dict[str, Any]] = {}
     for run in config.runs:
         try:
-            analyses[str(run)] = analyse(run, steps=config.steps, pairs=config.pairs, seed=config.seed)
+            analyses[str(run)] = analyse(
+                run, steps=config.steps, pairs=config.pairs, seed=config.seed, pictures=config.pictures
+            )
         except InputError as error:
             if len(config.runs) == 1:
                 raise
@@ -194,5 +212,5 @@ def main(argv: list[str]) -> None:
         print(f"  {RunFolder(Path(run)).analysis}")
     if len(analyses) > 1:
         out = config.out or RunFolder(Path(next(iter(analyses)))).analysis / "comparison"
-        output.write_comparison(analyses, out)
+        output.write_comparison(analyses, out, config.pictures)
         print(f"comparison: {out}")

@@ -90,8 +90,8 @@ class Choices:
             place = _place(zoom, ZOOM_EDGES) * grid.shape[1] + _place(distance, DISTANCE_EDGES)
             grid += np.bincount(place, minlength=grid.size).reshape(grid.shape)
 
-    def total(self) -> dict[str, float | None]:
-        """Every mean over all rows, with the ends of its error bar (NAME_low, NAME_high)."""
+    def total(self) -> dict[str, Any]:
+        """Every mean over all rows."""
         return self._summary(self._count_STI.sum((0, 1)), self._sums_MSTI.sum((1, 2)))
 
     def over_training(self) -> list[dict[str, Any]]:
@@ -104,21 +104,18 @@ class Choices:
             series.append(where | self._summary(count_TI[t], sums_MTI[:, t]))
         return series
 
-    def by_source(self) -> dict[str, dict[str, float | None]]:
+    def by_source(self) -> dict[str, dict[str, Any]]:
         """The same for each source that has rows."""
         count_SI, sums_MSI = self._count_STI.sum(1), self._sums_MSTI.sum(2)
         there = np.flatnonzero(count_SI.sum(1))
         return {self.sources[s]: self._summary(count_SI[s], sums_MSI[:, s]) for s in there}
 
-    def by_class(self) -> list[dict[str, float | None]]:
+    def by_class(self) -> list[dict[str, Any]]:
         """Every mean for each label that occurs; empty where no image has one."""
+        count_C = self._class_count_C
         return [
-            {"class": int(c), "rows": int(self._class_count_C[c])}
-            | {
-                name: _number(sums_C[c] / self._class_count_C[c])
-                for name, sums_C in zip(MEANS, self._class_sums_MC, strict=True)
-            }
-            for c in np.flatnonzero(self._class_count_C)
+            {"class": int(c), "rows": int(count_C[c]), **_named(self._class_sums_MC[:, c] / count_C[c])}
+            for c in np.flatnonzero(count_C)
         ]
 
     def _add_means(self, rows: Rows, metrics: dict[str, NDArray[Any]], picks: dict[str, NDArray[Any]]) -> None:
@@ -152,17 +149,21 @@ class Choices:
         self._class_count_C = np.pad(self._class_count_C, (0, more))
         self._class_sums_MC = np.pad(self._class_sums_MC, ((0, 0), (0, more)))
 
-    def _summary(self, count_I: NDArray[np.float64], sums_MI: NDArray[np.float64]) -> dict[str, float | None]:
-        """Means with bars of 1.96 standard errors of a ratio of sums over the groups of images."""
+    def _summary(self, count_I: NDArray[np.float64], sums_MI: NDArray[np.float64]) -> dict[str, Any]:
+        """Means; `low` and `high` hold the ends of their bars, 1.96 standard errors of a ratio of sums over groups."""
         total, groups = count_I.sum(), int((count_I > 0).sum())
-        found: dict[str, float | None] = {"rows": int(total)}
-        for name, sums_I in zip(MEANS, sums_MI, strict=True):
-            mean = sums_I.sum() / total
-            found[name] = _number(mean)
-            if groups > 1:
-                error = np.sqrt(groups / (groups - 1) * ((sums_I - mean * count_I) ** 2).sum()) / total
-                found |= {f"{name}_low": _number(mean - 1.96 * error), f"{name}_high": _number(mean + 1.96 * error)}
+        mean_M = sums_MI.sum(1) / total
+        found: dict[str, Any] = {"rows": int(total), **_named(mean_M)}
+        if groups > 1:
+            rest_MI = sums_MI - mean_M[:, None] * count_I
+            error_M = np.sqrt(groups / (groups - 1) * (rest_MI**2).sum(1)) / total
+            found |= {"low": _named(mean_M - 1.96 * error_M), "high": _named(mean_M + 1.96 * error_M)}
         return found
+
+
+def _named(value_M: NDArray[np.float64]) -> dict[str, float | None]:
+    """By name; JSON has no NaN, so what has not been measured is null."""
+    return {name: float(value) if np.isfinite(value) else None for name, value in zip(MEANS, value_M, strict=True)}
 
 
 def _pick(values_BP: NDArray[Any], choice_B: NDArray[Any]) -> NDArray[Any]:
@@ -177,8 +178,3 @@ def _place(values: NDArray[Any], edges: NDArray[np.float64]) -> NDArray[np.int64
 
 def _histogram(values: NDArray[Any], edges: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.bincount(_place(values, edges), minlength=len(edges) - 1).astype(np.float64)
-
-
-def _number(value: float) -> float | None:
-    """JSON has no NaN: what has not been measured is null."""
-    return float(value) if np.isfinite(value) else None

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.ensemble import HistGradientBoostingClassifier
+from threadpoolctl import threadpool_limits
 
 from jobs.analysis.pairs import pair_metrics, pair_zoom, scored_params
 from jobs.run.log_reader import Rows
@@ -52,8 +53,9 @@ def predict_choice(rows: Rows, seed: int = 0, iterations: int = 150) -> Predicti
     test_R = np.repeat(test_B, count)
     how: dict[str, Any] = {"max_iter": iterations, "early_stopping": False}
     model = HistGradientBoostingClassifier(random_state=seed, **how)
-    model.fit(features_RF[~test_R], chosen_R[~test_R])
-    score_BP = model.predict_proba(features_RF[test_R])[:, 1].reshape(-1, count)
+    with threadpool_limits(1):  # its threads wait by spinning: on a busy machine two took 15 times as long as one
+        model.fit(features_RF[~test_R], chosen_R[~test_R])
+        score_BP = model.predict_proba(features_RF[test_R])[:, 1].reshape(-1, count)
     choice_B = rows.choice_B[test_B]
     right_B = score_BP.argmax(1) == choice_B
     iou_BP = pair_metrics(scored_params(rows), rows.sizes_B2)["iou"][test_B]

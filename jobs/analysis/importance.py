@@ -204,7 +204,7 @@ def _tree_shares(names: Sequence[str], value_F: NDArray[np.float64], each_KTF: N
 def _bars(names: Sequence[str], value_F: NDArray[np.float64], error_F: NDArray[np.float64]) -> list[Share]:
     """Values with bars of 1.96 standard errors, inside 0 … 1."""
     return [
-        Share(name, float(value), float(max(value - 1.96 * error, 0)), float(min(value + 1.96 * error, 1)))
+        Share(name, float(value), float(max(value - 1.96 * error, min(value, 0))), float(min(value + 1.96 * error, 1)))
         for name, value, error in zip(names, value_F, error_F, strict=True)
     ]
 

@@ -59,10 +59,21 @@ def _grid_rows(analysis: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One line a row; the ends of error bars become columns NAME_low and NAME_high."""
+    flat = [
+        {key: value for key, value in row.items() if not isinstance(value, Mapping)}
+        | {
+            f"{name}_{end}": row[end][name]
+            for end in ("low", "high")
+            if isinstance(row.get(end), Mapping)
+            for name in row[end]
+        }
+        for row in rows
+    ]
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), restval="")
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in flat for key in row)), restval="")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(flat)
 
 
 def summary(analysis: Mapping[str, Any]) -> list[str]:
@@ -78,7 +89,7 @@ def summary(analysis: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def write_comparison(analyses: Mapping[str, Mapping[str, Any]], out: Path) -> None:
+def write_comparison(analyses: Mapping[str, Mapping[str, Any]], out: Path, pictures: bool = True) -> None:
     """Several runs' analyses side by side: comparison.csv and pictures. Keys are the runs' names."""
     out.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -88,4 +99,5 @@ def write_comparison(analyses: Mapping[str, Mapping[str, Any]], out: Path) -> No
         row["classifier_top1"] = (a.get("classifier") or {}).get("top1")
         rows.append(row)
     _write_csv(out / "comparison.csv", rows)
-    plots.draw_comparison(analyses, out)
+    if pictures:
+        plots.draw_comparison(analyses, out)

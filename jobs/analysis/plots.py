@@ -58,6 +58,7 @@ def save(figure: Figure, path: Path) -> list[Path]:
     """PATH.png and PATH.svg."""
     files = [path.with_suffix(".png"), path.with_suffix(".svg")]
     figure.savefig(files[0], dpi=150)
+    figure.set_layout_engine("none")  # keeps the layout, which takes as long as drawing
     figure.savefig(files[1], metadata={"Date": None})
     return files
 
@@ -107,7 +108,14 @@ def distributions(analysis: Analysis) -> Figure:
         for kind, colour in COLOURS.items():
             counts = np.array(analysis["histograms"][name][kind])
             density = counts / max(counts.sum(), 1) / np.diff(edges)
-            ax.stairs(density, edges, color=colour, label=f"{kind} pairs", linewidth=1.5, fill=False)
+            ax.stairs(
+                density,
+                edges,
+                color=colour,
+                label=f"{kind} pairs",
+                linewidth=1.5,
+                linestyle=":" if kind == "random" else "-",
+            )
         ax.set(xlabel=NAMES[name], ylabel="density")
     _legend(axes[0])
     return figure
@@ -121,6 +129,7 @@ def zoom_distance(analysis: Analysis) -> Figure:
     mesh = axes[0].pcolormesh(
         DISTANCE_EDGES, ZOOM_EDGES, np.log2(np.maximum(lift, 2**-3)), cmap="PuOr", vmin=-most, vmax=most
     )
+    axes[0].grid(visible=False)
     figure.colorbar(mesh, label="log2 (chosen / at random)")
     axes[0].set(xlabel=NAMES["distance"], ylabel=NAMES["zoom"], title="which zoom and distance is chosen")
     return figure
@@ -139,7 +148,7 @@ def importance(analysis: Analysis) -> Figure:
         shares = details[name]
         _bars(ax, shares)
         if name == "tree":
-            published = [details["published"].get(share["feature"], np.nan) for share in shares]
+            published = [100 * details["published"].get(share["feature"], np.nan) for share in shares]
             ax.plot(published, np.arange(len(shares)), "D", color="black", markersize=5, label="HVP, appendix E")
             _legend(ax)
         ax.set_title(title)
@@ -180,7 +189,7 @@ def by_source(analysis: Analysis) -> Figure:
         for place, (source, facts) in enumerate(analysis["by_source"].items()):
             value = facts[measure]
             if value is not None:
-                half = value - facts.get(f"{measure}_low", value)
+                half = value - facts.get("low", facts)[measure]
                 ax.errorbar(place, value, half, fmt="o", color=CYCLE[place % len(CYCLE)], capsize=4, label=source)
         ax.set_xticks(range(len(analysis["by_source"])), list(analysis["by_source"]))
         ax.set_xlim(-0.5, len(analysis["by_source"]) - 0.5)
@@ -218,6 +227,7 @@ def _figure(panels: int, columns: int | None = None, width: float = 4.2) -> tupl
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
+        ax.set_axisbelow(True)
     for ax in axes[panels:]:
         ax.set_axis_off()
     return figure, list(axes)
@@ -232,9 +242,9 @@ def _line(ax: Axes, series: Sequence[Mapping[str, Any]], measure: str, label: st
 
 def _band(ax: Axes, series: Sequence[Mapping[str, Any]], measure: str, label: str, colour: str) -> None:
     _line(ax, series, measure, label, colour)
-    rows = [row for row in series if row.get(f"{measure}_low") is not None]
+    rows = [row for row in series if row.get("low", {}).get(measure) is not None]
     if len(rows) > 1:
-        low, high = ([row[f"{measure}_{end}"] for row in rows] for end in ("low", "high"))
+        low, high = ([row[end][measure] for row in rows] for end in ("low", "high"))
         ax.fill_between([row["step"] for row in rows], low, high, color=colour, alpha=0.2, linewidth=0)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from jobs.run.log import AugmentationLog
 from pipelines.params import DTYPES, ViewParams, pair_iou, pairs
 
-RANGES = {"top": (0, 50), "left": (0, 50), "height": (10, 50), "width": (10, 50), "hue": (-0.5, 0.5), "order": (0, 24)}
+RANGES = {"top": (0, 45), "left": (0, 50), "height": (20, 55), "width": (20, 70), "hue": (-0.5, 0.5), "order": (0, 24)}
 
 
 def params_at(positions_B, views, seed=0):
