@@ -19,6 +19,7 @@ from shards.errors import InputError
 # A colour for each view's box and frame that colour-blind readers can tell apart (Okabe and Ito 2008), then again.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C564B", "#444444")
 INCH = 1.5  # side of a view in the picture
+LEGEND = "Solid: the views that trained. b c s: factors of brightness, contrast, saturation; hue in turns; blur in pixels."
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ def figure(replayed: Replayed) -> Figure:
             axes = fig.add_subplot(grid[image, view + 1])
             draw_view(axes, pixels, view, chosen=view in chosen)
             axes.set_xlabel(facts(params[image], view), fontsize=5)
+    fig.supxlabel(LEGEND, fontsize=5, x=0.01, ha="left")
     return fig
 
 
