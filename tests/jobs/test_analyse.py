@@ -159,7 +159,7 @@ def test_importance_of_a_noisy_linear_loss():
     expected = np.array([4 / 12, 1 / 12, 0, 0, 0, 0, 0]) / data.loss_R.var()
     assert [share.share for share in found.loss[:7]] == pytest.approx(expected, abs=0.03)
     assert [share.share for share in found.correlation] == pytest.approx(expected, abs=0.02)
-    assert found.r2_out_of_bag == pytest.approx(expected.sum(), abs=0.03)
+    assert found.r2_out_of_bag == pytest.approx(expected.sum(), abs=0.06)
     # Fully grown trees vary as much as the loss does.
     assert [share.share for share in found.tree[:7]] == pytest.approx(expected, abs=0.06)
     assert all(pair["share"] < 0.01 for pair in found.interactions)
