@@ -32,6 +32,7 @@ def parse(config: type[Config], argv: Sequence[str], prog: str, default: Config 
     )
     if unknown:
         raise InputError(unknown_flag(unknown[0], config, prog, default))
+    assert parsed is not None
     return parsed
 
 
@@ -45,7 +46,9 @@ def unknown_flag(flag: str, config: type[object], prog: str, default: object | N
 
 def help_text(config: type[object], prog: str, default: object | None = None) -> str:
     """The text that `--help` prints."""
-    return tyro.extras.get_parser(config, prog=prog, default=default, config=(tyro.conf.AvoidSubcommands,)).format_help()
+    return tyro.extras.get_parser(
+        config, prog=prog, default=default, config=(tyro.conf.AvoidSubcommands,)
+    ).format_help()
 
 
 class _Rate(ProgressColumn):
@@ -61,18 +64,25 @@ class _Rate(ProgressColumn):
 class Bar:
     """One progress bar; `advance` is safe to call from any thread."""
 
-    def __init__(self, progress: Progress, description: str, total: float | None, completed: float) -> None:
-        self._progress = progress
-        self._task = progress.add_task(description, total=total, completed=completed, note="")
+    def __init__(self, bars: Progress, description: str, total: float | None, completed: int = 0) -> None:
+        self._progress = bars
+        self._task = bars.add_task(description, total=total, completed=completed, note="")
+
+    @staticmethod
+    def silent() -> "Bar":
+        """A bar that nobody sees, for processes that do not lead."""
+        return Bar(Progress(disable=True), "", None)
 
     def advance(self, amount: float = 1, note: str | None = None) -> None:
         """Moves the bar by `amount` units and, if given, replaces the note at its end."""
-        fields = {} if note is None else {"note": note}
-        self._progress.update(self._task, advance=amount, **fields)
+        if note is None:
+            self._progress.update(self._task, advance=amount)
+        else:
+            self._progress.update(self._task, advance=amount, note=note)
 
 
 @contextmanager
-def progress(description: str, total: float | None, unit: str, completed: float = 0) -> Iterator[Bar]:
+def progress(description: str, total: float | None, unit: str, completed: int = 0) -> Iterator[Bar]:
     """A progress bar on stderr with count, rate in `unit` per second and time left."""
     columns = (
         TextColumn("{task.description}"),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 
-class TrainingFailed(RuntimeError):
+class TrainingFailedError(RuntimeError):
     """Training cannot go on; the message says at which step, in which layer, and where the last good state lies."""
 
 
@@ -25,7 +25,7 @@ def gradient_norms(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     squares: dict[str, list[torch.Tensor]] = defaultdict(list)
     named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    norms = torch._foreach_norm([gradient for _, gradient in named])
+    norms = torch._foreach_norm([g for _, g in named])  # pyright: ignore[reportPrivateImportUsage]
     for (name, _), norm in zip(named, norms, strict=True):
         squares[layer_of(name)].append(norm.float() ** 2)
     return {layer: torch.stack(parts).sum().sqrt() for layer, parts in squares.items()}
@@ -48,14 +48,14 @@ class FiniteGuard:
         """Counts one skipped step.
 
         Raises:
-            TrainingFailed: `limit` steps in a row were not finite.
+            TrainingFailedError: `limit` steps in a row were not finite.
         """
         self.skipped += 1
         self.in_a_row += 1
         if self.in_a_row >= self.limit:
             bad = [layer for layer, norm in gradient_norms(model).items() if not bool(torch.isfinite(norm))]
             where = f"first layer with a gradient that is not finite: {bad[0]}" if bad else "all gradients are finite"
-            raise TrainingFailed(
+            raise TrainingFailedError(
                 f"step {step}: the loss is {loss} and {self.in_a_row} steps in a row were not finite; {where}; "
                 f"last good checkpoint: {last_good}; lower --optimizer.lr or set --optimizer.clip-norm"
             )

@@ -1,10 +1,11 @@
 """Optimizers with norms and biases left out of weight decay."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-import timm.optim
 import torch
+from timm.optim.lamb import Lamb
+from timm.optim.lars import Lars
 from torch import nn
 
 from jobs.run.schedule import cosine, warmup_cosine
@@ -89,9 +90,11 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
     if config.name == "lamb":
-        return timm.optim.Lamb(groups, lr=config.lr, betas=betas, weight_decay=config.weight_decay)
+        return Lamb(groups, lr=config.lr, betas=betas, weight_decay=config.weight_decay)
     if config.name == "lars":
-        return timm.optim.Lars(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        # timm annotates momentum and weight decay as int and takes float
+        options: dict[str, Any] = {"momentum": config.momentum, "weight_decay": config.weight_decay}
+        return Lars(groups, lr=config.lr, **options)
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
 
 

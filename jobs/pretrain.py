@@ -1,0 +1,62 @@
+"""`hardviews pretrain PRESET`: streams shards, chooses hard views, trains, logs every choice."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from jobs.run.command import parse
+from jobs.run.config import PretrainConfig, load_config
+from jobs.run.folder import RunFolder
+from jobs.run.presets import PRESETS, preset
+from jobs.run.trainer import train
+from jobs.run.world import open_world
+from shards.errors import InputError
+
+
+@dataclass(frozen=True)
+class PretrainArguments:
+    """Pretrains a backbone on streamed shards with hard views. Under torchrun, every process is one rank."""
+
+    run: Path
+    """Run folder to write: configuration, checkpoints, metrics, augmentation log."""
+    resume: bool = False
+    """Go on from the run's newest intact checkpoint, with the run's own configuration."""
+    overwrite: bool = False
+    """Replace the run in that folder."""
+    config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = field(default_factory=PretrainConfig)
+
+
+def pretrain(config: PretrainConfig, run: Path, *, resume: bool = False, overwrite: bool = False) -> str:
+    """Trains into a run folder; returns `finished` or `interrupted`. A resumed run keeps its own configuration.
+
+    Raises:
+        InputError: a folder, value or file that does not fit.
+    """
+    folder = RunFolder(run)
+    with open_world(config.device) as world:
+        if world.leads:
+            folder.create(resume=resume, overwrite=overwrite)
+        world.barrier()
+        return train(load_config(folder.config) if resume else config, folder, world, resume=resume)
+
+
+def main(argv: Sequence[str]) -> None:
+    usage = f"presets: {', '.join(PRESETS)}"
+    if not argv or argv[0] in ("-h", "--help"):
+        print(
+            f"usage: hardviews pretrain PRESET --run DIR --data.real SHARDS [flags]\n\n{usage}\n\n"
+            "`hardviews pretrain PRESET --help` explains every flag with the preset's default."
+        )
+        raise SystemExit(0 if argv else 2)
+    name, *flags = argv
+    if name.startswith("-"):
+        raise InputError(f"preset: the first argument is a preset, not {name}; {usage}")
+    default = PretrainArguments(tyro.MISSING, config=preset(name))
+    arguments = parse(PretrainArguments, flags, f"hardviews pretrain {name}", default)
+    state = pretrain(arguments.config, arguments.run, resume=arguments.resume, overwrite=arguments.overwrite)
+    if state == "interrupted":
+        raise SystemExit(130)
+    print(f"finished: {arguments.run}")

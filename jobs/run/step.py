@@ -1,0 +1,163 @@
+"""One training step: choose a pair per image without gradient, learn from it, move the target, log.
+
+Shape suffixes: B images of this rank, N views, P pairs.
+"""
+
+import itertools
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from jobs.run.health import clip_and_norm
+from jobs.run.optim import set_step
+from jobs.run.training import Training
+from models.objectives.base import Scores
+from models.selection import same_policy, select
+from pipelines.batch import ViewBatch
+from pipelines.draws import Purpose, uniform
+from pipelines.params import pair_iou, pairs
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What selection found for some images."""
+
+    choice_B: Tensor
+    scores: Scores | None
+    views_BM: Tensor | None = None
+
+    @property
+    def losses_BP(self) -> Tensor | None:
+        return None if self.scores is None else self.scores.losses_BP
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves for the monitors: loss and gradient norm (scalars, mean over ranks), and the choices."""
+
+    loss: float
+    norm: float
+    finite: bool
+    choice_B: np.ndarray
+    losses_BP: np.ndarray | None
+
+
+def train_step(t: Training, batch: ViewBatch) -> StepResult:
+    """One optimizer step on one batch; a step that is not finite is skipped and counted.
+
+    Raises:
+        TrainingFailedError: too many steps in a row were not finite.
+    """
+    torch.manual_seed(step_seed(t.config.seed, t.step, t.world.rank))
+    set_step(t.optimizer, t.schedule, t.step)
+    t.optimizer.zero_grad(set_to_none=True)
+    losses, choices = [], []
+    parts = split(batch, t.config.accumulate)
+    for part in parts:
+        with t.timer.phase("selection"), autocast(t):
+            choice = choose(t, part)
+            chosen = t.objective.take(part.crops, choice.choice_B, choice.scores)
+        with synchronised(t.learner, part is parts[-1]):
+            with t.timer.phase("forward"), autocast(t):
+                loss, t.metrics = t.learner(chosen, on_device(t, part.labels_B))
+            with t.timer.phase("backward"):
+                (loss / len(parts)).backward()
+        losses.append(loss.detach())
+        choices.append(Choice(choice.choice_B, choice.scores, chosen.views_BM))
+    with t.timer.phase("optimizer"):
+        norm = clip_and_norm(t.learned, t.config.optimizer.clip_norm)
+        loss, norm = t.world.mean(torch.stack([torch.stack(losses).mean(), norm])).tolist()
+        finite = bool(np.isfinite(loss) and np.isfinite(norm))
+        update(t, loss, finite)
+    with t.timer.phase("log", host=True):
+        result = StepResult(loss, norm, finite, *record(t, batch, choices))
+    t.step += 1
+    t.timer.step()
+    return result
+
+
+def choose(t: Training, batch: ViewBatch) -> Choice:
+    """The pair of each image that trains, by the configured rule."""
+    selection, device = t.config.selection, t.world.device
+    views = t.config.selection.views
+    barred_P = same_policy(views, device) if selection.cross_policy and views > 2 else None
+    if selection.scores(t.step):
+        scores = t.objective.pair_losses(batch.scored, selection)
+        return Choice(select(scores.losses_BP, selection.rule, barred_P), scores)
+    if selection.rule == "lowest-iou":
+        iou_BP = pair_iou(batch.params[:, :views])
+        return Choice(select(torch.from_numpy(iou_BP).to(device), "lowest-iou", barred_P), None)
+    drawn = uniform(t.config.seed, batch.epochs_B, batch.ids_B, [0], Purpose.CHOICE, len(pairs(views)))[:, 0]
+    return Choice(select(torch.from_numpy(drawn).to(device), "random", barred_P), None)
+
+
+def update(t: Training, loss: float, finite: bool) -> None:
+    """Steps optimizer, target and queues, unless loss or gradient is not finite on some rank."""
+    if finite:
+        t.optimizer.step()
+        t.objective.after_step()
+        t.guard.passed()
+    else:
+        t.objective.skip_step()
+        t.guard.skip(t.step, t.objective, loss, str(t.folder.checkpoints))
+
+
+def record(t: Training, batch: ViewBatch, choices: list[Choice]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Hands the step's rows to the log; returns choices [B] and losses [B, P] on the host."""
+    choice_B = torch.cat([choice.choice_B for choice in choices]).cpu().numpy()
+    scored = [choice.losses_BP for choice in choices if choice.losses_BP is not None]
+    losses_BP = torch.cat(scored).float().cpu().numpy() if scored else None
+    marked = [choice.views_BM for choice in choices if choice.views_BM is not None]
+    chosen_BN = None
+    if marked:
+        chosen_BN = np.zeros(batch.params.shape, np.bool_)
+        np.put_along_axis(chosen_BN, torch.cat(marked).cpu().numpy(), True, axis=1)
+    t.log.append(
+        t.step,
+        batch.position,
+        batch.ids_B,
+        batch.sources_B,
+        batch.epochs_B,
+        batch.labels_B,
+        batch.sizes_B2,
+        batch.params,
+        losses_BP,
+        choice_B,
+        chosen_BN,
+    )
+    return choice_B, losses_BP
+
+
+def split(batch: ViewBatch, parts: int) -> list[ViewBatch]:
+    """The batch in `parts` runs of rows, for gradient accumulation."""
+    if parts == 1:
+        return [batch]
+    bounds = np.linspace(0, len(batch), parts + 1).round().astype(int)
+    return [batch.rows(slice(int(a), int(b))) for a, b in itertools.pairwise(bounds)]
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """A seed for torch's global generator, so that what is random in a step is a function of (seed, step, rank)."""
+    return int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def on_device(t: Training, values: np.ndarray) -> Tensor:
+    """int64 labels on this rank's device."""
+    return torch.from_numpy(values.astype(np.int64)).to(t.world.device, non_blocking=True)
+
+
+def autocast(t: Training) -> AbstractContextManager[Any]:
+    """bf16 arithmetic where the configuration asks for it, and by default on CUDA."""
+    device = t.world.device.type
+    wanted = t.config.precision == "bf16" or (t.config.precision == "auto" and device == "cuda")
+    return torch.autocast(device, torch.bfloat16) if wanted else nullcontext()
+
+
+def synchronised(learner: nn.Module, last: bool) -> AbstractContextManager[Any]:
+    """Gradients are averaged over ranks in the last part of a step only."""
+    return nullcontext() if last or not isinstance(learner, DistributedDataParallel) else learner.no_sync()
