@@ -15,8 +15,6 @@ DEIT_S = BackboneConfig("deit_small_patch16_224")
 SWIN_T = BackboneConfig("swin_tiny_patch4_window7_224")
 # For 32×32 images: 16 tokens, 0.8 M parameters.
 VIT_TINY_32 = BackboneConfig("vit_tiny_patch16_224", 32, patch_size=8, width=128, depth=4, heads=4, pool="avg")
-    "vit_tiny_patch16_224", image_size=32, patch_size=8, width=128, depth=4, heads=4, pool="avg"
-)
 
 
 def moby(backbone: BackboneConfig) -> PretrainConfig:
