@@ -1,0 +1,133 @@
+"""Labelled images for evaluation, from shards or from an ImageFolder, behind one small interface."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from shards.errors import InputError
+from shards.manifest import open_manifest
+from shards.reader import SampleError, SampleReader
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+
+
+class ImageSet(Protocol):
+    """n encoded images with labels.
+
+    name: for people; labels: int64 [n], −1 where unknown; classes: names by label; identity: changes with the content.
+    """
+
+    name: str
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    identity: str
+
+    def read(self, rows: Sequence[int]) -> list[np.ndarray | str]:
+        """Encoded bytes, uint8 1-D, or why an image cannot be read."""
+        ...
+
+    def where(self, row: int) -> str:
+        """Path or shard and key of one image."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class FolderImages:
+    """An ImageFolder: one folder per class, sorted by name; images directly in the root have no label."""
+
+    def __init__(self, root: Path) -> None:
+        files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        if not files:
+            raise InputError(
+                f"images: {root} holds no images ({', '.join(sorted(SUFFIXES))}); give shards or an ImageFolder"
+            )
+        parents = [p.relative_to(root).parts[0] if p.parent != root else "" for p in files]
+        self.classes = tuple(sorted({parent for parent in parents if parent}))
+        index = {name: i for i, name in enumerate(self.classes)} | {"": -1}
+        self.labels = np.array([index[parent] for parent in parents], dtype=np.int64)
+        self.name = "/".join(root.resolve().parts[-2:])
+        self.files = files
+        facts = "\n".join(f"{p.relative_to(root)} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files)
+        self.identity = hashlib.sha256(facts.encode()).hexdigest()
+
+    def read(self, rows: Sequence[int]) -> list[np.ndarray | str]:
+        return [_file_bytes(self.files[row]) for row in rows]
+
+    def where(self, row: int) -> str:
+        return str(self.files[row])
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def _file_bytes(path: Path) -> np.ndarray | str:
+    try:
+        return np.fromfile(path, dtype=np.uint8)
+    except OSError as error:
+        return str(error)
+
+
+class ShardImages:
+    """Shards with a manifest, read with every check that training makes."""
+
+    def __init__(self, address: str) -> None:
+        manifest = open_manifest(address)
+        self._reader = SampleReader([manifest])
+        self.labels = manifest.columns(np.arange(len(manifest))).label.astype(np.int64)
+        self.classes = tuple(manifest.classes)
+        self.name = "/".join(Path(address).resolve().parts[-2:]) if "://" not in address else address
+        self.identity = manifest.fingerprint
+
+    def read(self, rows: Sequence[int]) -> list[np.ndarray | str]:
+        items = self._reader.read(np.asarray(rows, dtype=np.int64))
+        return [item.reason if isinstance(item, SampleError) else item for item in items]
+
+    def where(self, row: int) -> str:
+        shard, key = self._reader.name(row)
+        return f"{shard}:{key}"
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+def open_images(address: str | Path) -> ImageSet:
+    """Shards where there is a manifest, else an ImageFolder.
+
+    Raises:
+        InputError: neither is there.
+    """
+    text = str(address)
+    if "://" in text or (Path(text) / "manifest.json").is_file():
+        return ShardImages(text)
+    if not Path(text).is_dir():
+        raise InputError(f"images: {text} does not exist; give a folder of shards or an ImageFolder")
+    return FolderImages(Path(text))
+
+
+def align_labels(train: ImageSet, test: ImageSet) -> np.ndarray:
+    """The test labels, int64 [n], in the numbering of the training classes; −1 where the class is not among them.
+
+    Raises:
+        InputError: one of the two has no labels, or they share no class.
+    """
+    for role, images in (("train", train), ("test", test)):
+        if not (images.labels >= 0).any():
+            raise InputError(f"{role}: {images.name} has no labels; give labelled shards or an ImageFolder")
+    table = label_table(train, test)
+    if (table < 0).all():
+        raise InputError(
+            f"test: {test.name} shares no class with {train.name} "
+            f"({', '.join(test.classes[:3])}… and {', '.join(train.classes[:3])}…); give images of the same classes"
+        )
+    return table[test.labels]
+
+
+def label_table(train: ImageSet, test: ImageSet) -> np.ndarray:
+    """int64 [test classes + 1]: label among the training classes by the test set's own label, matched by name; −1 for
+    classes that the training set lacks and, as the last entry, for images without a label."""
+    index = {name: i for i, name in enumerate(train.classes)}
+    return np.array([index.get(name, -1) for name in test.classes] + [-1], dtype=np.int64)

@@ -1,0 +1,333 @@
+"""The evaluations as jobs: flags in, scores out, kept as JSON beside the run.
+
+Suffixes: n training images, q test images, D width.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+from jobs.evaluation import linear
+from jobs.evaluation.backbones import ModelConfig, load_frozen
+from jobs.evaluation.features import features_of
+from jobs.evaluation.finetune import FinetuneConfig, finetune
+from jobs.evaluation.frozen import Frozen
+from jobs.evaluation.images import ImageSet, align_labels, label_table, open_images
+from jobs.evaluation.knn import KS, TEMPERATURE, knn_scores
+from jobs.evaluation.loading import Loader, crop_and_flip
+from jobs.evaluation.metrics import over_seeds, summarize
+from jobs.evaluation.retrieval import mean_average_precision
+from jobs.evaluation.splits import subset
+from jobs.run.command import progress
+from jobs.run.folder import open_run, write_json
+from jobs.run.world import World, open_world
+from models.probes import rankme
+from shards.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommonConfig:
+    """What every evaluation needs."""
+
+    model: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(default_factory=ModelConfig)
+    train: str
+    """Labelled images to learn from: a folder of shards, an fsspec address, or an ImageFolder."""
+    test: str
+    """Labelled images to score on, likewise."""
+    forward_batch: int = 256
+    """Images per forward pass where only features are computed."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the backbone runs; auto = cuda where there is one."""
+    cache: bool = True
+    """Keep features in the run's evaluation/features, named by a hash of weights, images and transform."""
+    out: Path | None = None
+    """File for the scores (JSON); default: a name made of the measure, in the run's evaluation folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewLabelsConfig(CommonConfig):
+    """Evaluations that can learn from few labels."""
+
+    labels: float = 1.0
+    """Share of each class's training images that is used (0.01 and 0.1 are the usual ones)."""
+    shots: int = 0
+    """Training images per class instead of a share; 0 = by share."""
+    seeds: int = 1
+    """Repeats with other seeds (other subset, other order); scores are their mean and deviation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnConfig(FewLabelsConfig):
+    """Weighted k-nearest-neighbour classification."""
+
+    k: tuple[int, ...] = KS
+    """Numbers of neighbours."""
+    temperature: float = TEMPERATURE
+    """A neighbour's vote weighs exp(cosine / temperature)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearProbeConfig(FewLabelsConfig):
+    """A linear layer on frozen features, a whole sweep of learning rates trained at once."""
+
+    sgd: Annotated[linear.LinearConfig, tyro.conf.arg(name="")] = field(default_factory=linear.LinearConfig)
+    augment: bool = True
+    """Random crops and flips in every epoch, as in the papers; off: features are computed once, far faster."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Area of the random crops (share of the image)."""
+    validation: float = 0.0
+    """Share of the training images held out to pick the learning rate; 0 = pick on the test images, as papers do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneProbeConfig(FewLabelsConfig):
+    """Training the whole backbone with labels."""
+
+    tuning: Annotated[FinetuneConfig, tyro.conf.arg(name="")] = field(default_factory=FinetuneConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalConfig(CommonConfig):
+    """Mean average precision of retrieving training images by test images, and RankMe of the training features."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What an evaluation works with; labels_q are in the numbering of the training classes."""
+
+    frozen: Frozen
+    facts: dict[str, Any]
+    train: ImageSet
+    test: ImageSet
+    labels_q: np.ndarray
+    world: World
+    cache: Path | None
+
+    def features(self, images: ImageSet, batch: int) -> tuple[Tensor, Tensor]:
+        role = "training images" if images is self.train else "test images"
+        return features_of(self.frozen, images, role, self.world.device, batch, self.world, self.cache)
+
+
+Measure = Callable[[Scene], dict[str, Any]]
+
+
+def _evaluate(kind: str, config: CommonConfig, measure: Measure, labelled: bool = True) -> dict[str, Any]:
+    """Opens everything, measures, adds what is common to all scores, writes them on the leading rank."""
+    _check(config)
+    began = time.monotonic()
+    with ExitStack() as stack:
+        train = stack.enter_context(closing(open_images(config.train)))
+        test = stack.enter_context(closing(open_images(config.test)))
+        labels_q = align_labels(train, test) if labelled else test.labels
+        frozen, facts = load_frozen(config.model)
+        world = stack.enter_context(open_world(config.device))
+        run = config.model.run
+        cache = open_run(run).evaluation / "features" if config.cache and run is not None else None
+        result = {
+            "kind": kind,
+            "model": facts,
+            "train": {"name": train.name, "images": len(train.labels)},
+            "test": {"name": test.name, "images": len(test.labels)},
+            **measure(Scene(frozen, facts, train, test, labels_q, world, cache)),
+            "pool": config.model.pool,
+            "seconds": 0.0,
+        }
+        result["seconds"] = round(time.monotonic() - began, 2)
+        if not world.leads:
+            return {**result, "leads": False}
+    place = scores_file(kind, config, facts)
+    if place is not None:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_json(place, result)
+        return {**result, "file": str(place)}
+    return result
+
+
+def _check(config: CommonConfig) -> None:
+    if config.forward_batch < 1:
+        raise InputError(f"forward_batch: {config.forward_batch} must be at least 1")
+    if isinstance(config, FewLabelsConfig) and config.seeds < 1:
+        raise InputError(f"seeds: {config.seeds} must be at least 1")
+    if isinstance(config, KnnConfig) and (not config.k or min(config.k) < 1):
+        raise InputError(f"k: {config.k} must name numbers of neighbours above 0")
+    if isinstance(config, KnnConfig) and config.temperature <= 0:
+        raise InputError(f"temperature: {config.temperature} must be above 0")
+
+
+def scores_file(kind: str, config: CommonConfig, facts: dict[str, Any]) -> Path | None:
+    """Where the scores go: the same measure of the same checkpoint replaces its older file."""
+    if config.out is not None:
+        return config.out
+    if config.model.run is None:
+        return None
+    step = facts["step"]
+    words = [kind, facts["source"] if facts["source"] != "run" else f"step-{step}", Path(config.test).name]
+    if config.model.pool != "default":
+        words.append(config.model.pool)
+    if facts.get("which") == "online":
+        words.append("online")
+    if isinstance(config, FewLabelsConfig) and config.shots:
+        words.append(f"{config.shots}-shot")
+    elif isinstance(config, FewLabelsConfig) and config.labels < 1:
+        words.append(f"{100 * config.labels:g}-percent")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(words))
+    return open_run(config.model.run).evaluation / f"{name}.json"
+
+
+def _repeat(
+    config: FewLabelsConfig, labels_n: np.ndarray, once: Callable[[np.ndarray, int], dict[str, Any]]
+) -> dict[str, Any]:
+    """`once(rows, seed)` for every seed: the first seed's details, all seeds' mean scores."""
+    results = [
+        once(subset(labels_n, share=config.labels, shots=config.shots, seed=seed), seed) for seed in range(config.seeds)
+    ]
+    merged = {**results[0], "scores": over_seeds([r["scores"] for r in results]), "seeds": config.seeds}
+    return {**merged, "labels": config.labels, "shots": config.shots, "by_seed": [r["scores"] for r in results]}
+
+
+def evaluate_knn(config: KnnConfig) -> dict[str, Any]:
+    """Weighted kNN; the headline is k = 20."""
+
+    def measure(scene: Scene) -> dict[str, Any]:
+        train_nD, train_labels_n = scene.features(scene.train, config.forward_batch)
+        test_qD, test_labels_q = scene.features(scene.test, config.forward_batch)
+        table = torch.from_numpy(label_table(scene.train, scene.test))
+
+        def once(rows: np.ndarray, seed: int) -> dict[str, Any]:
+            picked = torch.from_numpy(rows)
+            found = knn_scores(
+                train_nD[picked], train_labels_n[picked], test_qD, table[test_labels_q],
+                scene.train.classes, config.k, config.temperature,
+            )  # fmt: skip
+            scores = {name: found.pop(name) for name in ("top1", "top5") if name in found}
+            return {"scores": scores, **found}
+
+        return _repeat(config, train_labels_n.numpy(), once)
+
+    return _evaluate("knn", config, measure)
+
+
+def evaluate_linear(config: LinearProbeConfig) -> dict[str, Any]:
+    """Linear probes; the headline is the learning rate that does best, on held-out images if there are any."""
+
+    def measure(scene: Scene) -> dict[str, Any]:
+        test_qD, own_q = scene.features(scene.test, config.forward_batch)
+        labels_q = torch.from_numpy(label_table(scene.train, scene.test))[own_q]
+        keep = labels_q >= 0
+        train_nD, train_labels_n = scene.features(scene.train, config.forward_batch)
+
+        def once(rows: np.ndarray, seed: int) -> dict[str, Any]:
+            rows, held = _hold_out(rows, scene.train.labels, config.validation, seed)
+            return _probe(config, scene, train_nD, train_labels_n, rows, held, test_qD[keep], labels_q[keep], seed)
+
+        return _repeat(config, train_labels_n.numpy(), once)
+
+    return _evaluate("linear", config, measure)
+
+
+def _hold_out(rows: np.ndarray, labels_n: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to train on and, stratified, rows to pick the learning rate on (none for share 0)."""
+    if share == 0:
+        return rows, rows[:0]
+    held = rows[subset(labels_n[rows], share=share, seed=seed)]
+    return np.setdiff1d(rows, held), held
+
+
+def _probe(
+    config: LinearProbeConfig, scene: Scene, train_nD: Tensor, labels_n: Tensor, rows: np.ndarray, held: np.ndarray,
+    test_qD: Tensor, labels_q: Tensor, seed: int,
+) -> dict[str, Any]:  # fmt: skip
+    device, classes = scene.world.device, scene.train.classes
+    picked = torch.from_numpy(rows)
+    features, labels = train_nD[picked].to(device), labels_n[picked].to(device)
+    bank = linear.LinearBank(config.sgd, *linear.statistics(features), len(classes))
+    batches, steps = linear.cached_batches(features, labels, config.sgd.batch, seed, scene.world)
+    with ExitStack() as stack:
+        if config.augment:
+            batches = _augmented(stack, config, scene, rows, seed)
+        bar = stack.enter_context(progress("linear probe", config.sgd.epochs, "epochs")) if scene.world.leads else None
+        linear.train(bank, config.sgd.epochs, steps, batches, scene.world, bar.advance if bar else None)
+    guesses_RqT = bank.predict(test_qD.to(device)).cpu()
+    if len(held):
+        judge = torch.from_numpy(held)
+        top1_R = (bank.predict(train_nD[judge].to(device), 1)[..., 0].cpu() == labels_n[judge]).float().mean(1)
+    else:
+        top1_R = (guesses_RqT[..., 0] == labels_q).float().mean(1)
+    best = int(top1_R.argmax())
+    by_rate = [
+        {"rate": rate, "top1": float((guesses[:, 0] == labels_q).float().mean())}
+        for rate, guesses in zip(config.sgd.rates, guesses_RqT, strict=True)
+    ]
+    picked_on = "held-out training images" if len(held) else "test images"
+    details = {"rate": config.sgd.rates[best], "picked_on": picked_on, "by_rate": by_rate, "epochs": config.sgd.epochs}
+    return {**summarize(guesses_RqT[best].numpy(), labels_q.numpy(), classes), **details, "augment": config.augment}
+
+
+def _augmented(stack: ExitStack, config: LinearProbeConfig, scene: Scene, rows: np.ndarray, seed: int) -> linear.Epoch:
+    """Epochs of features of random crops; one forward pass serves all learning rates."""
+    world, frozen = scene.world, scene.frozen
+    per_rank = max(config.sgd.batch // world.size, 1)
+    loader = Loader(scene.train, frozen.size, per_rank, frozen.mean, frozen.std)
+    stack.callback(loader.close)
+    labels_n = torch.from_numpy(scene.train.labels)
+    frozen.model.to(world.device).eval()
+
+    @torch.inference_mode()
+    def epoch_batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        order = np.random.default_rng([seed, epoch]).permutation(rows)
+        order = order[: len(order) // world.size * world.size][world.rank :: world.size]
+        transform = crop_and_flip(seed, epoch, frozen.size, config.crop_scale)
+        for batch in loader.batches(order, transform, world.device):
+            yield frozen.features(batch.crops_B3SS), labels_n[batch.rows].to(world.device)
+
+    return epoch_batches
+
+
+def evaluate_finetune(config: FinetuneProbeConfig) -> dict[str, Any]:
+    """Fine-tuning with layer decay."""
+
+    def measure(scene: Scene) -> dict[str, Any]:
+        def once(rows: np.ndarray, seed: int) -> dict[str, Any]:
+            with ExitStack() as stack:
+                lead = scene.world.leads
+                bar = stack.enter_context(progress("fine-tuning", config.tuning.epochs, "epochs")) if lead else None
+                guesses_qT, kept = finetune(
+                    scene.frozen, scene.train, scene.train.labels, rows, scene.test,
+                    np.flatnonzero(scene.labels_q >= 0), len(scene.train.classes), config.tuning, seed, scene.world,
+                    bar.advance if bar else None,
+                )  # fmt: skip
+            return summarize(guesses_qT, scene.labels_q[kept], scene.train.classes)
+
+        return {**_repeat(config, scene.train.labels, once), "config": asdict(config.tuning)}
+
+    return _evaluate("finetune", config, measure)
+
+
+def evaluate_retrieval(config: RetrievalConfig) -> dict[str, Any]:
+    """RankMe of the training features, which need no label, and mean average precision where there are labels."""
+
+    def measure(scene: Scene) -> dict[str, Any]:
+        train_nD, train_labels_n = scene.features(scene.train, config.forward_batch)
+        scores = {"rankme": float(rankme(train_nD))}
+        shared = set(scene.train.classes) & set(scene.test.classes)
+        if not shared:
+            return {"scores": scores, "note": "no labels in common, so no mean average precision"}
+        test_qD, own_q = scene.features(scene.test, config.forward_batch)
+        labels_q = torch.from_numpy(label_table(scene.train, scene.test))[own_q]
+        known = labels_q >= 0
+        gallery = train_labels_n >= 0
+        scores["map"] = mean_average_precision(
+            test_qD[known], labels_q[known], train_nD[gallery], train_labels_n[gallery]
+        )
+        return {"scores": scores}
+
+    return _evaluate("retrieval", config, measure, labelled=False)
