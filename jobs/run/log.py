@@ -69,6 +69,11 @@ class AugmentationLog:
         """Rows of this rank since the start of training, on the disk or not yet."""
         return self._start + self._filled
 
+    @property
+    def first(self) -> int:
+        """Global position of this rank's first row on the disk."""
+        return int(self._arrays["position"][0])
+
     def append(
         self,
         step: int,
@@ -228,17 +233,20 @@ def truncate_log(path: str | Path, position: int) -> None:
     Ranks of an earlier, larger world keep their rows, so a run can go on at another world size.
 
     Raises:
-        InputError: there is no log, or it lacks rows before `position`.
+        InputError: there is no log, or rows are missing between its first one and `position`.
     """
     path = Path(path)
-    found, kept = log_format.attributes(path), 0
+    if position == 0 and not (path / "zarr.json").is_file():
+        return  # killed before the log was made
+    found, kept, first = log_format.attributes(path), 0, position
     for group in log_format.ranks(path):
         log = AugmentationLog(path, int(group.name.removeprefix("rank-")), found["views"], scored=found["scored"])
         log.truncate(position)
         kept += log.rows
+        first = min(first, log.first if log.rows else position)
         log.close()
-    if kept != position:
+    if kept != position - first:
         raise InputError(
-            f"log: {path} has {kept} rows before position {position}, the checkpoint's; "
-            "take an earlier checkpoint or start anew with --overwrite"
+            f"log: {path} has {kept} rows from position {first} to {position}, the checkpoint's, where "
+            f"{position - first} belong; take an earlier checkpoint or start anew with --overwrite"
         )

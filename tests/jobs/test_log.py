@@ -130,8 +130,23 @@ def test_goes_on_at_another_world_size(tmp_path):
 def test_missing_rows_are_found_before_the_run_goes_on(tmp_path):
     write_log(tmp_path / "log", steps=4, batch=32, world=2)
     truncate_log(tmp_path / "log", 192)
-    with pytest.raises(InputError, match="192 rows before position 256"):
+    with pytest.raises(InputError, match="192 rows from position 0 to 256, the checkpoint's, where 256 belong"):
         truncate_log(tmp_path / "log", 256)
+    # A log that somebody removed begins where the run went on.
+    write_log(tmp_path / "later", steps=4, batch=32, first=10)
+    truncate_log(tmp_path / "later", 12 * 32)
+    np.testing.assert_array_equal(read(tmp_path / "later").position_B, np.arange(320, 384))
+
+
+def test_a_kill_before_anything_was_written(tmp_path):
+    (tmp_path / "log").mkdir()
+    truncate_log(tmp_path / "log", 0)
+    with pytest.raises(InputError, match="no augmentation log"):
+        truncate_log(tmp_path / "log", 64)
+    log = AugmentationLog(tmp_path / "log", 0, 4)
+    truncate_log(tmp_path / "log", 0)
+    assert dict(xarray.open_zarr(tmp_path / "log" / "rank-00000").sizes) == {"row": 0, "view": 4, "pair": 6}
+    log.close()
 
 
 def test_no_row_twice(tmp_path):
