@@ -1,0 +1,93 @@
+"""The benchmarks on this machine's GPU, as JSON with machine and versions: the second half of `make gpu-check`.
+
+python -m jobs.benches.gpu benchmarks/results
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+# Name → module of the benchmark and its flags. Four views is hard-view selection's case, two is plain training's.
+BENCHES: dict[str, tuple[str, list[str]]] = {
+    "views-4": ("views", ["--device", "cuda", "--views", "4", "--batch", "256", "--made", "1024"]),
+    "views-2": ("views", ["--device", "cuda", "--views", "2", "--batch", "256", "--made", "1024"]),
+    "views-accuracy": ("views", ["--device", "cuda", "--accuracy"]),
+    "step": ("step", []),
+    "negatives": ("negatives", []),
+}
+PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "kornia", "opencv-python-headless", "numpy", "zarr")
+_MAIN = "import sys; from jobs.benches.{module} import main; main(sys.argv[1:])"
+
+
+def machine() -> dict[str, object]:
+    """What the figures hold for."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "gpu_memory_gigabytes": round(properties.total_memory / 2**30, 1),
+        "gpus": torch.cuda.device_count(),
+        "cpu_cores": os.cpu_count(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "versions": versions,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def run_bench(module: str, flags: list[str]) -> object:
+    """What a benchmark prints as JSON; its tables go to the terminal.
+
+    Raises:
+        RuntimeError: it failed; its error output is on the terminal.
+    """
+    command = [sys.executable, "-c", _MAIN.format(module=module), *flags, "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    print(done.stdout, flush=True)
+    if done.returncode:
+        raise RuntimeError(f"jobs.benches.{module} {' '.join(flags)} ended with code {done.returncode}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main(argv: list[str]) -> int:
+    """Writes one JSON file per benchmark into the folder given; returns 1 if any of them failed."""
+    if len(argv) != 1:
+        print("usage: python -m jobs.benches.gpu FOLDER", file=sys.stderr)
+        return 2
+    if not torch.cuda.is_available():
+        print("gpu-check needs a CUDA device; torch sees none here", file=sys.stderr)
+        return 2
+    folder, where = Path(argv[0]), machine()
+    folder.mkdir(parents=True, exist_ok=True)
+    slug = "-".join(str(where["gpu"]).lower().split())
+    failed = []
+    for name, (module, flags) in BENCHES.items():
+        try:
+            figures = run_bench(module, flags)
+        except RuntimeError as error:
+            failed.append(str(error))
+            continue
+        content = {"bench": module, "flags": flags, "machine": where, "figures": figures}
+        (folder / f"{slug}-{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    for line in failed:
+        print(line, file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
