@@ -5,7 +5,7 @@ B images, D feature width.
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -14,7 +14,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from models.heads import BatchNorm
+from models.heads import BatchNorm, BatchNorm2d
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,9 @@ class BackboneConfig:
     """Stochastic depth rate of the online encoder (0 to 1)."""
     target_drop_path: float = 0.0
     """Stochastic depth rate of the target encoder (0 to 1)."""
+    target_precision: Literal["same", "bf16"] = "same"
+    """Arithmetic of the target's backbone: as in training, or bf16. With bf16 in both, selection's target features are
+    by definition those of the loss, which then uses them again."""
     pool: str = ""
     """How a ViT's tokens become one feature: token (class token) or avg (mean of patches); empty = the model's own."""
     fixed_patch: bool = False
@@ -59,30 +62,49 @@ class BackboneConfig:
                 f"backbone.patch_size: {self.patch_size} does not divide the image size {self.image_size}; "
                 f"take a divisor of it"
             )
+        if self.target_precision not in ("same", "bf16"):
+            raise ValueError(f"backbone.target_precision: {self.target_precision!r} is unknown; take same or bf16")
+        if self.pool not in ("", "token", "avg"):
+            raise ValueError(f"backbone.pool: {self.pool!r} is unknown; take token, avg or nothing")
+
+
+# Fields of a ViT's shape → timm's names.
+VIT_OPTIONS = {
+    "patch_size": "patch_size",
+    "width": "embed_dim",
+    "depth": "depth",
+    "heads": "num_heads",
+    "pool": "global_pool",
+}
 
 
 def build_backbone(config: BackboneConfig, drop_path: float) -> nn.Module:
     """A timm model without classifier: float [B, 3, S, S] → features [B, D]; `.num_features` is D.
 
+    ViTs and Swins also take views of other sizes than `image_size` (smaller ones while selecting, local crops): a
+    ViT's position embedding is resampled then.
+
     Raises:
         ValueError: an unknown name, or an option that this kind of model does not have.
     """
-    if not timm.is_model(config.name):
-        near = timm.list_models(f"*{config.name.split('_')[0]}*")[:8] or ["vit_tiny_patch16_224", "resnet50"]
-        raise ValueError(f"backbone.name: timm has no model {config.name!r}; for example {', '.join(near)}")
-    shape = {"patch_size": config.patch_size, "embed_dim": config.width, "depth": config.depth}
-    options: dict[str, Any] = {key: value for key, value in shape.items() if value is not None}
-    if config.heads is not None:
-        options["num_heads"] = config.heads
-    if config.pool:
-        options["global_pool"] = config.pool
     kind = _kind(config.name)
-    if kind != "vit" and (options or config.fixed_patch or config.sincos):
-        named = sorted({*options, *(f for f in ("fixed_patch", "sincos") if getattr(config, f))})
-        raise ValueError(f"backbone.{named[0]}: {config.name} is no ViT and has no such option; leave it out")
-    if kind != "resnet":
-        options["img_size"] = config.image_size
-    model = timm.create_model(config.name, pretrained=False, num_classes=0, drop_path_rate=drop_path, **options)
+    options: dict[str, Any] = {VIT_OPTIONS[f]: getattr(config, f) for f in VIT_OPTIONS if getattr(config, f)}
+    only_vit = [field for field in (*VIT_OPTIONS, "fixed_patch", "sincos") if getattr(config, field)]
+    if kind != "vit" and only_vit:
+        raise ValueError(f"backbone.{only_vit[0]}: {config.name} is no ViT and has no such option; leave it out")
+    if kind == "resnet":
+        options["norm_layer"] = BatchNorm2d
+    else:
+        options |= {"img_size": config.image_size, "dynamic_img_size": True}
+    try:
+        model = timm.create_model(config.name, pretrained=False, num_classes=0, drop_path_rate=drop_path, **options)
+    except AssertionError as error:
+        raise ValueError(
+            f"backbone.heads: timm cannot build {config.name} with width {config.width or 'as it is'} and "
+            f"{config.heads or 'its own'} heads ({error}); take heads that divide the width"
+        ) from error
+    if kind == "vit":
+        _check_patches(model, config)
     if config.sincos:
         fix_sincos_positions(model)
     if config.fixed_patch:
@@ -100,16 +122,30 @@ def feature_width(backbone: nn.Module) -> int:
 
 
 def _kind(name: str) -> str:
-    """vit, swin or resnet, by the class that timm builds, found without building a large one."""
-    entry = timm.model_entrypoint(name)
-    module = entry.__module__.rsplit(".", 1)[-1]
-    if module in ("vision_transformer", "deit"):
-        return "vit"
-    if module == "swin_transformer":
-        return "swin"
-    if module == "resnet":
-        return "resnet"
-    raise ValueError(f"backbone.name: {name} is a {module} model; hardviews trains ViT, DeiT, Swin and ResNet")
+    """vit, swin or resnet, by the module of timm's entry point, so that nothing large is built to find out.
+
+    Raises:
+        ValueError: timm does not know the name, or it is another kind of model.
+    """
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('_')[0]}*")[:8] or ["vit_tiny_patch16_224", "resnet50"]
+        raise ValueError(f"backbone.name: timm has no model {name!r}; for example {', '.join(near)}")
+    module = timm.model_entrypoint(name).__module__.rsplit(".", 1)[-1]
+    kinds = {"vision_transformer": "vit", "deit": "vit", "swin_transformer": "swin", "resnet": "resnet"}
+    if module not in kinds or "distilled" in name:
+        raise ValueError(f"backbone.name: {name} is a {module} model; take a ViT, DeiT, Swin or ResNet")
+    return kinds[module]
+
+
+def _check_patches(model: nn.Module, config: BackboneConfig) -> None:
+    """A ViT whose own patches do not tile the image would leave out its border."""
+    assert isinstance(model, VisionTransformer) and isinstance(model.patch_embed, PatchEmbed)
+    side = model.patch_embed.proj.kernel_size[0]  # proj is the convolution
+    if config.image_size % side:
+        raise ValueError(
+            f"backbone.image_size: {config.image_size} is no multiple of {config.name}'s patches of {side}; "
+            f"take one, or set patch_size"
+        )
 
 
 def fix_sincos_positions(model: nn.Module) -> None:

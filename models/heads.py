@@ -1,4 +1,7 @@
-"""Projection and prediction heads, and a BatchNorm whose statistics span all ranks. B images, D width."""
+"""Projection and prediction heads, and a BatchNorm whose statistics span all ranks.
+
+B images, D width, C channels, HW pixels.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -6,20 +9,21 @@ from torch import Tensor, nn
 from models.distributed import sum_over_ranks, world_size
 
 
-class BatchNorm(nn.BatchNorm1d):
-    """BatchNorm over [B, D] with the statistics of all ranks' rows, on any device.
+class _Synchronised(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm over all axes but the second, with the statistics of all ranks' rows, on any device.
 
     torch's SyncBatchNorm refuses CPU tensors; here sums and squares are added over ranks by a differentiable
-    all-reduce, so that gloo works. In a world of one it is torch's own BatchNorm.
+    all-reduce, so that gloo works. In a world of one it is torch's own BatchNorm. All ranks have the same batch size.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         if world_size() == 1 or not self.training:
             return super().forward(input)
-        rows = input.float()
-        count = len(rows) * world_size()
-        mean = sum_over_ranks(rows.sum(0)) / count
-        variance = sum_over_ranks((rows - mean).square().sum(0)) / count
+        rows = input.float().movedim(1, -1)
+        axes = tuple(range(rows.dim() - 1))
+        count = rows[..., 0].numel() * world_size()
+        mean = sum_over_ranks(rows.sum(axes)) / count
+        variance = sum_over_ranks((rows - mean).square().sum(axes)) / count
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             assert self.num_batches_tracked is not None and self.momentum is not None
             self.num_batches_tracked.add_(1)
@@ -28,7 +32,15 @@ class BatchNorm(nn.BatchNorm1d):
         normal = (rows - mean) * (variance + self.eps).rsqrt()
         if self.affine:
             normal = normal * self.weight + self.bias
-        return normal.to(input.dtype)
+        return normal.movedim(-1, 1).to(input.dtype)
+
+
+class BatchNorm(_Synchronised, nn.BatchNorm1d):
+    """Over [B, D]."""
+
+
+class BatchNorm2d(_Synchronised, nn.BatchNorm2d):
+    """Over [B, C, H, W], for ResNets."""
 
 
 def mlp(

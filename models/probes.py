@@ -67,7 +67,7 @@ def uniformity(features_BD: Tensor) -> Tensor:
 
 @torch.no_grad()
 def matching_probabilities(q_BD: Tensor, negatives_KD: Tensor, temperature: float, count: int = 1024) -> Tensor:
-    """[min(count, K)]: the negatives' largest matching probabilities, descending, mean over queries (MoCHi, figure 2)."""
+    """[min(count, K)]: the largest matching probabilities, descending, mean over queries (MoCHi, figure 2a)."""
     similarity_BK = q_BD @ negatives_KD.T / temperature
     return similarity_BK.softmax(1).topk(min(count, similarity_BK.shape[1]), dim=1).values.mean(0)
 

@@ -5,7 +5,7 @@ Shape suffixes: B images, N views, P = N(N−1)/2 pairs in lexicographic order, 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 Rule = Literal["hardest", "easiest", "random", "lowest-iou"]
+CHOICES = {"encoder": ("online", "target"), "precision": ("same", "bf16"), "batchnorm": ("view", "joint", "running")}
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,9 @@ class SelectionConfig:
             raise ValueError(f"selection.views: {self.views} leaves no pair to choose; give 2 or more")
         if self.rule not in RULES:
             raise ValueError(f"selection.rule: {self.rule!r} is unknown; known: {', '.join(RULES)}")
+        for field, known in CHOICES.items():
+            if getattr(self, field) not in known:
+                raise ValueError(f"selection.{field}: {getattr(self, field)!r} is unknown; known: {', '.join(known)}")
         for field in ("every", "resolution", "layer"):
             value = getattr(self, field)
             if value is not None and value < 1:
@@ -61,6 +65,17 @@ class SelectionConfig:
         """Whether pairs are scored at this step; where not, a random pair trains."""
         return self.rule in ("hardest", "easiest") and self.views > 2 and step % self.every == 0
 
+    def audits(self, step: int) -> bool:
+        """Whether this step's choice is to be compared with the full one."""
+        return self.audit_every > 0 and self.views > 2 and step % self.audit_every == 0
+
+    @property
+    def full(self) -> "SelectionConfig":
+        """The same rule without any of the savings: what `audit` compares with."""
+        return replace(
+            self, encoder="online", every=1, precision="same", resolution=None, layer=None, static_colour=False
+        )
+
 
 @cache
 def pairs(views: int) -> tuple[tuple[int, int], ...]:
@@ -68,9 +83,11 @@ def pairs(views: int) -> tuple[tuple[int, int], ...]:
     return tuple((a, b) for a in range(views) for b in range(a + 1, views))
 
 
+@cache
 def pair_index(views: int, device: torch.device) -> Tensor:
-    """int64 [P, 2] on the device."""
-    return torch.tensor(pairs(views), device=device)
+    """int64 [P, 2] on the device; made once, because a copy from the host would wait for it."""
+    with torch.inference_mode(False):
+        return torch.tensor(pairs(views), device=device)
 
 
 def same_policy(views: int, device: torch.device) -> Tensor:
@@ -105,11 +122,26 @@ def take_pair(values_BN: Tensor, choice_B: Tensor) -> Tensor:
     return values_BN[torch.arange(len(choice_B), device=values_BN.device)[:, None], chosen_B2]
 
 
-def regret(losses_BP: Tensor, choice_B: Tensor) -> Tensor:
+def regret(losses_BP: Tensor, choice_B: Tensor, barred_P: Tensor | None = None) -> Tensor:
     """Share of the hardness gained over a random pair that a choice loses against the hardest: scalar, 0 = nothing."""
-    hardest = losses_BP.max(1).values
-    chosen = losses_BP.gather(1, choice_B[:, None])[:, 0]
-    return (hardest - chosen).mean() / (hardest - losses_BP.mean(1)).mean().clamp_min(1e-12)
+    if barred_P is not None:
+        losses_BP = losses_BP.masked_fill(barred_P, torch.nan)
+    hardest_B = losses_BP.nan_to_num(nan=-torch.inf).max(1).values
+    chosen_B = losses_BP.gather(1, choice_B[:, None])[:, 0]
+    return (hardest_B - chosen_B).mean() / (hardest_B - losses_BP.nanmean(1)).mean().clamp_min(1e-12)
+
+
+def audit(losses_BP: Tensor, choice_B: Tensor, selection: SelectionConfig) -> dict[str, Tensor]:
+    """A choice against the full one, given the full losses: scalars `selection/agreement` (share of images with the
+    same choice) and `selection/regret` (of `easiest`, of the ease gained)."""
+    rule = "easiest" if selection.rule == "easiest" else "hardest"
+    barred_P = same_policy(selection.views, losses_BP.device) if selection.cross_policy else None
+    full_B = select(losses_BP, rule, barred_P)
+    gained_BP = losses_BP if rule == "hardest" else -losses_BP
+    return {
+        "selection/agreement": (full_B == choice_B).float().mean(),
+        "selection/regret": regret(gained_BP, choice_B, barred_P),
+    }
 
 
 @contextmanager

@@ -4,13 +4,18 @@ Shape suffixes: B images, N views, P pairs, 3HW pixels, D width.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
-from models.selection import SelectionConfig, first_blocks, take_pair, without_side_effects
+from models.backbones import BackboneConfig, build_backbone
+from models.contrast import Contrast
+from models.momentum import target_of
+from models.selection import SelectionConfig, audit, first_blocks, take_pair, without_side_effects
 
 Metrics = dict[str, Tensor]
 
@@ -51,17 +56,34 @@ class Chosen:
 
 
 class Encoder(nn.Module):
-    """Backbone and heads: pixels → features → projection (→ prediction, where there is a predictor)."""
+    """Backbone and heads: pixels → features → projection (→ prediction, where there is a predictor).
 
-    def __init__(self, backbone: nn.Module, projector: nn.Module, predictor: nn.Module | None = None) -> None:
+    `precision` is the backbone's own arithmetic: `same` as what surrounds it, or bf16.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        projector: nn.Module,
+        predictor: nn.Module | None = None,
+        precision: Literal["same", "bf16"] = "same",
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.projector = projector
         self.predictor = predictor
+        self.precision = precision
 
     def forward(self, x_B3HW: Tensor) -> Tensor:
         """[B, D]: the last head's output, not normalised."""
-        return self.head(self.backbone(x_B3HW))
+        return self.head(self.features(x_B3HW))
+
+    def features(self, x_B3HW: Tensor) -> Tensor:
+        """[B, D]: what the backbone makes of pixels."""
+        if self.precision == "same" or in_bf16(x_B3HW.device):
+            return self.backbone(x_B3HW)
+        with bf16(x_B3HW.device):
+            return self.backbone(x_B3HW).float()
 
     def head(self, features_BD: Tensor) -> Tensor:
         """What the heads make of backbone features."""
@@ -70,6 +92,13 @@ class Encoder(nn.Module):
     def predict(self, projected_BD: Tensor) -> Tensor:
         """The predictor's output; the input where there is none."""
         return projected_BD if self.predictor is None else self.predictor(projected_BD)
+
+
+def momentum_encoder(online: Encoder, config: BackboneConfig) -> Encoder:
+    """The online encoder's copy without predictor, with the target's own drop path and arithmetic; no gradients."""
+    backbone = build_backbone(config, config.target_drop_path)  # apart, because its drop path differs
+    backbone.load_state_dict(online.backbone.state_dict())
+    return Encoder(backbone.requires_grad_(False), target_of(online.projector), precision=config.target_precision)
 
 
 class Objective(nn.Module):
@@ -90,8 +119,11 @@ class Objective(nn.Module):
         self.target = None
         self.length = length
         self.step = 0
-        # What monitors look at after a step: features and labels of the images it trained on.
+        # What monitors look at after a step: features of the images it trained on and, while `watching` is set, the
+        # contrastive tasks of the newest loss, for models.probes.
         self.seen_features_BD: Tensor | None = None
+        self.watching = False
+        self.contrasts: list[Contrast] = []
 
     @property
     def epoch(self) -> float:
@@ -110,33 +142,47 @@ class Objective(nn.Module):
             ValueError: the selection asks for an encoder or layer that the objective does not have.
         """
         views_BNCHW = crops[0]
-        running = selection.batchnorm == "running"
-        with without_side_effects(self, running), scoring_precision(selection, views_BNCHW):
+        device = views_BNCHW.device
+        reused = self.reuses_features(selection, in_bf16(device))
+        arithmetic = bf16(device) if selection.precision == "bf16" else nullcontext()
+        with without_side_effects(self, selection.batchnorm == "running"), arithmetic:
             features = self.score_features(views_BNCHW, selection)
             losses_BP = self.pair_table(features, selection)
-        return Scores(losses_BP.float(), features["target"] if self.reuses_features(selection) else None)
+        return Scores(losses_BP.float(), features["target"] if reused else None)
 
     def score_features(self, views_BNCHW: Tensor, selection: SelectionConfig) -> dict[str, Tensor | None]:
         """Backbone features [B, N, D] of all views from the encoders that scoring needs: `online`, `target`."""
         if selection.encoder == "target" and self.target is None:
             raise ValueError("selection.encoder: target asked of an objective without a target encoder; take online")
         wanted = {"target": self.target, "online": self.online if selection.encoder == "online" else None}
-        flat = views_BNCHW.flatten(0, 1)
         found: dict[str, Tensor | None] = {}
         for name, encoder in wanted.items():
             if encoder is None:
                 found[name] = None
             else:
                 with first_blocks(encoder.backbone, selection.layer):
-                    found[name] = encoder.backbone(flat).unflatten(0, views_BNCHW.shape[:2])
+                    found[name] = all_views(encoder, views_BNCHW, selection)
         return found
 
-    def reuses_features(self, selection: SelectionConfig) -> bool:
-        """Whether the target's features from scoring are what the loss would compute: same views, layer, arithmetic,
-        and no BatchNorm in the backbone, whose statistics would depend on which views are together."""
-        same = selection.resolution is None and selection.layer is None and not selection.static_colour
-        same = same and selection.precision == "same"
-        return same and self.target is not None and not has_batchnorm(self.target.backbone)
+    def reuses_features(self, selection: SelectionConfig, in_bf16: bool = False) -> bool:
+        """Whether the target's features from scoring are by definition what the loss would compute.
+
+        That is: the same views, layer and arithmetic (`in_bf16` tells the training's), no drop path, and no BatchNorm
+        in the backbone, whose statistics would depend on which views are together. The heads, which have BatchNorm,
+        run again on the chosen views' features.
+        """
+        if self.target is None or selection.resolution is not None or selection.layer is not None:
+            return False
+        same = selection.precision == "same" or in_bf16 or self.target.precision == "bf16"
+        return same and not selection.static_colour and not has_batchnorm(self.target) and not has_drop(self.target)
+
+    def audit(self, crops: tuple[Tensor, ...], choice_B: Tensor, selection: SelectionConfig) -> Metrics:
+        """How often a cheaper choice agrees with the full one, and its regret; see `selection.audit`. No side effects.
+
+        `crops` are those that train, not smaller or recoloured ones that were scored.
+        """
+        losses_BP = self.pair_losses(crops, selection.full).losses_BP
+        return audit(losses_BP, choice_B, selection)
 
     def pair_table(self, features: dict[str, Tensor | None], selection: SelectionConfig) -> Tensor:
         """[B, P] from the features of all views. What a subclass defines."""
@@ -177,20 +223,38 @@ def per_view(head: Callable[[Tensor], Tensor], features_BND: Tensor, selection: 
     return head(features_BND.flatten(0, 1)).unflatten(0, features_BND.shape[:2]).transpose(0, 1)
 
 
-def has_batchnorm(module: nn.Module) -> bool:
-    """Whether any part normalises by batch statistics."""
-    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
+def all_views(encoder: Encoder, views_BNCHW: Tensor, selection: SelectionConfig) -> Tensor:
+    """[B, N, D]: features of all views in one forward; in N, one view of all images at a time, where the backbone has
+    BatchNorm and `batchnorm = view` asks for the composition of training."""
+    if selection.batchnorm == "view" and has_batchnorm(encoder):
+        return torch.stack([encoder.features(views_BCHW) for views_BCHW in views_BNCHW.unbind(1)], 1)
+    return encoder.features(views_BNCHW.flatten(0, 1)).unflatten(0, views_BNCHW.shape[:2])
 
 
-def scoring_precision(selection: SelectionConfig, like: Tensor) -> torch.autocast:
-    """bf16 arithmetic where the selection asks for it, else what surrounds it."""
-    wanted = selection.precision == "bf16"
-    kind = like.device.type
-    return torch.autocast(kind, torch.bfloat16, enabled=wanted or torch.is_autocast_enabled(kind))
+def has_batchnorm(encoder: Encoder) -> bool:
+    """Whether any part of the backbone normalises by batch statistics."""
+    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in encoder.backbone.modules())
+
+
+def has_drop(encoder: Encoder) -> bool:
+    """Whether any part of the backbone drops paths or units while training."""
+    parts = encoder.backbone.modules()
+    return any((isinstance(p, DropPath) and p.drop_prob) or (isinstance(p, nn.Dropout) and p.p > 0) for p in parts)
+
+
+def in_bf16(device: torch.device) -> bool:
+    """Whether what surrounds this computes in bf16."""
+    kind = device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+
+
+def bf16(device: torch.device) -> AbstractContextManager[Any]:
+    """bf16 arithmetic inside."""
+    return torch.autocast(device.type, torch.bfloat16)
 
 
 def check_positive(config: Any, *fields: str) -> None:
     """ValueError where a numeric field of a config is not above 0."""
     for field in fields:
         if getattr(config, field) <= 0:
-            raise ValueError(f"objective.{field}: {getattr(config, field)} must be above 0")
+            raise ValueError(f"objective.{field}: {getattr(config, field)} must be above 0; raise it")

@@ -17,12 +17,21 @@ import torch
 from torch import Tensor
 
 from models.backbones import BackboneConfig, build_backbone, feature_width
-from models.contrast import info_nce, queue_pair_losses
+from models.contrast import Contrast, info_nce, queue_pair_losses
 from models.distributed import gather
 from models.heads import mlp, unit
-from models.momentum import follow, momentum_at, target_of
+from models.momentum import follow, momentum_at
 from models.negatives import NegativesConfig
-from models.objectives.base import Chosen, Encoder, Length, Metrics, Objective, check_positive, per_view
+from models.objectives.base import (
+    Chosen,
+    Encoder,
+    Length,
+    Metrics,
+    Objective,
+    check_positive,
+    momentum_encoder,
+    per_view,
+)
 from models.queue import Queue
 from models.selection import SelectionConfig
 
@@ -49,7 +58,7 @@ class MoBYConfig:
     def __post_init__(self) -> None:
         check_positive(self, "temperature", "queue", "hidden", "width")
         if not 0 <= self.momentum <= 1:
-            raise ValueError(f"objective.momentum: {self.momentum} must lie between 0 and 1")
+            raise ValueError(f"objective.momentum: {self.momentum} must lie between 0 and 1; the paper's is 0.99")
         if self.negatives.total and self.negatives.hardest > self.queue:
             raise ValueError(
                 f"objective.negatives.hardest: {self.negatives.hardest} is more than the queue's {self.queue} rows; "
@@ -72,10 +81,7 @@ class MoBY(Objective):
             mlp(features, config.hidden, config.width),
             mlp(config.width, config.hidden, config.width),
         )
-        # Built apart, because its drop path differs, and then given the online encoder's weights.
-        target = build_backbone(backbone, backbone.target_drop_path)
-        target.load_state_dict(online.state_dict())
-        self.target = Encoder(target.requires_grad_(False), target_of(self.online.projector))
+        self.target = momentum_encoder(self.online, backbone)  # pyright: ignore[reportIncompatibleVariableOverride]
         self.queue1, self.queue2 = Queue(config.queue, config.width), Queue(config.queue, config.width)
         self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -92,13 +98,14 @@ class MoBY(Objective):
 
     def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
         x1, x2 = chosen.crops[0].unbind(1)
-        features1, features2 = self.online.backbone(x1), self.online.backbone(x2)
+        features1, features2 = self.online.features(x1), self.online.features(x2)
         q1, q2 = unit(self.online.head(features1)), unit(self.online.head(features2))
         with torch.no_grad():
             if chosen.features_B2D is None:
                 k1, k2 = unit(self.target(x1)), unit(self.target(x2))
             else:
                 k1, k2 = (unit(self.target.head(f)) for f in chosen.features_B2D.unbind(1))
+        self.contrasts.clear()
         loss1, metrics1 = self._contrast(q1, k2, self.queue2, labels_B)
         loss2, metrics2 = self._contrast(q2, k1, self.queue1, labels_B)
         self._pending.append((k1, k2, torch.full((len(k1),), -1, device=k1.device) if labels_B is None else labels_B))
@@ -113,7 +120,12 @@ class MoBY(Objective):
             barred = (labels_B[:, None] == queue.labels_K) & (labels_B[:, None] >= 0)
         active = negatives.active(self.epoch, self.length.epochs)
         synthetic = negatives if active else None
-        return info_nce(q_BD, k_BD, queue.rows_KD, self.config.temperature, synthetic, barred)
+        temperature = self.config.temperature
+        if self.watching:
+            rows, labels = queue.rows_KD.clone(), queue.labels_K.clone()
+            task = Contrast(q_BD.detach(), k_BD, rows, temperature, synthetic, labels_B, labels, barred)
+            self.contrasts.append(task)
+        return info_nce(q_BD, k_BD, queue.rows_KD, temperature, synthetic, barred)
 
     def after_step(self) -> None:
         """Moves the target, then puts the step's keys of all ranks into the queues."""
