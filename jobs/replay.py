@@ -19,7 +19,7 @@ from shards.errors import InputError
 # A colour for each view's box and frame that colour-blind readers can tell apart (Okabe and Ito 2008), then again.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C564B", "#444444")
 INCH = 1.5  # side of a view in the picture
-LEGEND = "Solid: the views that trained. b c s: brightness, contrast, saturation (factors); hue in turns; blur in pixels."
+LEGEND = "Solid: the views that trained. b c s: brightness, contrast, saturation (factors); hue: turns; blur: pixels."
 
 
 @dataclass(frozen=True)
