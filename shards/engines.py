@@ -7,6 +7,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -101,8 +102,9 @@ def _run_on_ray(
     started = not ray.is_initialized()
     if started:
         try:
+            knock(address)
             ray.init(address or "local", log_to_driver=False, include_dashboard=None if address else False)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             first = str(error).splitlines()[0]
             raise InputError(
                 f"--address {address}: no Ray cluster answers ({first}); start one with `ray start`"
@@ -123,3 +125,10 @@ def _run_on_ray(
     finally:
         if started:
             ray.shutdown()
+
+
+def knock(address: str | None) -> None:
+    """Raises OSError where nobody listens at [ray://]HOST:PORT: Ray itself would wait for minutes."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if colon:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()

@@ -5,6 +5,7 @@
 """
 
 import io
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,8 +63,10 @@ def prepare(content: bytes, rules: Rules) -> Picture:
     if not content:
         raise BadImageError("zero bytes")
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            return _prepare(content, image, rules)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on odd files: what matters of them is decided here
+            with Image.open(io.BytesIO(content)) as image:
+                return _prepare(content, image, rules)
     except BadImageError:
         raise
     except UnidentifiedImageError as error:
@@ -196,11 +199,17 @@ def cmyk_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def encode(image: Image.Image | np.ndarray, extension: Extension, quality: int | None = None) -> bytes:
-    """RGB image, or uint8 [H, W, 3], → bytes without metadata; `quality` is that of JPEG and WebP (default 95)."""
+    """RGB image, or uint8 [H, W, 3], → bytes without metadata.
+
+    Args:
+        quality: of JPEG and WebP; by default 95, JPEG then with full chroma.
+    """
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     image.info.clear()  # profiles and EXIF of the original would be written along and shown a second time
     sink = io.BytesIO()
-    options = {} if extension == "png" else {"quality": quality or DEFAULT_QUALITY}
+    options: dict[str, int] = {} if extension == "png" else {"quality": quality or DEFAULT_QUALITY}
+    if extension == "jpg" and quality is None:
+        options["subsampling"] = 0  # most originals have halved chroma: halving it twice would show
     image.save(sink, FORMATS[extension], **options)
     return sink.getvalue()
