@@ -1,31 +1,30 @@
-"""The order of samples: position since the start of training → sample, a pure function of counts, shares and a seed.
+"""Which sample stands at which position: a pure function of shard sizes, shares, seed and position.
 
-Each source is shuffled by itself, epoch by epoch: its shards are permuted, and samples are permuted inside blocks of
-consecutive shards, so that an epoch opens every shard once and a bounded number at a time. Sources are interleaved by
-exact quota: of the first p positions, a source has its share times p, rounded; so every window of W positions is at
-most one off. Nothing depends on batch size, worker count or world size, and any stretch can be asked for at any time.
-
-Only counts per shard are needed; a permutation is made when its block is asked for. The random words come from Philox,
-a counter-based generator whose raw output is fixed for good.
-
-Letters: n positions asked for, S shards, m samples of a block.
+Every source goes through its own epochs. In each, its shards are shuffled, neighbours in that order form blocks, and
+the samples of a block are shuffled together; so every sample comes once, a shard is needed in one stretch only, and a
+bounded number of shards at a time. Sources interleave by exact quota. Nothing has state: any stretch can be asked for
+at any time, and memory grows with the number of shards alone.
+Letters: n positions, S shards, K sources.
 """
 
+import math
 import threading
-from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from math import ceil
+from typing import Any
 
 import numpy as np
 
 from shards.errors import InputError
 
-LARGEST_DENOMINATOR = 1_000_000
-CACHED_BLOCKS = 4
-SHUFFLE_SHARDS, SHUFFLE_BLOCK = 0, 1  # what a stream of random words is for
+SHARDS, SAMPLES = 0, 1  # what a permutation is of; part of its key
+FINEST_SHARE = 10**9  # denominator; shares such as 0.3 and 1/3 are kept exactly
+STRETCH = 1 << 11  # positions looked through at once for the shards they need
+CACHED_EPOCHS, CACHED_BLOCKS = 4, 8  # per source; a batch touches few of either
+
+Shares = Sequence[float] | Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -33,96 +32,32 @@ class Samples:
     """What stands at n consecutive positions."""
 
     ids: np.ndarray
-    """int64[n]: rows in the concatenation of all sources."""
+    """int64[n]: row in the concatenation of all sources."""
     sources: np.ndarray
     """int16[n]: number of the source."""
     epochs: np.ndarray
-    """int32[n]: how often the sample's source had been gone through before."""
-
-
-class SourceOrder:
-    """The endless sequence of one source's rows: epoch after epoch, each a block-wise shuffle of all rows.
-
-    Safe to share between threads.
-    """
-
-    def __init__(self, counts: np.ndarray, seed: int, source: int, block: int) -> None:
-        """`counts` int64[S]: samples per shard; `block`: shards that are shuffled together."""
-        self._counts = np.asarray(counts, np.int64)
-        self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self._counts)])
-        self._key, self._block = (seed, source), block
-        self._epochs: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
-        self._blocks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
-        self._lock = threading.Lock()
+    """int32[n]: how often that source has been gone through before."""
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def rows(self, start: int, count: int) -> np.ndarray:
-        """int64[count]: rows at the source's own positions from `start` on."""
-        parts = []
-        while count > 0:
-            epoch, within = divmod(start, len(self))
-            with self._lock:
-                shards, ends = self._epoch(epoch)
-                number = int(np.searchsorted(ends, within, side="right"))
-                first = int(ends[number - 1]) if number else 0
-                taken = self._shuffled(epoch, number, shards)[within - first : within - first + count]
-            parts.append(taken)
-            start, count = start + len(taken), count - len(taken)
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
-
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shard numbers in the epoch's order, and where in the epoch each block ends."""
-        if epoch not in self._epochs:
-            shards = np.argsort(words((*self._key, epoch, SHUFFLE_SHARDS, 0), len(self._counts)), kind="stable")
-            ends = np.cumsum(np.add.reduceat(self._counts[shards], np.arange(0, len(shards), self._block)))
-            self._epochs[epoch] = shards, ends
-            if len(self._epochs) > 2:
-                self._epochs.popitem(last=False)
-        return self._epochs[epoch]
-
-    def _shuffled(self, epoch: int, number: int, shards: np.ndarray) -> np.ndarray:
-        """int64[m]: the rows of one block in their order."""
-        key = epoch, number
-        if key not in self._blocks:
-            members = shards[number * self._block : (number + 1) * self._block]
-            rows = np.concatenate([self._starts[s] + np.arange(int(self._counts[s])) for s in members])
-            order = np.argsort(words((*self._key, epoch, SHUFFLE_BLOCK, number), len(rows)), kind="stable")
-            self._blocks[key] = rows[order]
-            if len(self._blocks) > CACHED_BLOCKS:
-                self._blocks.popitem(last=False)
-        self._blocks.move_to_end(key)
-        return self._blocks[key]
-
-
-@dataclass(frozen=True)
-class _Stretch:
-    """An epoch: where it starts, what came before it, and its quotas.
-
-    Sources are split off one after another: of the positions left, source i takes steps[i] / parts[i]. `phases` carries
-    the fraction over from the epoch before.
-    """
-
-    start: int
-    length: int
-    taken: tuple[int, ...]
-    steps: tuple[int, ...]
-    parts: tuple[int, ...]
-    phases: tuple[int, ...]
-
-    def before(self, offsets: np.ndarray | int) -> list[np.ndarray]:
-        """Per source, how many of the epoch's first `offsets` positions are its own."""
-        left, found = np.asarray(offsets, np.int64), []
-        for step, part, phase in zip(self.steps, self.parts, self.phases, strict=True):
-            own = (left * step + phase) // part
-            found.append(own)
-            left = left - own
-        return found
+        return len(self.ids)
 
 
 class SampleOrder:
-    """Interleaves sources by exact quota. Cheap to make: 100,000 shards take milliseconds."""
+    """The endless sequence of samples of K sources.
+
+    Args:
+        counts: per source int64[S], samples in each shard.
+        shares: per source its share of every stretch of the sequence; or one such list per epoch, whose last goes on
+            for all later epochs. Shares are divided by their sum.
+        seed: of all shuffling, at least 0.
+        block: shards of a source that are shuffled together.
+
+    Any n consecutive positions under one share hold share × n samples of a source, to within 1 (with K > 2 sources:
+    to within K − 1), also across the ends of epochs. A source that ends begins its next epoch.
+
+    Raises:
+        InputError: shares that are no shares or ask for a source without samples, a block below 1, a negative seed.
+    """
 
     def __init__(
         self,
@@ -131,119 +66,221 @@ class SampleOrder:
         seed: int,
         block: int = 16,
     ) -> None:
-        """
-        Args:
-            counts: per source int64[S], samples per shard.
-            shares: per source its share of the positions (they add up to 1); or one such list per epoch, the last of
-                which holds for all later epochs.
-            seed: of every permutation.
-            block: shards that are shuffled together, and so the most that are open at once per source.
-
-        Raises:
-            InputError: shares that do not add up, that are not one per source, or of an empty source; block below 1.
-        """
         if block < 1:
-            raise InputError(f"data.block: {block} must be at least 1")
-        self._sources = [SourceOrder(c, seed, number, block) for number, c in enumerate(counts)]
-        table = [shares] if np.ndim(shares[0]) == 0 else shares
-        self._shares = [self._checked(row) for row in table]  # type: ignore[arg-type]
-        self._offsets = np.concatenate([[0], np.cumsum([len(source) for source in self._sources])])
-        self._stretches = [self._stretch(0, None)]
-        self._starts = [0]
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return int(self._offsets[-1])
-
-    @property
-    def epoch_length(self) -> int:
-        """Positions of the first epoch, in which the first source with a share is gone through once."""
-        return self._stretches[0].length
-
-    def steps(self, epochs: float, batch: int) -> int:
-        """Steps of `batch` positions that cover `epochs` epochs, rounded up."""
-        whole = int(epochs)
-        end = self._epoch(whole).start + (epochs - whole) * self._epoch(whole).length
-        return max(1, ceil(end / batch - 1e-9))
+            raise InputError(f"data.block: {block} shards; give at least 1")
+        if seed < 0:
+            raise InputError(f"seed: {seed}; give 0 or above")
+        totals = [int(np.sum(c)) for c in counts]
+        starts = np.concatenate([[0], np.cumsum(totals)])
+        self._sources = [
+            _Source(np.asarray(c, np.int64), int(start), (seed, number), block)
+            for number, (c, start) in enumerate(zip(counts, starts, strict=False))
+        ]
+        rows = _share_rows(shares, totals)
+        leading = next(number for number, share in enumerate(rows[0]) if share)
+        self.epoch_length = math.ceil(totals[leading] / rows[0][leading])
+        """Positions of an epoch: those in which the first source with a share is gone through once, by the first
+        epoch's shares, rounded up."""
+        self._quotas = _quotas(rows, self.epoch_length)
 
     def at(self, position: int, count: int) -> Samples:
-        """The samples of `count` positions from `position` on."""
-        parts = []
-        while count > 0:
-            stretch = self._at(position)
-            taken = min(count, stretch.start + stretch.length - position)
-            parts.append(self._within(stretch, position - stretch.start, taken))
-            position, count = position + taken, count - taken
-        if not parts:
-            return Samples(np.empty(0, np.int64), np.empty(0, np.int16), np.empty(0, np.int32))
-        if len(parts) == 1:
-            return parts[0]
-        return Samples(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Samples)))
-
-    def _within(self, stretch: _Stretch, offset: int, count: int) -> Samples:
-        """Samples of positions inside one epoch."""
-        counted = stretch.before(np.arange(offset, offset + count + 1))
+        """The samples at `count` positions from `position` on, counted from the start of training."""
+        if position < 0 or count < 0:
+            raise ValueError(f"position {position}, count {count}: neither can be negative")
         ids, sources, epochs = np.empty(count, np.int64), np.empty(count, np.int16), np.empty(count, np.int32)
-        for number, (source, own) in enumerate(zip(self._sources, counted, strict=True)):
-            places = np.flatnonzero(np.diff(own))
-            if len(places):
-                first = stretch.taken[number] + int(own[0])
-                ids[places] = source.rows(first, len(places)) + self._offsets[number]
-                sources[places] = number
-                epochs[places] = (first + np.arange(len(places))) // len(source)
+        for source, where, turn in self._turns(position, count):
+            sources[where] = source
+            ids[where], epochs[where] = self._sources[source].at(turn, len(where))
         return Samples(ids, sources, epochs)
 
-    def _checked(self, shares: Sequence[float]) -> tuple[Fraction, ...]:
-        if len(shares) != len(self._sources):
-            raise InputError(f"data shares: {list(shares)} for {len(self._sources)} sources; give one share a source")
-        if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-            raise InputError(f"data shares: {list(shares)} must be 0 or above and add up to 1")
-        for share, source in zip(shares, self._sources, strict=True):
-            if share > 0 and len(source) == 0:
-                raise InputError(f"data shares: {share} of a source without samples; give its shards or share 0")
-        return tuple(Fraction(share).limit_denominator(LARGEST_DENOMINATOR) for share in shares)
+    def shards(self, position: int) -> Iterator[tuple[int, int]]:
+        """Endlessly, the (source, shard) that the positions from `position` on need, in the order of need.
 
-    def _at(self, position: int) -> _Stretch:
-        """The epoch that a position lies in."""
-        while self._stretches[-1].start + self._stretches[-1].length <= position:
-            self._epoch(len(self._stretches))
-        return self._stretches[bisect_right(self._starts, position) - 1]
+        Each block's shards come once, sorted by where the block begins.
+        """
+        last: dict[int, tuple[int, int]] = {}
+        while True:
+            begins: list[tuple[int, int, np.ndarray]] = []
+            for source, where, turn in self._turns(position, STRETCH):
+                begun = 0
+                for epoch, number, count in self._sources[source].blocks(turn, len(where)):
+                    if last.get(source) != (epoch, number):
+                        last[source] = (epoch, number)
+                        begins.append((int(where[begun]), source, self._sources[source].block_shards(epoch, number)))
+                    begun += count
+            for _, source, shards in sorted(begins, key=lambda begin: begin[:2]):
+                yield from ((source, int(shard)) for shard in shards)
+            position += STRETCH
 
-    def _epoch(self, number: int) -> _Stretch:
+    def _turns(self, position: int, count: int) -> Iterator[tuple[int, np.ndarray, int]]:
+        """Per source and stretch of one share: source, places among the positions asked for, its first turn."""
+        done = 0
+        while done < count:
+            number = min((position + done) // self.epoch_length, len(self._quotas) - 1)
+            left = count - done
+            if number < len(self._quotas) - 1:
+                left = min(left, (number + 1) * self.epoch_length - position - done)
+            local = position + done - number * self.epoch_length
+            for source, where, turn in self._quotas[number].split(local, left):
+                if len(where):
+                    yield source, where + done, turn
+            done += left
+
+
+@dataclass(frozen=True)
+class _Quota:
+    """How one share row deals positions to sources, last source first: each level takes its part of what arrives.
+
+    Level k hands source k the arrivals i for which ⌊(phase + (i + 1)·p) / q⌋ steps up, p/q being its share of what
+    arrives: of any n consecutive arrivals, ⌊n·p/q⌋ or ⌈n·p/q⌉. The others arrive, still consecutive, at level k − 1.
+    """
+
+    parts: tuple[Fraction, ...]
+    """Per level its share of what arrives."""
+    phases: tuple[int, ...]
+    """Per level where between two steps the row begins, in units of 1/q."""
+    turns: tuple[int, ...]
+    """Per source the samples it gave before this row."""
+
+    def split(self, arrival: int, count: int) -> Iterator[tuple[int, np.ndarray, int]]:
+        """(source, places among `count` positions from this row's `arrival`-th on, first turn) of every source."""
+        where = np.arange(count)
+        for source in range(len(self.parts) - 1, 0, -1):
+            p, q = self.parts[source].as_integer_ratio()
+            taken, rest = divmod(self.phases[source] + arrival * p, q)  # Python's integers: no overflow at any length
+            steps = (rest + np.arange(len(where) + 1) * p) // q
+            takes = steps[1:] > steps[:-1]
+            yield source, where[takes], self.turns[source] + taken
+            where = where[~takes]
+            arrival -= taken
+        yield 0, where, self.turns[0] + arrival
+
+    def after(self, count: int, parts: tuple[Fraction, ...]) -> "_Quota":
+        """The quota of the next row, `count` positions later: counts run on, and so do the phases."""
+        turns, phases = list(self.turns), list(self.phases)
+        for source in range(len(self.parts) - 1, 0, -1):
+            p, q = self.parts[source].as_integer_ratio()
+            taken, rest = divmod(self.phases[source] + count * p, q)
+            turns[source] += taken
+            phases[source] = rest * parts[source].denominator // q
+            count -= taken
+        turns[0] += count
+        return _Quota(parts, tuple(phases), tuple(turns))
+
+
+def _share_rows(shares: Shares, totals: Sequence[int]) -> list[list[Fraction]]:
+    """Shares per epoch and source that add up to 1, checked."""
+    table: Any = shares if len(shares) and np.ndim(shares[0]) else [shares]
+    for row in table:
+        if len(row) != len(totals):
+            raise InputError(f"shares: {len(row)} shares for {len(totals)} sources; give one for each")
+        if not all(0 <= share < math.inf for share in row) or not any(row):
+            raise InputError(f"shares: {list(row)}; give numbers of 0 or above, one of them positive")
+        for number, (share, total) in enumerate(zip(row, totals, strict=True)):
+            if share and not total:
+                raise InputError(f"shares: source {number} has the share {share} but no samples; set its share to 0")
+    exact = ([Fraction(share) for share in row] for row in table)
+    return [[(share / sum(row)).limit_denominator(FINEST_SHARE) for share in row] for row in exact]
+
+
+def _quotas(rows: Sequence[Sequence[Fraction]], length: int) -> list[_Quota]:
+    """One quota per share row, each going on where the one before ends."""
+    parts = [tuple(_part(row[: level + 1]) for level in range(len(row))) for row in rows]
+    first = tuple((part.denominator - 1) // 2 for part in parts[0])
+    quotas = [_Quota(parts[0], first, (0,) * len(first))]
+    for row in parts[1:]:
+        quotas.append(quotas[-1].after(length, row))
+    return quotas
+
+
+def _part(shares: Sequence[Fraction]) -> Fraction:
+    """The last share's part of all of these; 0 where they are all 0, as nothing arrives then."""
+    return (shares[-1] / sum(shares)).limit_denominator(FINEST_SHARE) if any(shares) else Fraction(0)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One epoch of a source."""
+
+    shards: np.ndarray
+    """int64[S]: the shards in shuffled order."""
+    starts: np.ndarray
+    """int64[blocks + 1]: turn within the epoch at which each block begins, and the epoch's length."""
+
+
+class _Source:
+    """One source's own endless sequence. Epochs and blocks last used are kept; safe to share between threads."""
+
+    def __init__(self, counts: np.ndarray, first_id: int, key: tuple[int, ...], block: int) -> None:
+        self._counts = counts
+        self._rows = first_id + np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+        self._length = int(counts.sum())
+        self._key = key
+        self._size = block
+        self._plans: OrderedDict[int, _Plan] = OrderedDict()
+        self._blocks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def at(self, turn: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """int64 ids and int32 epochs of `count` samples from the source's `turn`-th on."""
+        ids, epochs = np.empty(count, np.int64), np.empty(count, np.int32)
+        done = 0
+        for epoch, number, part in self.blocks(turn, count):
+            begin = turn + done - epoch * self._length - int(self.plan(epoch).starts[number])
+            ids[done : done + part] = self.block_ids(epoch, number)[begin : begin + part]
+            epochs[done : done + part] = epoch
+            done += part
+        return ids, epochs
+
+    def blocks(self, turn: int, count: int) -> Iterator[tuple[int, int, int]]:
+        """(epoch, number, samples) of the blocks that `count` samples from the `turn`-th on come from."""
+        while count:
+            epoch, local = divmod(turn, self._length)
+            starts = self.plan(epoch).starts
+            number = int(np.searchsorted(starts, local, side="right")) - 1
+            part = min(count, int(starts[number + 1]) - local)
+            yield epoch, number, part
+            turn, count = turn + part, count - part
+
+    def plan(self, epoch: int) -> _Plan:
+        """The epoch's shards and blocks."""
         with self._lock:
-            while len(self._stretches) <= number:
-                last = self._stretches[-1]
-                self._stretches.append(self._stretch(len(self._stretches), last))
-                self._starts.append(last.start + last.length)
-        return self._stretches[number]
+            if epoch not in self._plans:
+                shards = permutation(len(self._counts), *self._key, epoch, SHARDS)
+                ends = np.cumsum(self._counts[shards])
+                ends = np.append(ends[self._size - 1 : -1 : self._size], ends[-1:])
+                _keep(self._plans, epoch, _Plan(shards, np.concatenate([[0], ends])), CACHED_EPOCHS)
+            return self._plans[epoch]
 
-    def _stretch(self, epoch: int, last: _Stretch | None) -> _Stretch:
-        shares = self._shares[min(epoch, len(self._shares) - 1)]
-        first = next(number for number, share in enumerate(shares) if share > 0)
-        length = ceil(len(self._sources[first]) / shares[first])
-        steps, parts, left = [], [], Fraction(1)
-        for share in shares:
-            quota = share / left if left > 0 else Fraction(0)
-            quota = min(quota, Fraction(1)).limit_denominator(LARGEST_DENOMINATOR)
-            steps.append(quota.numerator)
-            parts.append(quota.denominator)
-            left -= share
-        # The source that takes all that is left must do so exactly, whatever the rounding of shares has done.
-        final = max(number for number, share in enumerate(shares) if share > 0)
-        steps[final], parts[final] = 1, 1
-        if last is None:
-            # Rounded up, so that position 0 belongs to the first source.
-            return _Stretch(0, length, (0,) * len(shares), tuple(steps), tuple(parts), tuple(p - 1 for p in parts))
-        done = last.before(last.length)
-        phases, remaining = [], last.length
-        for number, part in enumerate(parts):
-            carried = (remaining * last.steps[number] + last.phases[number]) % last.parts[number]
-            phases.append(carried * part // last.parts[number])
-            remaining -= int(done[number])
-        taken = tuple(before + int(own) for before, own in zip(last.taken, done, strict=True))
-        return _Stretch(last.start + last.length, length, taken, tuple(steps), tuple(parts), tuple(phases))
+    def block_shards(self, epoch: int, number: int) -> np.ndarray:
+        """int64[≤ block]: the block's shards."""
+        return self.plan(epoch).shards[number * self._size : (number + 1) * self._size]
+
+    def block_ids(self, epoch: int, number: int) -> np.ndarray:
+        """int64: the block's samples in shuffled order."""
+        shards = self.block_shards(epoch, number)
+        with self._lock:
+            if (epoch, number) not in self._blocks:
+                rows = np.concatenate([self._rows[shard] + np.arange(int(self._counts[shard])) for shard in shards])
+                ids = rows[permutation(len(rows), *self._key, epoch, SAMPLES, number)]
+                _keep(self._blocks, (epoch, number), ids, CACHED_BLOCKS)
+            return self._blocks[epoch, number]
 
 
-def words(key: tuple[int, ...], count: int) -> np.ndarray:
-    """uint64[count] random words that belong to a key of integers."""
-    return np.random.Philox(np.random.SeedSequence([part & (2**64 - 1) for part in key])).random_raw(count)
+def _keep(cache: OrderedDict[Any, Any], key: Any, value: Any, size: int) -> None:
+    cache[key] = value
+    if len(cache) > size:
+        cache.popitem(last=False)
+
+
+def permutation(count: int, *key: int) -> np.ndarray:
+    """int64[count]: the numbers below `count` in an order that follows from the key alone.
+
+    Random bits of Philox (whose raw stream numpy keeps as it is, unlike that of `Generator.permutation`) with the
+    number itself in the lowest bits, sorted: the bits decide, and no two are equal.
+    """
+    low = max(count - 1, 1).bit_length()
+    raw = np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
+    keys = (raw >> np.uint64(low) << np.uint64(low)) | np.arange(count, dtype=np.uint64)
+    keys.sort()
+    return (keys & np.uint64((1 << low) - 1)).astype(np.int64)
