@@ -84,6 +84,8 @@ def summary(analysis: Mapping[str, Any]) -> list[str]:
     if details := analysis.get("importance_details"):
         shares = ", ".join(f"{s['feature'].replace('_', ' ')} {s['share']:.1%}" for s in details["loss"])
         lines.append(f"  share of the loss's variance: {shares}; the forest's R² {details['r2_out_of_bag']:.2f}")
+        if (drift := details["over_training_share"]) > 0.05:
+            lines.append(f"  {drift:.1%} of that variance is the loss's drift over training, which no metric explains")
     if found := analysis.get("classifier"):
         lines.append(f"  the choice predicted from the parameters: {found['top1']:.1%} (chance {found['chance']:.1%})")
     return lines

@@ -48,7 +48,7 @@ def append(log: AugmentationLog, step, position, batch, views, every=1, images=1
 def write_log(path: Path, steps=20, batch=64, views=4, world=1, first=0, **how):
     """A log of `steps` steps by `world` ranks of `batch` rows each."""
     for rank in range(world):
-        log = AugmentationLog(path, rank, views, sources=("real", "synthetic"), shard_rows=256)
+        log = AugmentationLog(path, rank, views, sources=("real", "synthetic"), shard_rows=512)
         for step in range(first, first + steps):
             append(log, step, (step * world + rank) * batch, batch, views, **how)
         log.close()
