@@ -126,6 +126,43 @@ class DaliDecoder:
         return [torch.from_dlpack(images[row]) for row in range(len(data))]
 
 
+def views_graph(batch: int, groups: Sequence[tuple[int, int]], device: torch.device, threads: int) -> Any:
+    """The graph of `DaliViews`, defined but not built: only building it needs the device."""
+    fn, pipeline_def, types = _dali()
+
+    gpu = device.type == "cuda"
+    backend = "gpu" if gpu else "cpu"
+    device_id = (device.index if device.index is not None else torch.cuda.current_device()) if gpu else None
+    # With fancy upsampling nvJPEG interpolates chroma as libjpeg-turbo does on the CPU.
+    upsampling = {"jpeg_fancy_upsampling": True} if gpu else {}
+
+    def view(image: Any, index: int, size: int) -> Any:
+        # Every view has inputs of its own: DALI would merge identical subgraphs.
+        box = fn.external_source(name=f"box{index}", dtype=types.INT32, ndim=1)
+        flip = fn.external_source(name=f"flip{index}", dtype=types.INT32, ndim=0)
+        patch = fn.slice(image, box[0:2], box[2:4], axes=(0, 1), device=backend)
+        patch = fn.resize(patch, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True, device=backend)
+        return fn.flip(patch, horizontal=flip, device=backend)
+
+    @pipeline_def(batch_size=batch, num_threads=threads, device_id=device_id, prefetch_queue_depth=1)
+    def graph() -> Any:
+        data = fn.external_source(name="data", dtype=types.UINT8, ndim=1)
+        image = fn.decoders.image(
+            data,
+            output_type=types.RGB,
+            adjust_orientation=False,
+            device="mixed" if gpu else "cpu",
+            **upsampling,
+        )
+        outputs, index = [], 0
+        for count, size in groups:
+            outputs.append(fn.stack(*(view(image, index + v, size) for v in range(count))))
+            index += count
+        return tuple(outputs)
+
+    return graph()
+
+
 class DaliViews:
     """Decode, slice, resize and mirror in one DALI graph: all views of a batch, on a GPU or on the CPU.
 
@@ -137,39 +174,7 @@ class DaliViews:
     """
 
     def __init__(self, batch: int, groups: Sequence[tuple[int, int]], device: torch.device, threads: int) -> None:
-        fn, pipeline_def, types = _dali()
-
-        gpu = device.type == "cuda"
-        backend = "gpu" if gpu else "cpu"
-        device_id = (device.index if device.index is not None else torch.cuda.current_device()) if gpu else None
-        # With fancy upsampling nvJPEG interpolates chroma as libjpeg-turbo does on the CPU.
-        upsampling = {"jpeg_fancy_upsampling": True} if gpu else {}
-
-        def view(image: Any, index: int, size: int) -> Any:
-            # Every view has inputs of its own: DALI would merge identical subgraphs.
-            box = fn.external_source(name=f"box{index}", dtype=types.INT32, ndim=1)
-            flip = fn.external_source(name=f"flip{index}", dtype=types.INT32, ndim=0)
-            patch = fn.slice(image, box[0:2], box[2:4], axes=(0, 1), device=backend)
-            patch = fn.resize(patch, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True, device=backend)
-            return fn.flip(patch, horizontal=flip, device=backend)
-
-        @pipeline_def(batch_size=batch, num_threads=threads, device_id=device_id, prefetch_queue_depth=1)
-        def graph() -> Any:
-            data = fn.external_source(name="data", dtype=types.UINT8, ndim=1)
-            image = fn.decoders.image(
-                data,
-                output_type=types.RGB,
-                adjust_orientation=False,
-                device="mixed" if gpu else "cpu",
-                **upsampling,
-            )
-            outputs, index = [], 0
-            for count, size in groups:
-                outputs.append(fn.stack(*(view(image, index + v, size) for v in range(count))))
-                index += count
-            return tuple(outputs)
-
-        self._pipeline = graph()
+        self._pipeline = views_graph(batch, groups, device, threads)
         self._pipeline.build()
 
     def crops(self, data: Sequence[Bytes], params: Sequence[ViewParams]) -> list[Tensor]:
@@ -181,12 +186,12 @@ class DaliViews:
         Raises:
             BrokenImagesError: naming all rows that cannot be decoded.
         """
-        inputs = {"data": list(data), **self._boxes(ViewParams.concatenate(params, axis=1))}
+        boxes = self._boxes(ViewParams.concatenate(params, axis=1))
         try:
-            return self._run(inputs)
+            return self._run(list(data), boxes)
         except RuntimeError as error:
             reasons = find_broken(
-                lambda rows: self._run({name: [values[row] for row in rows] for name, values in inputs.items()}),
+                lambda rows: self._run([data[row] for row in rows], {name: box[rows] for name, box in boxes.items()}),
                 len(data),
             )
             if not reasons:  # not the images' fault: out of memory, a lost device
@@ -194,15 +199,17 @@ class DaliViews:
             raise BrokenImagesError(reasons) from error
 
     @staticmethod
-    def _boxes(params: ViewParams) -> dict[str, list[NDArray[np.int32]]]:
-        box_BN4 = np.stack([params.top, params.left, params.height, params.width], -1)
-        flip_BN = params.flip.astype(np.int32)
-        views = range(params.shape[1])
-        return {f"box{v}": list(box_BN4[:, v]) for v in views} | {f"flip{v}": list(flip_BN[:, v]) for v in views}
+    def _boxes(params: ViewParams) -> dict[str, NDArray[np.int32]]:
+        """The graph's inputs besides the bytes, a row for each image."""
+        # DALI takes dense memory only, and numpy keeps a transposed layout through a stack.
+        box_NB4 = np.ascontiguousarray(np.stack([params.top.T, params.left.T, params.height.T, params.width.T], -1))
+        flip_NB = np.ascontiguousarray(params.flip.T, np.int32)
+        boxes = {f"box{view}": box_B4 for view, box_B4 in enumerate(box_NB4)}
+        return boxes | {f"flip{view}": flip_B for view, flip_B in enumerate(flip_NB)}
 
-    def _run(self, inputs: dict[str, Any]) -> list[Tensor]:
+    def _run(self, data: list[Bytes], boxes: dict[str, NDArray[np.int32]]) -> list[Tensor]:
         # Without a stream of ours the outputs are ready when run() returns; their memory is DALI's until the next run.
-        outputs = [torch.from_dlpack(output.as_tensor()).clone() for output in self._pipeline.run(**inputs)]
+        outputs = [torch.from_dlpack(output.as_tensor()).clone() for output in self._pipeline.run(data=data, **boxes)]
         if outputs[0].is_cuda:
             torch.cuda.current_stream(outputs[0].device).synchronize()
         return outputs

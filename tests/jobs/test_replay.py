@@ -20,6 +20,7 @@ from jobs.run.world import World
 from models.backbones import BackboneConfig
 from models.selection import SelectionConfig
 from pipelines.batch import ViewBatch
+from pipelines.policies import IouScript
 from shards.errors import InputError
 from shards.manifest import Manifest
 from shards.writer import Sample, finish, shard_name, write_shard
@@ -75,7 +76,8 @@ def write_run(folder: Path, views: ViewsConfig) -> tuple[RunFolder, list[ViewBat
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, list[ViewBatch]]:
-    return write_run(tmp_path_factory.mktemp("single"), ViewsConfig())
+    script = IouScript((0.0, 0.5), (0.2, 0.8), samples=20, tries=3, alternate=7)
+    return write_run(tmp_path_factory.mktemp("single"), ViewsConfig(iou=script))
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,15 @@ from PIL import Image
 from view_pictures import encoded, jpeg, pixels, truncated
 
 from pipelines.crop import crop_views
-from pipelines.decode import BrokenImagesError, DaliDecoder, DaliViews, PillowDecoder, find_broken, open_decoder
+from pipelines.decode import (
+    BrokenImagesError,
+    DaliDecoder,
+    DaliViews,
+    PillowDecoder,
+    find_broken,
+    open_decoder,
+    views_graph,
+)
 from pipelines.draw import draw
 from pipelines.params import ViewParams
 from pipelines.policies import build_policy
@@ -131,6 +139,15 @@ def test_dalis_graph_agrees_with_torchs_crops(dali: DaliDecoder) -> None:
         assert apart.max() <= 3
         assert apart.float().mean() <= 0.2
         assert views.flip.any() and not views.flip.all()
+
+
+def test_the_graph_for_a_gpu_can_be_defined_without_one() -> None:
+    """DALI checks every operator's device and arguments then; building is what a machine without a GPU cannot do."""
+    graph = views_graph(4, [(2, 32), (3, 16)], torch.device("cuda", 0), 2)
+    assert graph.device_id == 0
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="CUDA is not available"):
+            graph.build()
 
 
 def test_dalis_graph_names_broken_images_and_goes_on() -> None:

@@ -19,7 +19,7 @@ from pipelines.draw import draw, static_colour
 from pipelines.params import FIELDS, pairs
 from pipelines.photometric import fused
 from pipelines.policies import build_policy
-from pipelines.stream import ViewStream
+from pipelines.stream import ViewStream, cores
 from shards.errors import InputError
 from shards.reader import SampleError
 
@@ -310,6 +310,15 @@ def test_the_profile_says_where_time_went(data: tuple[Reader, Order]) -> None:
 def test_bad_options_are_named(data: tuple[Reader, Order], options: dict, says: str) -> None:
     with pytest.raises(InputError, match=says):
         ViewStream(*data, POLICY, **{"seed": 0, "batch": 8} | options)
+
+
+def test_processes_on_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(12)), raising=False)
+    assert cores() == 12
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    assert cores() == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "50")
+    assert cores() == 1
 
 
 @pytest.fixture(autouse=True)
