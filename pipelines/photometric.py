@@ -6,7 +6,7 @@ operations in the view's own order, grayscale, Gaussian blur, solarize, normalis
 What is fused: brightness, contrast and saturation are affine in RGB once the mean colour is known, so every run of
 them is one 3×4 map; hue is not, and splits the jitter into map, hue, map. Solarize and normalisation are one table of
 256 values per channel. Between the stages values are rounded to uint8 and clamped, as after every operation of PIL.
-Hue is torchvision's and PIL's: a shift in HSV, here in float32 (PIL's 8-bit HSV is 0.6/255 off on average).
+Hue is torchvision's and PIL's, a shift in HSV, but without going there: see `split_turns`.
 
 OpenCV does the pixels; every call releases the interpreter lock, so threads scale.
 
@@ -39,7 +39,6 @@ SOLARIZE_FROM = 128
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(len(JITTER_OPS))
 _ORDERS = np.array(JITTER_ORDERS)
 _CHUNK = 8  # views a task of an executor: some 2 ms of work, against 0.02 ms to hand it over
-_STRIP = 28 * 1024  # pixels of a strip: in float32 twice 336 KB, beside 4 times 150 KB of uint8
 
 
 def blur_kernel_size(size: int) -> int:
@@ -66,13 +65,31 @@ class ColourPlan:
 
     before: AffineMaps
     """Ahead of hue; the whole of the jitter where there is no hue."""
-    hue_V: NDArray[np.float32]
-    """Shift in turns, 0 for none."""
+    exchange_V: NDArray[np.int64]
+    """Hue, first part: times that the channels move on by one, 0 … 2."""
+    sextants_V: NDArray[np.float32]
+    """Hue, second part: shift in sixths of a turn, −1 … 1."""
     after: AffineMaps
     gray_V: NDArray[np.bool_]
     sigma_V: NDArray[np.float32]
     """Gaussian blur in pixels, 0 for none."""
     solarize_V: NDArray[np.bool_]
+
+
+def split_turns(turns_V: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """A shift of hue as thirds of a turn, which only exchange channels, and sextants t between −1 and 1.
+
+    For these HSV needs no conversion. Let v and m be a pixel's largest and smallest channel: they stay. Each channel is
+    a trapezoid over hue, flat over two sextants at v and at m, with ramps of one sextant. So on a ramp a channel moves
+    by t (v − m), and from a flat part by as much of that as is left after the way to the corner, which the other two
+    channels tell. Both are said by
+
+        R′ = clamp(R − sign(t) · soft(G − B, (1 − |t|) (v − m)), m, v),   soft(e, θ) = sign(e) · max(|e| − θ, 0)
+
+    and the same with R, G, B moved on for the other two. No division, no sectors, and exact in uint8 but for θ.
+    """
+    thirds_V = np.rint(3 * turns_V)
+    return thirds_V.astype(np.int64) % 3, (6 * turns_V - 2 * thirds_V).astype(np.float32)
 
 
 def plan_colour(params: ViewParams) -> ColourPlan:
@@ -83,9 +100,11 @@ def plan_colour(params: ViewParams) -> ColourPlan:
     place_V = np.where(hue_V != 0, np.argmax(order_V4 == _HUE, axis=1), len(JITTER_OPS))
     ahead_V4 = np.arange(len(JITTER_OPS)) < place_V[:, None]
     jitter_V1 = params.jitter[:, None]
+    exchange_V, sextants_V = split_turns(hue_V)
     return ColourPlan(
         before=_affine_maps(params, order_V4, ahead_V4 & jitter_V1),
-        hue_V=hue_V,
+        exchange_V=exchange_V,
+        sextants_V=sextants_V,
         after=_affine_maps(params, order_V4, ~ahead_V4 & jitter_V1),
         gray_V=params.gray,
         sigma_V=params.blur,
@@ -155,16 +174,15 @@ def colour_view(crop_SS3: NDArray[np.uint8], plan: ColourPlan, row: int, out_3SS
 class _Scratch:
     """Buffers of one thread for views of one size: fresh ones would cost page faults at every view.
 
-    They are few, and hue goes strip by strip, so that all of a view stays in a core's second-level cache.
+    Together 0.8 MB at 224 pixels, so that all of a view stays in a core's second-level cache.
     """
 
     def __init__(self, size: int) -> None:
         self._images_SS3 = [np.empty((size, size, 3), np.uint8) for _ in range(2)]
         self._next = 0
-        self.planes_3 = [np.empty((size, size), np.uint8) for _ in range(3)]
-        rows = max(1, _STRIP // size)
-        self.strips = [slice(row, min(row + rows, size)) for row in range(0, size, rows)]
-        self.rgb_rS3, self.hsv_rS3 = np.empty((2, min(rows, size), size, 3), np.float32)
+        self.planes_3, self.shifted_3, self.others_4 = (
+            [np.empty((size, size), np.uint8) for _ in range(count)] for count in (3, 3, 4)
+        )
 
     def image_SS3(self) -> NDArray[np.uint8]:
         """A buffer other than the one given before, which holds what is being worked on."""
@@ -185,8 +203,9 @@ def _scratch(size: int) -> _Scratch:
 def _jitter(image_SS3: MatLike, plan: ColourPlan, row: int, scratch: _Scratch) -> MatLike:
     if plan.before.active_V[row]:
         image_SS3 = _affine(image_SS3, plan.before, row, scratch.image_SS3())
-    if plan.hue_V[row]:
-        image_SS3 = _shift_hue(image_SS3, float(plan.hue_V[row]), scratch)
+    exchange, sextants = int(plan.exchange_V[row]), float(plan.sextants_V[row])
+    if exchange or sextants:
+        image_SS3 = _shift_hue(image_SS3, exchange, sextants, scratch)
     if plan.after.active_V[row]:
         image_SS3 = _affine(image_SS3, plan.after, row, scratch.image_SS3())
     return image_SS3
@@ -201,19 +220,24 @@ def _affine(image_SS3: MatLike, maps: AffineMaps, row: int, out_SS3: MatLike) ->
     return cv2.transform(image_SS3, matrix_34, dst=out_SS3)
 
 
-def _shift_hue(image_SS3: MatLike, turns: float, scratch: _Scratch) -> MatLike:
-    out_SS3 = scratch.image_SS3()
-    # OpenCV's way back from HSV is right for 0…720 degrees, wrong below 0: hence the shift upwards.
-    degrees = 360 * (turns % 1)
-    for strip in scratch.strips:
-        rows = strip.stop - strip.start
-        rgb_rS3, hsv_rS3 = scratch.rgb_rS3[:rows], scratch.hsv_rS3[:rows]
-        np.copyto(rgb_rS3, image_SS3[strip])
-        cv2.cvtColor(rgb_rS3, cv2.COLOR_RGB2HSV, dst=hsv_rS3)
-        hsv_rS3[..., 0] += degrees
-        cv2.cvtColor(hsv_rS3, cv2.COLOR_HSV2RGB, dst=rgb_rS3)
-        cv2.convertScaleAbs(rgb_rS3, dst=out_SS3[strip])  # rounds; nothing is negative here
-    return out_SS3
+def _shift_hue(image_SS3: MatLike, exchange: int, sextants: float, scratch: _Scratch) -> MatLike:
+    """The formula of `split_turns` plane by plane; uint8 arithmetic, which stops at 0, does soft()."""
+    planes_3, shifted_3 = scratch.planes_3, scratch.shifted_3
+    most_SS, least_SS, limit_SS, up_SS = scratch.others_4
+    cv2.split(image_SS3, planes_3)
+    cv2.max(cv2.max(planes_3[0], planes_3[1], dst=most_SS), planes_3[2], dst=most_SS)
+    cv2.min(cv2.min(planes_3[0], planes_3[1], dst=least_SS), planes_3[2], dst=least_SS)
+    cv2.subtract(most_SS, least_SS, dst=limit_SS)
+    cv2.convertScaleAbs(limit_SS, dst=limit_SS, alpha=1 - abs(sextants))
+    for channel, down_SS in enumerate(shifted_3):
+        following_SS, last_SS = planes_3[channel - 2], planes_3[channel - 1]
+        if sextants < 0:
+            following_SS, last_SS = last_SS, following_SS
+        cv2.subtract(cv2.subtract(following_SS, last_SS, dst=down_SS), limit_SS, dst=down_SS)
+        cv2.subtract(cv2.subtract(last_SS, following_SS, dst=up_SS), limit_SS, dst=up_SS)
+        cv2.max(cv2.subtract(planes_3[channel], down_SS, dst=down_SS), least_SS, dst=down_SS)
+        cv2.min(cv2.add(down_SS, up_SS, dst=down_SS), most_SS, dst=down_SS)
+    return cv2.merge([shifted_3[channel - exchange] for channel in range(3)], dst=scratch.image_SS3())
 
 
 def _blur(image: MatLike, sigma: float, out: MatLike) -> MatLike:

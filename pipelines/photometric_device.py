@@ -44,7 +44,8 @@ def colour(images_V3SS: Tensor, params: ViewParams) -> Tensor:
     """[V, 3, S, S] float32 in 0…1 → the same after jitter, grayscale, blur and solarize, before normalisation."""
     plan = plan_colour(params)
     images_V3SS = _affine(images_V3SS, plan.before)
-    images_V3SS = _apply(images_V3SS, plan.hue_V != 0, _shift_hue, plan.hue_V)
+    images_V3SS = _apply(images_V3SS, plan.exchange_V != 0, _exchange_channels, plan.exchange_V)
+    images_V3SS = _apply(images_V3SS, plan.sextants_V != 0, _shift_hue, plan.sextants_V)
     images_V3SS = _affine(images_V3SS, plan.after)
     images_V3SS = _apply(images_V3SS, plan.gray_V, _to_gray)
     images_V3SS = _apply(images_V3SS, plan.sigma_V > 0, _blur, plan.sigma_V)
@@ -52,7 +53,7 @@ def colour(images_V3SS: Tensor, params: ViewParams) -> Tensor:
 
 
 def _apply(
-    images_V3SS: Tensor, use_V: NDArray[np.bool_], op: Callable[..., Tensor], *args_V: NDArray[np.float32]
+    images_V3SS: Tensor, use_V: NDArray[np.bool_], op: Callable[..., Tensor], *args_V: NDArray[np.generic]
 ) -> Tensor:
     """`op` on the views that have it. The rows are found on the host: a mask on the device would make it wait."""
     if not use_V.any():
@@ -75,21 +76,20 @@ def _affine(images_V3SS: Tensor, maps: AffineMaps) -> Tensor:
     return torch.baddbmm(shift_V11, matrix_V33, pixels_V3P).clamp_(0, 1).view_as(images_V3SS)
 
 
-def _shift_hue(images_V3SS: Tensor, turns_V: Tensor) -> Tensor:
-    """Hue moved by `turns_V` in HSV. With sextant h in 0…6, channel n is max − chroma · clamp(min(k, 4 − k), 0, 1),
-    k = (n + h) mod 6, n = 5, 3, 1 for R, G, B (https://en.wikipedia.org/wiki/HSL_and_HSV, alternative formula)."""
-    red, green, blue = images_V3SS.split(1, 1)
-    most_V1SS = images_V3SS.amax(1, keepdim=True)
-    chroma_V1SS = most_V1SS - images_V3SS.amin(1, keepdim=True)
-    divisor_V1SS = torch.where(chroma_V1SS == 0, 1, chroma_V1SS)
-    from_green = (blue - red) / divisor_V1SS + 2
-    from_blue = (red - green) / divisor_V1SS + 4
-    sextant_V1SS = torch.where(most_V1SS == green, from_green, from_blue)
-    sextant_V1SS = torch.where(most_V1SS == red, (green - blue) / divisor_V1SS, sextant_V1SS)
-    channel_1311 = torch.tensor([5.0, 3.0, 1.0], device=images_V3SS.device)[None, :, None, None]
-    k_V3SS = (sextant_V1SS + 6 * turns_V[:, None, None, None] + channel_1311).remainder_(6)
-    share_V3SS = torch.minimum(k_V3SS, 4 - k_V3SS).clamp_(0, 1)
-    return torch.addcmul(most_V1SS, share_V3SS, chroma_V1SS, value=-1)
+def _exchange_channels(images_V3SS: Tensor, by_V: Tensor) -> Tensor:
+    """Channel c of view v comes from channel c − by_V[v]: hue moved by thirds of a turn."""
+    source_V3 = (torch.arange(3, device=by_V.device) - by_V[:, None]) % 3
+    return images_V3SS[torch.arange(len(by_V), device=by_V.device)[:, None], source_V3]
+
+
+def _shift_hue(images_V3SS: Tensor, sextants_V: Tensor) -> Tensor:
+    """Hue moved by −1 … 1 sextants; the formula is explained at `photometric.split_turns`."""
+    sextants_V111 = sextants_V[:, None, None, None]
+    most_V1SS, least_V1SS = images_V3SS.amax(1, keepdim=True), images_V3SS.amin(1, keepdim=True)
+    limit_V1SS = (1 - sextants_V111.abs()) * (most_V1SS - least_V1SS)
+    across_V3SS = images_V3SS.roll(-1, 1) - images_V3SS.roll(-2, 1)
+    soft_V3SS = across_V3SS - across_V3SS.clamp(-limit_V1SS, limit_V1SS)
+    return torch.addcmul(images_V3SS, soft_V3SS, sextants_V111.sign(), value=-1).clamp(least_V1SS, most_V1SS)
 
 
 def _to_gray(images_V3SS: Tensor) -> Tensor:

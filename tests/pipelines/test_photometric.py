@@ -128,7 +128,8 @@ def test_the_plan_skips_what_changes_nothing() -> None:
     plan = plan_colour(params)
     assert plan.before.active_V.tolist() == [False, True, False]
     assert not plan.after.active_V.any()
-    assert (plan.hue_V != 0).tolist() == [True, False, False]
+    assert (plan.sextants_V != 0).tolist() == [True, False, False]
+    assert not plan.exchange_V.any()
 
 
 @pytest.mark.parametrize(("size", "kernel"), [(224, 23), (96, 9), (64, 7), (32, 3), (8, 3)])
