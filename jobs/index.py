@@ -21,7 +21,7 @@ from shards.writer import ShardResult, shards_in
 class IndexConfig:
     """Writes manifest, column files and DALI indexes beside the tars of a folder; the tars stay as they are."""
 
-    folder: tyro.conf.Positional[Path]
+    folder: tyro.conf.Positional[str]
     """Folder of WebDataset tars."""
     source: str = "real"
     """Tag of these images in manifests, logs and reports."""
@@ -39,11 +39,12 @@ class IndexConfig:
 
 def run(config: IndexConfig) -> Manifest:
     """Indexes with a progress bar and says what came of it."""
-    if local_path(str(config.folder)) is None:
+    folder = local_path(config.folder)
+    if folder is None:
         raise InputError(f"{config.folder}: tars are indexed in place, in a local folder; copy them to one")
     classes = read_classes(config.classes) if config.classes else ()
     left_out = 0
-    with progress("indexing", len(shards_in(config.folder)), "shards") as bar:
+    with progress("indexing", len(shards_in(folder)), "shards") as bar:
 
         def on_shard(result: ShardResult) -> None:
             nonlocal left_out
@@ -51,7 +52,7 @@ def run(config: IndexConfig) -> Manifest:
             bar.advance(1, f"{left_out} images left out" if left_out else None)
 
         manifest = index(
-            config.folder,
+            folder,
             config.source,
             partial(run_tasks, "local", workers=config.workers),
             rules=Rules(check=config.check, max_pixels=config.max_pixels),
@@ -60,8 +61,8 @@ def run(config: IndexConfig) -> Manifest:
             on_shard=on_shard,
         )
     if left_out:
-        warn(f"{left_out} images left out; the reasons are in {config.folder / QUARANTINE_NAME}")
-    console.print(f"{len(manifest)} images in {len(manifest.entries)} shards, in {config.folder}")
+        warn(f"{left_out} images left out; the reasons are in {folder / QUARANTINE_NAME}")
+    console.print(f"{len(manifest)} images in {len(manifest.entries)} shards, in {folder}")
     return manifest
 
 

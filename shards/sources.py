@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import tarfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -125,8 +126,13 @@ class FilePart:
                 yield Record(name, label, content or b"", problem)
 
 
-def fetch_many(system: AbstractFileSystem, paths: list[str], attempts: int = 4) -> dict[str, bytes | None]:
+def fetch_many(
+    system: AbstractFileSystem, paths: list[str], attempts: int = 4, pause: float = 0.5
+) -> dict[str, bytes | None]:
     """Contents of remote files, None for those that are not there; what fails otherwise is tried again.
+
+    Args:
+        pause: seconds before the second attempt; each further one waits about twice as long.
 
     Raises:
         OSError: a file that fails every time: the connection is at fault then, not the image.
@@ -136,6 +142,7 @@ def fetch_many(system: AbstractFileSystem, paths: list[str], attempts: int = 4) 
         missing = [path for path in paths if path not in found]
         if not missing:
             break
+        time.sleep(pause * (2**attempt - 1))
         # A list of two at least: for a single path fsspec returns bare bytes.
         answers = system.cat([*missing, missing[0]][: max(2, len(missing))], on_error="return")
         assert isinstance(answers, dict)
@@ -356,7 +363,7 @@ def open_parquet(path: str, part_size: int, run: Runner, keep_order: bool) -> So
     address = f"parquet:{path}"
     containers = containers_at(address, path, ".parquet")
     with opened(containers[0]) as file:
-        layout = parquet_layout(pq.ParquetFile(file), containers[0].address)
+        layout = parquet_layout(parquet_file(file, containers[0]), containers[0].address)
     read = partial(read_parquet, layout)
     return Source(layout.classes, container_parts(address, containers, count_parquet, read, part_size, run))
 
@@ -517,17 +524,26 @@ def parquet_layout(table: pq.ParquetFile, address: str) -> Layout:
 def count_parquet(container: Container) -> tuple[Container, int]:
     """The container and its rows."""
     with opened(container) as file:
-        try:
-            return container, pq.ParquetFile(file).metadata.num_rows
-        except (OSError, ValueError) as error:
-            raise InputError(f"{container.address}: no Parquet file ({error}); remove it or name others") from error
+        return container, parquet_file(file, container).metadata.num_rows
+
+
+def parquet_file(file: Any, container: Container) -> pq.ParquetFile:
+    """The container that is open as `file`.
+
+    Raises:
+        InputError: it is no Parquet.
+    """
+    try:
+        return pq.ParquetFile(file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{container.address}: no Parquet file ({error}); remove it or name others") from error
 
 
 def read_parquet(layout: Layout, container: Container, start: int, stop: int) -> Iterator[Record]:
     """Records of the rows from `start` up to `stop`."""
     columns = [layout.image, layout.label] if layout.label else [layout.image]
     with opened(container) as file:
-        table = pq.ParquetFile(file)
+        table = parquet_file(file, container)
         first = 0
         for number in range(table.metadata.num_row_groups):
             after = first + table.metadata.row_group(number).num_rows

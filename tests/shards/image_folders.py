@@ -51,3 +51,12 @@ def tar_names(path: Path) -> list[str]:
     """Names of a tar's members."""
     with tarfile.open(path) as tar:
         return tar.getnames()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
+    """A tar with these files, by name and content."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))

@@ -1,0 +1,229 @@
+"""Sources: every kind, local and behind an address, and what is wrong with their content."""
+
+import json
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from image_folders import CLASSES, LOCAL, build_at, imagefolder, photo, tar_names, write_tar
+
+from shards.errors import InputError
+from shards.manifest import Manifest
+from shards.sources import fetch_many, open_source
+from shards.writer import sample_key
+
+NAMES = {"tars": "part-{}.tar", "parquet": "part-{}.parquet"}
+
+
+def write_parquet(path: Path, seeds: range, **options) -> None:
+    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    images = pa.array([{"bytes": photo(seed), "path": f"{seed}.jpg"} for seed in seeds], struct)
+    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": list(CLASSES)}}
+    table = pa.table({"id": list(seeds), "image": images, "label": pa.array([seed % 3 for seed in seeds], pa.int64())})
+    notes = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(table.replace_schema_metadata(notes), path, **options)
+
+
+@pytest.fixture(params=["imagefolder", "folder", "tars", "parquet"])
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
+    """A kind, and a folder with 11 images of that kind; image i is photo(i), of class i % 3."""
+    root = tmp_path / "source"
+    root.mkdir()
+    kind = request.param
+    if kind in ("imagefolder", "folder"):
+        for name in CLASSES:
+            (root / name).mkdir()
+        for seed in range(11):
+            (root / CLASSES[seed % 3] / f"{seed:02d}.jpg").write_bytes(photo(seed))
+    for number, seeds in enumerate((range(7), range(7, 11))):
+        path = root / NAMES.get(kind, "").format(number)
+        if kind == "tars":
+            members = [(f"{seed:02d}.{ext}", data) for seed in seeds for ext, data in sample(seed)]
+            write_tar(path, members)
+        elif kind == "parquet":
+            write_parquet(path, seeds, row_group_size=3)
+    return kind, root
+
+
+def sample(seed: int) -> list[tuple[str, bytes]]:
+    return [("cls", b"%d\n" % (seed % 3)), ("jpg", photo(seed)), ("txt", b"a caption")]
+
+
+def images_of(manifest: Manifest, out: Path) -> dict[bytes, int]:
+    """Image → label, in the order of the data set."""
+    columns = manifest.columns(np.arange(len(manifest)))
+    tars = [(out / name).read_bytes() for name in manifest.shards]
+    places = zip(columns.shard, columns.offset, columns.size, columns.label, strict=True)
+    return {tars[shard][offset : offset + size]: int(label) for shard, offset, size, label in places}
+
+
+@pytest.mark.parametrize("where", ["local", "file", "memory"])
+def test_all_images_of_a_source_arrive(source: tuple[str, Path], tmp_path: Path, where: str) -> None:
+    kind, root = source
+    address = {"local": str(root), "file": f"file://{root}", "memory": f"memory://sources{root}"}[where]
+    if where == "memory":
+        fsspec.filesystem("memory").put(str(root), f"/sources{root}", recursive=True)
+    manifest = build_at(f"{kind}:{address}", tmp_path / "out", shard_samples=4)
+    labels = {photo(seed): -1 if kind == "folder" else seed % 3 for seed in range(11)}
+    found = images_of(manifest, tmp_path / "out")
+    assert found == labels
+    assert manifest.counts.tolist() == [4, 4, 3]
+    assert manifest.classes == {"tars": ("0", "1", "2"), "folder": ()}.get(kind, CLASSES)
+    if kind in NAMES:
+        assert list(found) == list(labels)  # their own order
+    again = build_at(f"{kind}:{root}", tmp_path / "again", shard_samples=4)
+    assert [entry.sha256 for entry in again.entries] == [entry.sha256 for entry in manifest.entries]
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_single_files_and_patterns(kind: str, tmp_path: Path) -> None:
+    for number in range(3):
+        path = tmp_path / NAMES[kind].format(number)
+        if kind == "tars":
+            write_tar(path, [(f"{number}.jpg", photo(number))])
+        else:
+            write_parquet(path, range(number, number + 1))
+    one = build_at(f"{kind}:{tmp_path / NAMES[kind].format(1)}", tmp_path / "one")
+    assert list(images_of(one, tmp_path / "one")) == [photo(1)]
+    some = build_at(f"{kind}:{tmp_path / NAMES[kind].format('?')}", tmp_path / "some")
+    assert len(some) == 3
+
+
+def test_a_file_more_leaves_the_others_order(tmp_path: Path) -> None:
+    images = imagefolder(tmp_path / "images", 9)
+
+    def order() -> list[str]:
+        return [record.name for part in open_source(f"folder:{images}", 4, LOCAL).parts for record in part.records()]
+
+    before = order()
+    (images / "bee" / "new.jpg").write_bytes(photo(77))
+    after = order()
+    assert [name for name in after if name != "bee/new.jpg"] == before
+    assert before != sorted(before)
+
+
+def test_hidden_files_links_in_circles_and_empty_classes(tmp_path: Path) -> None:
+    images = imagefolder(tmp_path / "images", 3)
+    (images / ".cache").mkdir()
+    (images / ".cache" / "thumb.jpg").write_bytes(photo(50))
+    (images / "ant" / ".hidden.jpg").write_bytes(photo(51))
+    (images / "ant" / "deep").mkdir()
+    (images / "ant" / "deep" / "img.jpg").write_bytes(photo(52))
+    (images / "ant" / "deep" / "circle").symlink_to(images / "ant")
+    (images / "aardvark").mkdir()
+    (images / "top.jpg").write_bytes(photo(53))
+    manifest = build_at(f"imagefolder:{images}", tmp_path / "out")
+    assert manifest.classes == ("aardvark", *CLASSES)
+    assert manifest.class_counts.tolist() == [0, 2, 1, 1]
+    assert manifest.unlabelled == 1
+
+
+def test_odd_tars(tmp_path: Path) -> None:
+    """Names that lead outside, samples without image, labels that are none, a tar that ends too early."""
+    write_tar(
+        tmp_path / "a.tar",
+        [
+            ("../../../tmp/outside.jpg", photo(0)),
+            ("/etc/absolute.jpg", photo(1)),
+            ("caption.txt", b"no image"),
+            ("bad.cls", b"cat"),
+            ("bad.jpg", photo(2)),
+            (".hidden.jpg", photo(3)),
+            ("x" * 150 + " y.seg.jpg", photo(4)),
+        ],
+    )
+    write_tar(tmp_path / "b.tar", [("first.jpg", photo(5)), ("second.jpg", photo(6, side=60))])
+    whole = (tmp_path / "b.tar").read_bytes()
+    (tmp_path / "b.tar").write_bytes(whole[:4000])
+    (tmp_path / "c.tar").write_bytes(whole[:512] + b"\xff" * 3000)
+    out = tmp_path / "out"
+    manifest = build_at(f"tars:{tmp_path}", out)
+    assert list(images_of(manifest, out)) == [photo(seed) for seed in (0, 1, 2, 4, 5)]
+    assert manifest.unlabelled == 5
+    names = tar_names(out / manifest.shards[0])
+    assert names[:2] == ["000000000-outside.jpg", "000000001-absolute.jpg"]
+    assert all("/" not in name and len(name) < 80 and name.isascii() for name in names)
+    reasons = [json.loads(line)["reason"] for line in (out / "quarantine.jsonl").read_text().splitlines()]
+    assert "no image among its files (txt)" in reasons[0]
+    assert "the tar ends inside this image" in reasons
+    assert sum("the tar is damaged here" in reason for reason in reasons) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "b.tar", "c.tar", "out"]
+
+
+def test_odd_parquet(tmp_path: Path) -> None:
+    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = [{"bytes": photo(0), "path": None}, {"bytes": None, "path": "/etc/passwd"}, None]
+    pq.write_table(pa.table({"img": pa.array(rows, struct)}), tmp_path / "a.parquet")
+    manifest = build_at(f"parquet:{tmp_path}", tmp_path / "out")
+    assert list(images_of(manifest, tmp_path / "out").items()) == [(photo(0), -1)]
+    assert manifest.provenance["quarantined"] == 2
+
+
+def test_plain_binary_column(tmp_path: Path) -> None:
+    table = pa.table({"name": ["a"], "jpeg": pa.array([photo(0)], pa.binary()), "label": [2]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    manifest = build_at(f"parquet:{tmp_path}", tmp_path / "out")
+    assert images_of(manifest, tmp_path / "out") == {photo(0): 2}
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("photos", "'photos': a source is KIND:PATH, and the kinds are imagefolder, folder, tars"),
+        ("zip:photos", "a source is KIND:PATH"),
+        ("imagefolder:", "a source is KIND:PATH"),
+        ("imagefolder:{}/missing", "there is no such folder"),
+        ("imagefolder:{}/flat", "no class folders in it; pass folder:"),
+        ("folder:{}/empty", "there are no files in it"),
+        ("folder:memory://nothing/here", "there is nothing there"),
+        ("tars:{}/empty", r"there are no \.tar files there"),
+        ("tars:{}/missing", r"there are no \.tar files there"),
+        ("parquet:{}/flat", r"there are no \.parquet files there"),
+        ("parquet:{}/text/a.parquet", "no Parquet file"),
+        ("parquet:{}/numbers", "no column with encoded images .* among id"),
+        ("tars:what://x", "address 'what://x"),
+    ],
+)
+def test_wrong_addresses(tmp_path: Path, address: str, message: str) -> None:
+    for name in ("flat", "empty", "text", "numbers"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "flat" / "a.jpg").write_bytes(photo(0))
+    (tmp_path / "text" / "a.parquet").write_bytes(b"text")
+    pq.write_table(pa.table({"id": [1]}), tmp_path / "numbers" / "a.parquet")
+    with pytest.raises(InputError, match=message):
+        open_source(address.format(tmp_path), 10, LOCAL)
+
+
+class Flaky:
+    """A file system whose first answers are failures."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures = failures
+
+    def cat(self, paths: list[str], on_error: str) -> dict[str, bytes | Exception]:
+        self.failures -= 1
+        fails = self.failures >= 0
+        return {path: FileNotFoundError() if path == "gone" else OSError("cut") if fails else b"x" for path in paths}
+
+
+def test_cut_connections_are_tried_again() -> None:
+    assert fetch_many(Flaky(2), ["a", "gone"], pause=0) == {"a": b"x", "gone": None}
+    with pytest.raises(OSError, match="a: cut"):
+        fetch_many(Flaky(9), ["a"], pause=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("n01/img_1.v2.JPEG", "000000007-img_1"),
+        ("../../evil.jpg", "000000007-evil"),
+        ("ünï cödé!.png", "000000007-n_c_d"),
+        ("...", "000000007"),
+        ("x" * 300, "000000007-" + "x" * 60),
+    ],
+)
+def test_keys_are_safe_names(name: str, key: str) -> None:
+    assert sample_key(7, name) == key
