@@ -5,11 +5,13 @@ transformers are loaded from it: nothing unpickled, no code of a repository run.
 Letters: n images, B of them in a batch, C classes, S pixels a side.
 """
 
+import difflib
 import hashlib
 import inspect
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -352,8 +354,7 @@ def conditions(pipeline: DiffusionPipeline, classes: Sequence[str], prompt: str)
         known = {name: index for index, name in enumerate(pipeline.classes)}
         return [*(find_class(name, known) for name in classes), len(known)]
     if isinstance(pipeline, DiTPipeline):
-        known = {name.lower(): index for name, index in pipeline.labels.items()}
-        known |= {name: index for index, name in enumerate(imagenet().label_names())}
+        known = imagenet_classes() | {name.lower(): index for name, index in pipeline.labels.items()}
         return [*(find_class(name, known) for name in classes), None]
     if "prompt" in accepted and "image" not in without_default(accepted):
         asked = [prompt.replace("{class}", class_text(name)) for name in classes]
@@ -376,11 +377,24 @@ def find_class(name: str, known: dict[str, int]) -> int:
             return known[spelling]
     if name.isdecimal() and int(name) in known.values():
         return int(name)
-    some = ", ".join(sorted(known)[:8])
+    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5) or sorted(known)[:8]
     raise InputError(
-        f"--like: the pipeline has no class {name!r}, it has {some}{', …' if len(known) > 8 else ''}; "
+        f"--like: the pipeline has no class {name!r}; among its {len(set(known.values()))} are {', '.join(near)}; "
         "map names with --class-names FILE.json"
     )
+
+
+def imagenet_classes() -> dict[str, int]:
+    """Numbers of ImageNet's 1,000 classes by WordNet id and by those of their words that mean one class alone."""
+    known = imagenet()
+    words = [
+        (word.strip().lower(), index)
+        for index, words in enumerate(known.label_descriptions())
+        for word in words.split(",")
+    ]
+    uses = Counter(word for word, _ in words)
+    named = {word: index for word, index in words if uses[word] == 1}
+    return named | {name: index for index, name in enumerate(known.label_names())}
 
 
 def class_text(name: str) -> str:
@@ -428,7 +442,10 @@ class Sampler:
         options["prompt" if isinstance(asked[0], str) else "class_labels"] = asked
         with settled(int(padded[0])):
             output: Any = self.pipeline(**options)  # pyright: ignore[reportCallIssue]
-        images = np.round(np.asarray(output.images)[:count] * 255).astype(np.uint8)
+        pixels = np.asarray(output.images)[:count]
+        if not np.isfinite(pixels).all():
+            raise InputError("--precision: the pipeline overflows and gives no finite pixels; pass --precision fp32")
+        images = np.round(pixels * 255).astype(np.uint8)
         flagged = getattr(output, "nsfw_content_detected", None) or []
         return images, [bool(one) for one in flagged[:count]] or [False] * count
 
