@@ -39,13 +39,14 @@ class AugmentationLog:
         scored: int | None = None,
         sources: Sequence[str] = ("real",),
         facts: Mapping[str, Any] | None = None,
-        shard_rows: int = log_format.SHARD_ROWS,
+        shard_rows: int | None = None,
     ) -> None:
         """Opens the rank's group behind its last committed row, or makes it.
 
         `scored` is the number of leading views whose pairs have losses and compete (default: all; in multi-crop the
         global crops). `sources` are the data sources' tags in the order of their numbers, `facts` whatever else (JSON)
-        should be known without the run. `shard_rows` holds for a new group: rows in a file, and in memory.
+        should be known without the run. `shard_rows` holds for a new group: rows in a file, and in memory (65,536, but
+        no more than 64 MiB).
 
         Raises:
             InputError: the log there has another number of views, or another schema version.
@@ -54,9 +55,11 @@ class AugmentationLog:
         self._views, self._scored = views, views if scored is None else scored
         log_format.make_root(self.path, self._views, self._scored, sources, facts or {})
         self._group = log_format.rank_group(self.path, rank)
-        self._arrays = {name: self._array(name, shard_rows) for name in log_format.COLUMNS}
+        new_rows = shard_rows or log_format.shard_rows(self._views, len(pairs(self._scored)))
+        self._arrays = {name: self._array(name, new_rows) for name in log_format.COLUMNS}
         self._shard_rows = int(self._arrays["position"].shards[0])
         self._pending: deque[Future[None]] = deque()
+        self._error: Exception | None = None
         rows = log_format.committed(self._group)
         if not rows:
             log_format.set_committed(self._group, 0, self._arrays)
@@ -214,7 +217,17 @@ class AugmentationLog:
             self._pending.popleft().result()
 
     def _write(self, block: Mapping[str, NDArray[Any]], start: int, rows: int) -> None:
-        """On the background thread: the data, onto the disk, and only then the number of rows that count."""
+        """On the background thread. After a failure nothing is written any more: a later block would leave a hole."""
+        if self._error is not None:
+            raise self._error
+        try:
+            self._write_block(block, start, rows)
+        except Exception as error:
+            self._error = error
+            raise
+
+    def _write_block(self, block: Mapping[str, NDArray[Any]], start: int, rows: int) -> None:
+        """The data, onto the disk, and only then the number of rows that count."""
         self._resize(start + rows)
         for name, array in self._arrays.items():
             array[start : start + rows] = block[name][:rows]

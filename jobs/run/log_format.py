@@ -22,7 +22,9 @@ from shards.errors import InputError
 
 SCHEMA_VERSION = 1
 SHARD_ROWS = 65_536
-"""Rows in a file of a column."""
+"""Rows in a file of a column, at most."""
+SHARD_BYTES = 64 * 2**20
+"""Of all columns' rows in memory until they fill a file, at most."""
 CHUNK_ROWS = 8_192
 """Rows that are compressed together."""
 
@@ -40,6 +42,16 @@ ROW_COLUMNS: dict[str, type[np.generic]] = {
 VIEW_COLUMNS: dict[str, type[np.generic]] = {**DTYPES, "chosen": np.bool_}
 PAIR_COLUMNS: dict[str, type[np.generic]] = {"loss": np.float32}
 COLUMNS = (*ROW_COLUMNS, *VIEW_COLUMNS, *PAIR_COLUMNS)
+
+
+def shard_rows(views: int, pairs: int) -> int:
+    """Rows in a file of a column: a power of two, within SHARD_ROWS and SHARD_BYTES."""
+    width = sum(
+        np.dtype(kind).itemsize * times
+        for columns, times in ((ROW_COLUMNS, 1), (VIEW_COLUMNS, views), (PAIR_COLUMNS, pairs))
+        for kind in columns.values()
+    )
+    return min(SHARD_ROWS, 2 ** int(np.log2(SHARD_BYTES / width)))
 
 
 def make_root(path: Path, views: int, scored: int, sources: Sequence[str], facts: Mapping[str, Any]) -> None:

@@ -31,7 +31,7 @@ def test_ishigami(ishigami_forest, measure):
     whole = fanova.forest_boxes(trees)
     assert whole.mean == pytest.approx(y.mean(), abs=0.05)
     assert fanova.first_order(whole) / y.var() == pytest.approx([0.314, 0.442, 0.0], abs=0.02)
-    pairs = fanova.second_order(trees)
+    pairs = fanova.second_order(trees, bins=64)
     assert [pairs[pair] / y.var() for pair in ((0, 2), (0, 1), (1, 2))] == pytest.approx([0.244, 0, 0], abs=0.02)
     curve = fanova.marginal(whole, 1, 64)
     np.testing.assert_allclose(curve, 7 * np.sin((np.arange(64) + 0.5) / 64 * 2 * np.pi - np.pi) ** 2, atol=0.5)
@@ -46,7 +46,7 @@ def test_ishigami_agrees_with_sobol_indices_of_the_same_forest(ishigami_forest):
     found = sobol.analyze(problem, forest.predict(sample.sample(problem, 1024, seed=0)), seed=0)
     trees = trees_of(forest, fanova.uniform(x))
     total = fanova.first_order(fanova.forest_boxes(trees))
-    pairs = fanova.second_order(trees)
+    pairs = fanova.second_order(trees, bins=64)
     np.testing.assert_allclose(total / total.sum(), found["S1"] / found["S1"].sum(), atol=0.02)
     assert pairs[0, 2] / total[0] == pytest.approx(found["S2"][0, 2] / found["S1"][0], abs=0.05)
 
