@@ -1,5 +1,6 @@
 """`hardviews report`: one self-contained HTML file about one or more runs."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +9,13 @@ from typing import Annotated
 import tyro
 
 from jobs.reporting.page import page
+from jobs.reporting.pictures import pictures
 from jobs.reporting.rundata import read_run
 from jobs.run.command import parse, warn
 from shards.errors import InputError
+
+# A file to be mailed: pictures are halved until it fits.
+LARGEST = 15_000_000
 
 
 @dataclass(frozen=True)
@@ -21,9 +26,11 @@ class ReportConfig:
     """Run folders; several are compared and can be switched between."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """The file to write; default: report.html in the first run folder."""
+    images: int = 12
+    """Images in each run's gallery of hard views; 0 = no pictures from shards at all."""
 
 
-def write_report(runs: Sequence[Path], out: Path) -> Path:
+def write_report(runs: Sequence[Path], out: Path, images: int = 12) -> Path:
     """Writes the report of `runs` to `out` and returns it; parts that cannot be made are left out with the reason.
 
     Raises:
@@ -32,7 +39,11 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     if not runs:
         raise InputError("runs: none given; name one run folder or more")
     data = [read_run(Path(run)) for run in runs]
-    text = page(data)
+    while True:
+        text = page([dataclasses.replace(run, pictures=pictures(run, images)) for run in data])
+        if len(text.encode()) < LARGEST or images == 0:
+            break
+        images //= 2
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")
@@ -43,10 +54,12 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
 
 def main(argv: list[str]) -> None:
     config = parse(ReportConfig, argv, prog="hardviews report")
+    if config.images < 0:
+        raise InputError(f"images: {config.images} is negative; give 0 for none or how many to show")
     runs = [Path(run) for run in config.runs]
     if not runs:
         raise InputError("runs: none given; name one run folder or more")
     for run in runs:
         if not (run / "metrics.jsonl").is_file():
             warn(f"run: {run} has no metrics.jsonl; its curves are left out")
-    print(write_report(runs, config.out or runs[0] / "report.html"))
+    print(write_report(runs, config.out or runs[0] / "report.html", config.images))

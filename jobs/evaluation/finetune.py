@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.optim._param_groups import param_groups_layer_decay
+from timm.optim import param_groups_layer_decay  # pyright: ignore[reportPrivateImportUsage]
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 

@@ -121,7 +121,7 @@ def line_chart(
         shapes.append(_path(across(s.x), up(s.y), "line dashed" if s.dashed else "line", s.colour))
     for _, value in references:
         at = 1 - float(up(value))
-        shapes.append(tag("line", x1=0, x2=1, y1=f"{at:.4f}", y2=f"{at:.4f}", class_="base dashed"))
+        shapes.append(tag("line", x1=0, x2=1, y1=f"{at:.4f}", y2=f"{at:.4f}", class_="reference dashed"))
     # A single point has no line: show it as a dot.
     dots = [
         tag("span", class_="mark-dot", style=f"left:{100 * float(across(s.x)[0]):.2f}%;"
@@ -156,7 +156,7 @@ def line_chart(
         data_lines=json.dumps({"x_label": x_label, "lines": lines}, separators=(",", ":"), ensure_ascii=False),
     )
     keys = [(s.name, s.colour, s.dashed) for s in drawn]
-    extra = [tag("li", tag("i"), f"{name} {shape(value)}", class_="dashed", style="--c:var(--axis)")
+    extra = [tag("li", tag("i"), f"{name} {shape(value)}", class_="dashed", style="--c:var(--muted)")
              for name, value in references]  # fmt: skip
     return _figure(title, note, _legend(keys, extra), plot, _line_table(drawn, x_label, shape))
 

@@ -20,7 +20,8 @@ class HardViews:
     """One image of one step.
 
     original: uint8 [H, W, 3]; boxes_V4: top, left, height, width in pixels of the original; views: uint8 [h, w, 3]
-    each; pairs_P2: view numbers; losses_P: float; chosen: row of pairs_P2; overlaps_P: IoU of the pair's boxes.
+    each; pairs_P2: view numbers; losses_P: float; chosen: row of pairs_P2; overlaps_P: IoU of the pair's boxes;
+    trained_V: bool, the views that trained, where these are more than the chosen pair (multi-crop).
     """
 
     title: str
@@ -33,6 +34,7 @@ class HardViews:
     chosen: int
     overlaps_P: np.ndarray | None = None
     captions: Sequence[str] = ()
+    trained_V: np.ndarray | None = None
 
 
 def gallery(rows: Sequence[HardViews]) -> Markup:
@@ -42,7 +44,8 @@ def gallery(rows: Sequence[HardViews]) -> Markup:
 
 def view_card(row: HardViews) -> Markup:
     """Original with boxes, all views with the chosen pair outlined, pairs by falling loss."""
-    chosen = {int(v) for v in row.pairs_P2[row.chosen]}
+    trained = row.pairs_P2[row.chosen] if row.trained_V is None else np.flatnonzero(row.trained_V)
+    chosen = {int(v) for v in trained}
     return tag(
         "article",
         tag("header", tag("h3", row.title), tag("span", row.note)),

@@ -114,8 +114,8 @@ def curves(run: RunData) -> Markup | str:
     ):
         drawn.append(_curve(run, name, title, note))
     known = {"train/loss", "knn/top1", "train/images_per_second"}
-    small = [n for n in run.names() if n not in known and not n.startswith(("time/", "gradient/", "grad_norm/"))]
-    drawn += [_curve(run, name, name, "") for name in small]
+    small = [n for n in run.names() if n not in known and not n.startswith(("time/", "grad/"))]
+    drawn += [_gradients(run), *(_curve(run, name, name, "") for name in small)]
     figures = [figure for figure in drawn if figure is not None]
     steps = {line.get("step") for line in run.metrics}
     few = tag("p", "The metrics hold a single step, so curves are points.") if len(steps) == 1 else None
@@ -145,8 +145,21 @@ def _curve(run: RunData, name: str, title: str, note: str) -> Markup | None:
     return charts.line_chart(title, [Series(name, x, smoothed, faint=raw)], x_label="step", note=note, shape=shape)
 
 
+def _gradients(run: RunData) -> Markup | None:
+    """Gradient norms of a few layers from the first to the last: MoCo v3 saw spikes start at the patch projection."""
+    names = run.names("grad/")
+    layers = [n for n in names if "backbone" in n and ("patch_embed" in n or "blocks" in n or "layers" in n)] or names
+    picked = [layers[i] for i in np.unique(np.linspace(0, len(layers) - 1, min(4, len(layers))).round().astype(int))]
+    series = []
+    for i, name in enumerate(picked):
+        x, y = run.series(name)
+        if np.isfinite(y).any():
+            series.append(Series(name.split("/")[-1].removeprefix("online.backbone."), x, y, colour=i))
+    return charts.line_chart("Gradient norm by layer", series, x_label="step", floor=0.0) if series else None
+
+
 def _is_share(name: str) -> bool:
-    return name.endswith(("top1", "top5", "_share", "accuracy"))
+    return name.split("/")[-1].endswith(("top1", "top5", "share", "accuracy", "knn"))
 
 
 def scores(run: RunData) -> Markup | str:
@@ -213,7 +226,9 @@ def selection(run: RunData) -> Markup | str:
     a = run.analysis
     if a is None:
         return "There is no analysis of the augmentation log: `hardviews analyse RUN` writes it."
-    parts = [part for part in (_iou(a), _importance(a), *_over_training(a), _by_source(a)) if part is not None]
+    parts = [
+        part for part in (_iou(a), _importance(a), *_over_training(a), _by_source(a), _remarks(a)) if part is not None
+    ]
     if not parts:
         return "The analysis holds none of IoU histograms, importance, training curves or sources."
     return tag("div", *parts, class_="cards")
@@ -234,56 +249,81 @@ def _iou(a: dict[str, Any]) -> Markup | None:
     )
 
 
+NAMES = {"iou": "IoU", "distance": "relative distance", "all_jointly": "all jointly"}
+
+
 def _importance(a: dict[str, Any]) -> Markup | None:
     rows = [r for r in a.get("importance") or [] if is_finite(r.get("share"))]
-    bars = [Bar(str(r["feature"]).replace("_", " "), r["share"], r.get("low"), r.get("high"))
-            for r in sorted(rows, key=lambda r: -r["share"])]  # fmt: skip
-    return (
-        charts.bar_chart("What makes a pair hard", bars, note="share of the loss's variance (fANOVA)", shape=percent)
-        if bars
-        else None
-    )
+    bars = [
+        Bar(NAMES.get(r["feature"], str(r["feature"]).replace("_", " ")), r["share"], r.get("low"), r.get("high"))
+        for r in sorted(rows, key=lambda r: -r["share"])
+    ]
+    note = "share of the loss's variance (fANOVA, empirical marginals)"
+    return charts.bar_chart("What makes a pair hard", bars, note=note, shape=percent) if bars else None
+
+
+# Title, unit of its values, and (line, key of analysis.json) for each line.
+OVER_TRAINING = (
+    ("Chosen pair has the lowest IoU", percent, (("chosen pairs", "lowest_iou_share"), ("chance", "chance"))),
+    ("Mean IoU", number, (("chosen", "mean_iou"), ("all", "mean_iou_all"), ("random", "mean_iou_random"))),
+    ("Mean relative distance", number, (("chosen", "mean_distance"), ("all", "mean_distance_all"))),
+    ("Mean loss", number, (("chosen", "mean_loss_chosen"), ("all", "mean_loss"))),
+)
 
 
 def _over_training(a: dict[str, Any]) -> list[Markup]:
-    rows = a.get("over_training") or []
+    rows = [r for r in a.get("over_training") or [] if is_finite(r.get("step"))]
     drawn = []
-    if len(rows) and isinstance(rows, list):
-        steps = next((k for k in ("step", "position", "epoch") if k in rows[0]), None)
-        for name, title in (
-            ("lowest_iou_share", "Chosen pair has the lowest IoU"),
-            ("mean_iou", "Mean IoU of chosen pairs"),
-        ):
-            points = [(r[steps], r[name]) for r in rows if steps and is_finite(r.get(name))]
+    for title, shape, lines in OVER_TRAINING:
+        series = []
+        for i, (name, key) in enumerate(lines):
+            points = [(r["step"], r[key]) for r in rows if is_finite(r.get(key))]
             if points:
                 x, y = np.array(points, dtype=np.float64).T
-                chance = (
-                    [("chance", float(a["chance"]))]
-                    if name == "lowest_iou_share" and is_finite(a.get("chance"))
-                    else []
-                )
-                shape = percent if name == "lowest_iou_share" else number
-                drawn.append(
-                    charts.line_chart(title, [Series(title, x, y)], x_label=str(steps), references=chance, shape=shape)
-                )
+                series.append(Series(name, x, y, colour=i, dashed=name == "chance"))
+        if series:
+            drawn.append(charts.line_chart(title, series, x_label="step", shape=shape))
     return drawn
 
 
+# What a reader compares between sources; analysis/by_source.csv holds the rest.
+SOURCE_COLUMNS = (
+    ("rows", "Images", number),
+    ("mean_loss", "Mean loss", number),
+    ("mean_loss_chosen", "Loss of chosen", number),
+    ("lowest_iou_share", "Hardest is lowest IoU", percent),
+    ("mean_iou", "IoU of chosen", number),
+    ("mean_distance", "Distance of chosen", number),
+    ("mean_zoom", "Zoom of chosen", number),
+)
+
+
 def _by_source(a: dict[str, Any]) -> Markup | None:
-    sources = a.get("by_source") or {}
-    entries = sources.items() if isinstance(sources, dict) else [(r.get("source", "?"), r) for r in sources]
-    rows = [(name, facts) for name, facts in entries if isinstance(facts, dict)]
-    keys = [
-        k for k in dict.fromkeys(k for _, facts in rows for k in facts) if any(is_finite(f.get(k)) for _, f in rows)
-    ]
-    if not rows or not keys:
+    sources: dict[str, dict[str, Any]] = a.get("by_source") or {}
+    there = [column for column in SOURCE_COLUMNS if any(is_finite(f.get(column[0])) for f in sources.values())]
+    if not there:
         return None
     body: list[list[object]] = [
-        [name, *((float(f[k]), number(float(f[k]), 4)) if is_finite(f.get(k)) else "" for k in keys)]
-        for name, f in rows
+        [name, *((f[k], shape(f[k])) if is_finite(f.get(k)) else "" for k, _, shape in there)]
+        for name, f in sources.items()
     ]
-    return tag(
-        "div", tag("h3", "By source"), table(["Source", *(k.replace("_", " ") for k in keys)], body), class_="card wide"
+    heads = ["Source", *(head for _, head, _ in there)]
+    return tag("div", tag("h3", "By source"), table(heads, body), class_="card wide")
+
+
+def _remarks(a: dict[str, Any]) -> Markup | None:
+    found = a.get("classifier") or {}
+    lines = [str(note) for note in a.get("notes") or []]
+    if is_finite(found.get("top1")) and is_finite(found.get("chance")):
+        lines.insert(
+            0,
+            f"A gradient-boosting classifier names the chosen pair of an image it has not seen in "
+            f"{percent(found['top1'])} of cases, {percent(found['chance'])} by chance.",
+        )
+    return (
+        tag("div", tag("h3", "Remarks"), tag("ul", *(tag("li", line) for line in lines)), class_="card wide")
+        if lines
+        else None
     )
 
 
@@ -356,7 +396,9 @@ SECTIONS: tuple[tuple[str, str, str, Section], ...] = (
     (
         "views",
         "Hard views",
-        "Images with the views drawn from them. The pair with solid boxes and outlined views was trained on.",
+        "Images with the views drawn from them. The pair with solid boxes and outlined views was trained on. "
+        "Under a view: its share of the image's area; factors of brightness, contrast and saturation and the shift of "
+        "hue, where they apply; other operations.",
         pictured("views", "The gallery needs the augmentation log and the shards."),
     ),
     ("selection", "What was chosen", "Geometry and colour of the chosen pairs beside all candidates.", selection),
@@ -369,7 +411,7 @@ SECTIONS: tuple[tuple[str, str, str, Section], ...] = (
     (
         "attention",
         "Attention",
-        "Last layer's attention of the class token, mean over heads, for checkpoints side by side.",
+        "Where the untrained backbone and the run's checkpoints look.",
         pictured("attention", "Attention maps need a checkpoint and the shards."),
     ),
     ("throughput", "Throughput", "", throughput),

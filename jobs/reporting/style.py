@@ -123,7 +123,7 @@ figure { margin: 0; }
 .plot .grid { stroke: var(--grid); stroke-width: 1; } .plot .base { stroke: var(--axis); stroke-width: 1; }
 .plot .line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 .plot .faint { fill: none; stroke-width: 1; opacity: .32; } .plot .area { opacity: .13; stroke: none; }
-.plot .dashed { stroke-dasharray: 5 4; }
+.plot .dashed { stroke-dasharray: 5 4; } .plot .reference { stroke: var(--muted); stroke-width: 1.5; }
 .tick { position: absolute; font-size: .75rem; color: var(--muted); font-variant-numeric: tabular-nums;
   line-height: 1;
   white-space: nowrap; }
@@ -204,8 +204,8 @@ img { display: block; max-width: 100%; height: auto; }
   padding: 0; }
 .mosaic img { width: 100%; border-radius: 4px; } .mosaic p { margin: 0; font-size: .72rem; color: var(--muted);
   overflow-wrap: anywhere; }
-.maps { width: auto; } .maps td, .maps th { border: 0; padding: .25rem .5rem .25rem 0; font-size: .82rem; }
-.maps img { width: clamp(5.2rem, 14vw, 8.5rem); border-radius: 4px; }
+.maps { table-layout: fixed; max-width: 44rem; } .maps td, .maps th { border: 0; padding: .25rem .5rem .25rem 0; font-size: .82rem; }
+.maps { min-width: 22rem; } .maps img { width: 100%; border-radius: 4px; }
 footer { color: var(--muted); font-size: .85rem; padding: 2.5rem 0 0; }
 
 @media (max-width: 60rem) {
