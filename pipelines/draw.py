@@ -38,7 +38,7 @@ def draw(
     """
     views_N = np.arange(policy.views)
     params = _boxes(policy, ids_B, epochs_B, seed, sizes_B2, attempt=0)
-    if policy.iou is not None:
+    if policy.iou.samples:
         assert positions_B is not None, "a scripted overlap depends on the position in training"
         params = _script(params, policy, policy.iou, ids_B, epochs_B, seed, sizes_B2, positions_B)
     flips_N = np.array([view.flip for view in policy.view_policies])

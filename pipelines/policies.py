@@ -90,8 +90,8 @@ class IouScript:
     """Least and greatest intersection over union of each pair of the first group's views, at the beginning."""
     end: tuple[float, float] = (0.0, 0.35)
     """The same at the end."""
-    samples: int = 1
-    """Length of the schedule, images."""
+    samples: int = 0
+    """Length of the schedule, images; 0 = no script, free draws."""
     tries: int = 20
     """Draws per image; after them, the draw nearest to the range is kept."""
     alternate: int = 0
@@ -101,7 +101,7 @@ class IouScript:
         for name in ("start", "end"):
             least, greatest = getattr(self, name)
             _check(0 <= least <= greatest <= 1, name, (least, greatest), "give 0 ≤ least ≤ greatest ≤ 1")
-        _check(self.samples >= 1, "samples", self.samples, "give at least 1 image")
+        _check(self.samples >= 0, "samples", self.samples, "give 0 or a number of images")
         _check(1 <= self.tries <= 400, "tries", self.tries, "give 1 to 400 draws")
         _check(self.alternate >= 0, "alternate", self.alternate, "give 0 or a number of images")
 
@@ -112,8 +112,8 @@ class Policy:
 
     groups: tuple[ViewGroup, ...]
     """Groups in the order of the crops: with multi-crop, the global views and then the local ones."""
-    iou: IouScript | None = None
-    """Scripted overlap; none by default."""
+    iou: IouScript = IouScript()
+    """Scripted overlap; off by default."""
 
     def __post_init__(self) -> None:
         _check(len(self.groups) > 0, "groups", self.groups, "give at least one group of views")

@@ -68,8 +68,8 @@ class ViewsConfig:
     """Factor on the policy's four colour jitter strengths; 1 = as published."""
     colour: Literal["fused", "exact"] = "fused"
     """Colour operations: fused into few passes, or one by one by Kornia."""
-    iou: IouScript | None = None
-    """Scripted overlap of an image's views instead of free draws; None = free."""
+    iou: IouScript = field(default_factory=IouScript)
+    """Scripted overlap of an image's views instead of free draws."""
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:

@@ -168,7 +168,7 @@ def test_a_scripted_overlap_is_kept_to_where_it_can_be() -> None:
     policy = replace(build_policy("byol", 32), iou=script)
     ids = np.arange(500)
     sizes = np.tile([[300, 400]], (500, 1))
-    plain = pair_iou(draw(replace(policy, iou=None), ids, ids * 0, 0, sizes))[:, 0]
+    plain = pair_iou(draw(replace(policy, iou=IouScript()), ids, ids * 0, 0, sizes))[:, 0]
     assert (plain > 0.3).mean() > 0.3
     early = pair_iou(draw(policy, ids, ids * 0, 0, sizes, np.zeros(500, int)))[:, 0]
     assert (early <= 0.3).all()
@@ -177,12 +177,12 @@ def test_a_scripted_overlap_is_kept_to_where_it_can_be() -> None:
 
 
 def test_where_no_draw_fits_the_nearest_is_kept() -> None:
-    script = IouScript((1.0, 1.0), (1.0, 1.0), tries=8)
+    script = IouScript((1.0, 1.0), (1.0, 1.0), samples=1, tries=8)
     policy = replace(build_policy("byol", 32), iou=script)
     ids = np.arange(300)
     sizes = np.tile([[300, 400]], (300, 1))
     drawn = pair_iou(draw(policy, ids, ids * 0, 0, sizes, ids))[:, 0]
-    plain = pair_iou(draw(replace(policy, iou=None), ids, ids * 0, 0, sizes))[:, 0]
+    plain = pair_iou(draw(replace(policy, iou=IouScript()), ids, ids * 0, 0, sizes))[:, 0]
     assert (drawn >= plain).all() and drawn.mean() > plain.mean() + 0.1
 
 

@@ -55,7 +55,7 @@ def test_every_policy_builds_at_any_size_with_any_views(name: str) -> None:
         (lambda: Policy(()), "groups"),
         (lambda: IouScript(start=(0.5, 0.2)), "start"),
         (lambda: IouScript(tries=0), "tries: 0"),
-        (lambda: IouScript(samples=0), "samples: 0"),
+        (lambda: IouScript(samples=-1), "samples: -1"),
         (lambda: IouScript(alternate=-1), "alternate: -1"),
     ],
 )
@@ -67,5 +67,5 @@ def test_a_bad_policy_is_one_clear_line(make: object, says: str) -> None:
 
 def test_policies_are_values() -> None:
     policy = build_policy("byol", 224)
-    assert replace(policy, iou=IouScript()) != policy == build_policy("byol", 224)
+    assert replace(policy, iou=IouScript(samples=5)) != policy == build_policy("byol", 224)
     assert len({policy, build_policy("byol", 224)}) == 1
