@@ -1,6 +1,9 @@
 """Command-line parsing and terminal output that every job shares."""
 
+import contextlib
 import difflib
+import io
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +18,8 @@ from shards.errors import InputError
 
 Config = TypeVar("Config")
 
+# The type of a union's default decides which of its members the flags are for.
+MARKS = (tyro.conf.AvoidSubcommands,)
 # Progress and notes go to stderr, so that what a job prints as its result can be piped.
 console = Console(stderr=True, soft_wrap=True)
 
@@ -23,17 +28,33 @@ def parse(config: type[Config], argv: Sequence[str], prog: str, default: Config 
     """Reads flags into the dataclass `config`; `default` gives the values of flags that are left out.
 
     Raises:
-        InputError: for a flag that does not exist; the message names the closest known ones.
-        SystemExit: 0 after `--help`, 2 where a value has the wrong type.
+        InputError: for a flag that does not exist (the message names the closest known ones), one that is missing, and
+            a value of the wrong type or out of range.
+        SystemExit: after `--help`.
     """
-    marks = (tyro.conf.AvoidSubcommands,)
-    parsed, unknown = tyro.cli(
-        config, args=list(argv), prog=prog, default=default, return_unknown_args=True, config=marks
-    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed, unknown = tyro.cli(
+                config, args=list(argv), prog=prog, default=default, return_unknown_args=True, config=MARKS
+            )
+    except SystemExit as stopped:
+        if not stopped.code:
+            raise
+        raise InputError(f"{one_line(said.getvalue())}; `{prog} --help` explains every flag") from None
     if unknown:
         raise InputError(unknown_flag(unknown[0], config, prog, default))
     assert parsed is not None
     return parsed
+
+
+def one_line(box: str) -> str:
+    """tyro's error box as one line: without its frame, its title and the help text of the argument."""
+    lines = [re.sub(r"^[│╭╰|+]|[│╮╯|+]$", "", line.strip()).strip() for line in box.splitlines()]
+    text = " ".join(line for line in lines[1:] if re.search(r"\w", line))
+    text = re.split(r"Argument helptext:|For full helptext|Got errors:", text)[0]
+    # A nested configuration's own message names the field already.
+    return re.sub(r"^config[.\w]*: ", "", text.replace("Error parsing ", "")).strip(" .")
 
 
 def unknown_flag(flag: str, config: type[object], prog: str, default: object | None) -> str:
@@ -46,9 +67,10 @@ def unknown_flag(flag: str, config: type[object], prog: str, default: object | N
 
 def help_text(config: type[object], prog: str, default: object | None = None) -> str:
     """The text that `--help` prints."""
-    return tyro.extras.get_parser(
-        config, prog=prog, default=default, config=(tyro.conf.AvoidSubcommands,)
-    ).format_help()
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        tyro.cli(config, args=["--help"], prog=prog, default=default, config=MARKS)
+    return said.getvalue()
 
 
 class _Rate(ProgressColumn):
@@ -86,7 +108,7 @@ def progress(description: str, total: float | None, unit: str, completed: int = 
     """A progress bar on stderr with count, rate in `unit` per second and time left."""
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
         _Rate(unit),
         TimeRemainingColumn(),

@@ -148,9 +148,10 @@ class Monitor:
         scalars["system/memory_gb"] = memory_gb(self.world.device)
         scalars["system/mfu"] = self._utilisation(t, scalars["train/images_per_second"])
         self.images_per_second = scalars["train/images_per_second"]
-        self.note = f"loss {scalars['train/loss']:.3f} · {self.images_per_second:,.0f} images/s · " + (
-            f"data wait {scalars['data/wait_share']:.0%} · selection "
-            f"{scalars.get('time/selection', 0.0) / scalars['time/step']:.0%}"
+        wait, select = (scalars.get(f"time/{phase}", 0.0) / scalars["time/step"] for phase in ("data", "selection"))
+        self.note = (
+            f"loss {scalars['train/loss']:.2f}, {self.images_per_second:,.0f} images/s, "
+            f"data wait {wait:.0%}, selection {select:.0%}"
         )
         if self.loggers is not None:
             self.loggers.log(t.step, scalars)

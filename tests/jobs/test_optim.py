@@ -1,5 +1,6 @@
 """Schedules against their formulas, and which parameters decay."""
 
+import itertools
 import math
 
 import pytest
@@ -17,7 +18,7 @@ def test_warmup_is_linear_and_the_cosine_ends_at_its_final_value() -> None:
     assert values[10] == 1.0
     assert values[55] == pytest.approx(0.1 + 0.9 * 0.5)
     assert values[100] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(values[10:], values[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(values[10:]))
 
 
 def test_cosine_against_its_formula() -> None:

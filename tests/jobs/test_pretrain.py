@@ -1,0 +1,344 @@
+"""Pretraining end to end on a small data set: what it leaves behind, resume to the bit, ranks, health, mistakes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from jobs import cli
+from jobs.pretrain import pretrain
+from jobs.run import checkpoint, trainer
+from jobs.run.config import PretrainConfig, from_plain, load_config, save_config, to_plain
+from jobs.run.folder import RunFolder
+from jobs.run.health import TrainingFailedError
+from jobs.run.log import open_log
+from jobs.run.metrics import read_metrics
+from jobs.run.presets import PRESETS, preset
+from models.objectives import Length, build_objective
+from models.objectives.moby import MoBY
+from shards.errors import InputError
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    content = checkpoint.load_newest(RunFolder(run).checkpoints)
+    return {name: value for name, value in content["objective"].items() if torch.is_tensor(value)}
+
+
+def rows(run: Path) -> dict[str, np.ndarray]:
+    """All log rows in the order of positions."""
+    parts = list(open_log(RunFolder(run).log).chunks(1000))
+    found = {}
+    for name in ("position_B", "step_B", "ids_B", "sources_B", "epochs_B", "losses_BP", "choice_B"):
+        found[name] = np.concatenate([getattr(part, name) for part in parts])
+    found["blur"] = np.concatenate([part.params.blur for part in parts])
+    found["top"] = np.concatenate([part.params.top for part in parts])
+    return found
+
+
+def same_run(first: Path, second: Path) -> None:
+    one, two = weights(first), weights(second)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one), [n for n in one if not torch.equal(one[n], two[n])]
+    same_log(first, second)
+
+
+def same_log(first: Path, second: Path) -> None:
+    one, two = rows(first), rows(second)
+    for name in one:
+        np.testing.assert_array_equal(one[name], two[name], err_msg=name)
+
+
+def test_a_run_leaves_everything_behind(tiny: PretrainConfig, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert pretrain(tiny, run) == "finished"
+    found = rows(run)
+    np.testing.assert_array_equal(found["position_B"], np.arange(6 * 16))
+    np.testing.assert_array_equal(found["step_B"], np.repeat(np.arange(6), 16))
+    assert abs((found["sources_B"] == 1).sum() - 0.25 * 96) <= 1
+    np.testing.assert_array_equal(found["choice_B"], found["losses_BP"].argmax(1))
+    lines = read_metrics(RunFolder(run).metrics)
+    assert [line["step"] for line in lines if "train/loss" in line] == [2, 4, 6]
+    assert {"time/data", "time/selection", "time/forward", "time/backward", "time/optimizer", "time/log"} <= lines[
+        0
+    ].keys()
+    assert any("health/rankme" in line for line in lines) and any(
+        "grad/online.backbone.blocks.0" in line for line in lines
+    )
+    assert load_config(RunFolder(run).config) == tiny
+    assert RunFolder(run).read_state()["state"] == "finished"
+    assert [entry.step for entry in checkpoint.entries(RunFolder(run).checkpoints)] == [4, 6]
+    backbone, _ = checkpoint.load_backbone(run)
+    assert backbone(torch.zeros(2, 3, 16, 16)).shape == (2, 32)
+
+
+def test_the_log_opens_in_xarray(tiny: PretrainConfig, tmp_path: Path) -> None:
+    import xarray
+
+    pretrain(replace(tiny, steps=1), tmp_path / "run")
+    with xarray.open_zarr(tmp_path / "run" / "log.zarr" / "rank-00000", consolidated=False) as log:
+        assert log["blur"].dims == ("row", "view") and log["loss"].dims == ("row", "pair") and log.sizes["row"] == 16
+
+
+@pytest.mark.parametrize("stopped_at", [1, 3, 5])
+def test_a_signal_writes_a_checkpoint_and_resume_is_exact(
+    tiny: PretrainConfig, tmp_path: Path, stopped_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretrain(tiny, tmp_path / "whole")
+    step, taken = trainer.train_step, 0
+
+    def interrupted_step(*arguments):
+        nonlocal taken
+        result = step(*arguments)
+        taken += 1
+        if taken == stopped_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(trainer, "train_step", interrupted_step)
+    assert pretrain(tiny, tmp_path / "parts") == "interrupted"
+    monkeypatch.undo()
+    assert RunFolder(tmp_path / "parts").read_state() | {"updated": 0} == {
+        "state": "interrupted",
+        "updated": 0,
+        "step": stopped_at,
+        "steps": 6,
+        "images_per_second": RunFolder(tmp_path / "parts").read_state()["images_per_second"],
+    }
+    assert pretrain(tiny, tmp_path / "parts", resume=True) == "finished"
+    same_run(tmp_path / "whole", tmp_path / "parts")
+    steps = [line["step"] for line in read_metrics(tmp_path / "parts" / "metrics.jsonl") if "train/loss" in line]
+    assert steps == sorted(set(steps))
+
+
+def launch(run: Path, config: Path, ranks: int, resume: bool) -> list[str]:
+    """The command that trains in processes of its own."""
+    worker = [str(Path(__file__).with_name("train_worker.py")), str(config), str(run), "resume" if resume else "new"]
+    if ranks == 1:
+        return [sys.executable, *worker]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *worker]
+
+
+def finish(run: Path, config: Path, ranks: int) -> None:
+    resume = (run / "config.json").is_file() and any(checkpoint.entries(RunFolder(run).checkpoints))
+    done = subprocess.run(launch(run, config, ranks, resume), capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def kill_and_resume(config: PretrainConfig, folder: Path, ranks: int, kills: int, longest: float) -> None:
+    """Kills a run with SIGKILL at random moments, resuming it each time, and compares with an unbroken one."""
+    save_config(config, folder / "config.json")
+    finish(folder / "whole", folder / "config.json", ranks)
+    chance, broken, done = random.Random(ranks), folder / "broken", 0
+    while done < kills:
+        resume = (broken / "config.json").is_file() and any(checkpoint.entries(RunFolder(broken).checkpoints))
+        if RunFolder(broken).read_state().get("state") == "finished":
+            for path in sorted(broken.rglob("*"), reverse=True):
+                path.unlink() if path.is_file() else path.rmdir()
+            broken.rmdir()
+            resume = False
+        process = subprocess.Popen(
+            launch(broken, folder / "config.json", ranks, resume),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        time.sleep(chance.uniform(0.3, 1.0) * longest)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            done += 1
+        process.wait()
+    finish(broken, folder / "config.json", ranks)
+    same_run(folder / "whole", broken)
+    positions = rows(broken)["position_B"]
+    np.testing.assert_array_equal(positions, np.arange(len(positions)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("ranks", "kills"), [(1, 20), (2, 10)])
+def test_killed_at_any_moment_a_run_resumes_to_the_bit(
+    tiny: PretrainConfig, tmp_path: Path, ranks: int, kills: int
+) -> None:
+    kill_and_resume(replace(tiny, steps=120), tmp_path, ranks, kills, 14.0)
+
+
+@pytest.mark.timeout(240)
+def test_killed_once_a_run_resumes_to_the_bit(tiny: PretrainConfig, tmp_path: Path) -> None:
+    kill_and_resume(replace(tiny, steps=40), tmp_path, 1, 1, 8.0)
+
+
+@pytest.mark.timeout(240)
+def test_two_ranks_learn_what_one_learns(without_chance: PretrainConfig, tmp_path: Path) -> None:
+    """Same order, same log rows, same losses to float tolerance at world sizes 1 and 2, resumed across them too."""
+    save_config(without_chance, tmp_path / "config.json")
+    for ranks in (1, 2):
+        finish(tmp_path / f"ranks{ranks}", tmp_path / "config.json", ranks)
+    one, two = rows(tmp_path / "ranks1"), rows(tmp_path / "ranks2")
+    for name in ("position_B", "step_B", "ids_B", "sources_B", "epochs_B", "blur", "top"):
+        np.testing.assert_array_equal(one[name], two[name], err_msg=name)
+    np.testing.assert_allclose(one["losses_BP"], two["losses_BP"], rtol=2e-3)
+    losses = [
+        [line["train/loss"] for line in read_metrics(tmp_path / f"ranks{n}" / "metrics.jsonl") if "train/loss" in line]
+        for n in (1, 2)
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+
+
+def test_accumulation_adds_up(without_chance: PretrainConfig, tmp_path: Path) -> None:
+    """With running statistics out of the way, two parts of a batch give the gradient of the whole."""
+    config = replace(without_chance, steps=1)
+    first = []
+    for parts in (1, 2):
+        run = tmp_path / f"parts{parts}"
+        pretrain(replace(config, accumulate=parts), run)
+        assert len(rows(run)["position_B"]) == 16
+        first.append(weights(run)["queue1.rows_KD"])
+    assert (first[0] != first[1]).any()  # BatchNorm sees the parts
+    assert torch.allclose(first[0][16:], first[1][16:])  # and each queue took the same number of keys
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
+    """Makes MoBY's loss NaN at the steps that `bad` names."""
+    loss = MoBY.loss
+
+    def poisoned(self: MoBY, *arguments):
+        value, metrics = loss(self, *arguments)
+        return value * (torch.nan if bad(self.step) else 1.0), metrics
+
+    monkeypatch.setattr(MoBY, "loss", poisoned)
+
+
+def test_a_step_that_is_not_finite_is_skipped(
+    tiny: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, lambda step: step == 2)
+    assert pretrain(tiny, tmp_path / "run") == "finished"
+    skipped = [
+        line["train/skipped_steps"] for line in read_metrics(tmp_path / "run/metrics.jsonl") if "train/lr" in line
+    ]
+    assert skipped == [0, 1, 1]
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run").values())
+
+
+def test_too_many_steps_that_are_not_finite_stop_the_run(
+    tiny: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, lambda step: step >= 2)
+    config = replace(tiny, monitor=replace(tiny.monitor, max_bad_steps=2))
+    with pytest.raises(TrainingFailedError, match=r"step 3: .*2 steps in a row.*last good checkpoint"):
+        pretrain(config, tmp_path / "run")
+    state = RunFolder(tmp_path / "run").read_state()
+    assert state["state"] == "failed" and "first layer" in state["reason"]
+    assert checkpoint.load_newest(RunFolder(tmp_path / "run").checkpoints)["step"] == 2
+
+
+def test_held_out_knn_is_measured_at_start_and_end(tiny: PretrainConfig, digits: Path, tmp_path: Path) -> None:
+    monitor = replace(tiny.monitor, knn_train=str(digits / "train"), knn_test=str(digits / "test"), knn_every=4)
+    pretrain(replace(tiny, monitor=monitor), tmp_path / "run")
+    found = [
+        (line["step"], line["knn/top1"])
+        for line in read_metrics(tmp_path / "run" / "metrics.jsonl")
+        if "knn/top1" in line
+    ]
+    assert [step for step, _ in found] == [0, 4, 6]
+    assert all(0.2 < top1 <= 1 for _, top1 in found)  # digits are far from chance even untrained
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_preset_survives_json(name: str) -> None:
+    config = preset(name)
+    assert from_plain(json.loads(json.dumps(to_plain(config)))) == config
+
+
+@pytest.mark.parametrize("name", ["synby-vit-tiny", "synby-hard-deit-s", "moby-swin-t"])
+def test_presets_build(name: str) -> None:
+    config = preset(name)
+    build_objective(config.objective, config.backbone, Length(10, 1.0))
+
+
+def test_a_key_that_nothing_reads_is_an_error() -> None:
+    plain = to_plain(preset("synby-vit-tiny"))
+    plain["selection"]["veiws"] = 3
+    with pytest.raises(InputError, match="veiws"):
+        from_plain(plain)
+
+
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "preset": (["synby-vit-tinny"], "preset: 'synby-vit-tinny' is not known; choose one of synby-vit-tiny"),
+    "flag": (["synby-vit-tiny", "--run", "R", "--selection.veiws", "3"], "did you mean --selection.views?"),
+    "views": (["synby-vit-tiny", "--run", "R", "--data.real", "S", "--selection.views", "1"], "selection.views: 1"),
+    "no data": (["synby-vit-tiny", "--run", "R"], "data.real: no shards given"),
+    "no shards": (["synby-vit-tiny", "--run", "R", "--data.real", "nowhere"], "nowhere"),
+    "temperature": (
+        ["synby-vit-tiny", "--run", "R", "--data.real", "S", "--objective.temperature", "0"],
+        "temperature",
+    ),
+    "hardest": (
+        ["synby-vit-tiny", "--run", "R", "--data.real", "S", "--objective.queue", "64"],
+        "negatives.hardest: 256 is more than the queue's 64",
+    ),
+    "device": (["synby-vit-tiny", "--run", "R", "--data.real", "S", "--device", "cuda"], "device: cuda"),
+    "resume": (["synby-vit-tiny", "--run", "R", "--data.real", "S", "--resume"], "no run to resume"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(MISTAKES))
+def test_mistakes_are_one_line_and_exit_code_2(
+    case: str, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words, expected = MISTAKES[case]
+    if case == "device" and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    words = [str(digits / "train") if word == "S" else word for word in words]
+    assert cli.run(["pretrain", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("hardviews: ") and expected in error and error.count("\n") == 1
+
+
+def test_an_existing_run_is_refused(tiny: PretrainConfig, tmp_path: Path) -> None:
+    pretrain(replace(tiny, steps=1), tmp_path / "run")
+    with pytest.raises(InputError, match="--resume or replace it with --overwrite"):
+        pretrain(tiny, tmp_path / "run")
+    assert pretrain(replace(tiny, steps=2), tmp_path / "run", overwrite=True) == "finished"
+
+
+def every_selection() -> dict[str, Callable[[PretrainConfig], PretrainConfig]]:
+    def selecting(**changes):
+        return lambda config: replace(config, selection=replace(config.selection, **changes))
+
+    return {
+        "easiest": selecting(rule="easiest"),
+        "random": selecting(rule="random"),
+        "lowest-iou": selecting(rule="lowest-iou"),
+        "target": selecting(encoder="target"),
+        "every": selecting(every=3),
+        "bf16": selecting(precision="bf16"),
+        "cross": selecting(cross_policy=True),
+        "static": selecting(static_colour=True),
+        "resolution": lambda c: replace(
+            c, selection=replace(c.selection, resolution=8), backbone=replace(c.backbone, patch_size=8)
+        ),
+        "layer": lambda c: replace(c, selection=replace(c.selection, layer=1), backbone=replace(c.backbone, depth=2)),
+        "two views": selecting(views=2),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(every_selection()))
+def test_every_variant_of_selection_trains(name: str, tiny: PretrainConfig, tmp_path: Path) -> None:
+    config = every_selection()[name](replace(tiny, steps=3))
+    assert pretrain(config, tmp_path / "run") == "finished"
+    found = rows(tmp_path / "run")
+    scored = ~np.isnan(found["losses_BP"]).all(1)
+    expected = {"random": [], "lowest-iou": [], "two views": [], "every": [0]}.get(name, [0, 1, 2])
+    assert sorted(set(found["step_B"][scored])) == expected
