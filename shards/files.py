@@ -8,6 +8,7 @@ from pathlib import Path
 import fsspec
 
 from shards.errors import InputError
+from shards.retry import retry
 
 Fetch = Callable[[str], bytes]  # file name under a root → its content
 
@@ -47,7 +48,7 @@ def fetcher(root: str) -> Fetch:
     if path is not None:
         return lambda name: (path / name).read_bytes()
     system, base = filesystem(root)
-    return lambda name: bytes(system.cat_file(join(base, name)))  # pyright: ignore[reportArgumentType]
+    return lambda name: retry(lambda: bytes(system.cat_file(join(base, name))))  # pyright: ignore[reportArgumentType]
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -70,6 +70,8 @@ class SampleOrder:
             raise InputError(f"data.block: {block} shards; give at least 1")
         if seed < 0:
             raise InputError(f"seed: {seed}; give 0 or above")
+        self.block = block
+        """Shards of a source that are needed at a time."""
         totals = [int(np.sum(c)) for c in counts]
         starts = np.concatenate([[0], np.cumsum(totals)])
         self._sources = [
