@@ -55,10 +55,18 @@ class Task:
 
 
 def build_shard(task: Task) -> ShardResult:
-    """Writes the shard of one task; running it again gives the same bytes."""
+    """Writes the shard of one task; running it again gives the same bytes.
+
+    Raises:
+        InputError: the disk is full, or a source cannot be reached.
+    """
     numbered = enumerate(task.part.records(), task.first)
     samples = (sample_of(number, record, task.rules) for number, record in numbered)
-    return write_shard(Path(task.folder), task.name, samples, task.settings)
+    try:
+        return write_shard(Path(task.folder), task.name, samples, task.settings)
+    except OSError as error:
+        remedy = "mend that and run the build again: finished shards are kept"
+        raise InputError(f"{task.folder}/{task.name}: {error}; {remedy}") from error
 
 
 def sample_of(number: int, record: Record, rules: Rules) -> Sample | Rejected:

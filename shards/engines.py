@@ -63,6 +63,7 @@ def _run_in_processes(function: Callable[[Task], Result], tasks: Iterable[Task],
     # Fresh processes rather than forks: this one may hold threads (progress bar, Arrow) in any state.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
     try:
         queue = iter(tasks)
@@ -74,6 +75,11 @@ def _run_in_processes(function: Callable[[Task], Result], tasks: Iterable[Task],
     except BrokenProcessPool as error:
         remedy = "run it again with fewer --workers, it goes on where it stopped"
         raise InputError(f"--workers {workers}: a worker process was killed (out of memory?); {remedy}") from error
+    except BaseException:
+        # Ctrl-C or a failed task. Tasks may be killed anywhere, so nobody has to wait for those that run.
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -26,6 +26,7 @@ from fsspec import AbstractFileSystem
 
 from shards.errors import InputError
 from shards.files import filesystem, join, local_path
+from shards.retry import ATTEMPTS, FINAL, LONGEST_PAUSE, PAUSE, retry
 
 READ_AHEAD = 64  # remote files fetched at a time, rows of Parquet decoded at a time
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "avif", "img")
@@ -126,34 +127,28 @@ class FilePart:
                 yield Record(name, label, content or b"", problem)
 
 
-def fetch_many(
-    system: AbstractFileSystem, paths: list[str], attempts: int = 4, pause: float = 0.5
-) -> dict[str, bytes | None]:
+def fetch_many(system: AbstractFileSystem, paths: list[str]) -> dict[str, bytes | None]:
     """Contents of remote files, None for those that are not there; what fails otherwise is tried again.
 
-    Args:
-        pause: seconds before the second attempt; each further one waits about twice as long.
-
     Raises:
-        OSError: a file that fails every time: the connection is at fault then, not the image.
+        Exception: of a file that fails every time: the connection is at fault then, not the image.
     """
     found: dict[str, bytes | None] = {}
-    for attempt in range(attempts):
+
+    def fetch_missing() -> None:
         missing = [path for path in paths if path not in found]
-        if not missing:
-            break
-        time.sleep(pause * (2**attempt - 1))
         # A list of two at least: for a single path fsspec returns bare bytes.
-        answers = system.cat([*missing, missing[0]][: max(2, len(missing))], on_error="return")
-        assert isinstance(answers, dict)
+        answers: Any = system.cat([*missing, missing[0]][: max(2, len(missing))], on_error="return")
         for path in missing:
-            answer = answers[path]
-            if isinstance(answer, FileNotFoundError):
+            if isinstance(answers[path], FileNotFoundError):
                 found[path] = None
-            elif not isinstance(answer, Exception):
-                found[path] = bytes(answer)
-            elif attempt == attempts - 1:
-                raise OSError(f"{path}: {answer}") from answer
+            elif not isinstance(answers[path], Exception):
+                found[path] = bytes(answers[path])
+        failed = [path for path in missing if path not in found]
+        if failed:
+            raise answers[failed[0]]
+
+    retry(fetch_missing)
     return found
 
 
@@ -294,7 +289,24 @@ class ContainerPart:
 
     def records(self) -> Iterator[Record]:
         for container, start, stop in self.ranges:
-            yield from self.read(container, start, stop)
+            yield from steadily(self.read, container, start, stop)
+
+
+def steadily(read: Reader, container: Container, start: int, stop: int) -> Iterator[Record]:
+    """Reads a range, and where the connection breaks goes on behind the last image that came."""
+    for attempt in range(ATTEMPTS):
+        try:
+            for record in read(container, start, stop):
+                yield record
+                start += 1
+        except FINAL:
+            raise
+        except Exception:
+            if attempt == ATTEMPTS - 1 or local_path(container.root) is not None:
+                raise
+            time.sleep(min(PAUSE * 2**attempt, LONGEST_PAUSE))
+        else:
+            return
 
 
 def container_parts(
@@ -408,7 +420,7 @@ def groups(file: Any) -> Iterator[Group | str]:
                 # tarfile keeps every header it has seen, and grows with the tar
                 tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
             problem = end_of(file, tar.offset)
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError) as error:
         problem = f"the tar is damaged here: {error}"
     if members:
         yield Group(key, tuple(members))

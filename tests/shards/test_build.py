@@ -4,6 +4,8 @@ import gc
 import hashlib
 import io
 import json
+import resource
+import signal
 import warnings
 import zlib
 from functools import partial
@@ -245,6 +247,21 @@ def test_out_that_is_a_file(images: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(InputError, match=r"--out .*choose a folder"):
         build_at(f"imagefolder:{images}", tmp_path / "out")
+
+
+def test_a_full_disk_is_one_line_and_what_stands_is_kept(images: Path, built: Path, tmp_path: Path) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # No file may grow beyond this; without its signal the write fails as it does on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(InputError, match=r"shard-000000\.tar: .*File too large; mend that and run the build again"):
+            build_at(f"imagefolder:{images}", tmp_path, shard_samples=10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    build_at(f"imagefolder:{images}", tmp_path, shard_samples=10)
+    assert contents(tmp_path) == contents(built)
 
 
 def test_what_is_kept_decodes_in_dali_as_a_viewer_shows_it(tmp_path: Path) -> None:

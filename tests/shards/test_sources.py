@@ -12,7 +12,7 @@ from image_folders import CLASSES, LOCAL, build_at, imagefolder, photo, tar_name
 
 from shards.errors import InputError
 from shards.manifest import Manifest
-from shards.sources import fetch_many, open_source
+from shards.sources import Container, Record, fetch_many, open_source, steadily
 from shards.writer import sample_key
 
 NAMES = {"tars": "part-{}.tar", "parquet": "part-{}.parquet"}
@@ -209,10 +209,35 @@ class Flaky:
         return {path: FileNotFoundError() if path == "gone" else OSError("cut") if fails else b"x" for path in paths}
 
 
-def test_cut_connections_are_tried_again() -> None:
-    assert fetch_many(Flaky(2), ["a", "gone"], pause=0) == {"a": b"x", "gone": None}
-    with pytest.raises(OSError, match="a: cut"):
-        fetch_many(Flaky(9), ["a"], pause=0)
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("threading.Event.wait", lambda event, seconds: False)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_failed_answers_are_asked_for_again() -> None:
+    assert fetch_many(Flaky(2), ["a", "gone"]) == {"a": b"x", "gone": None}
+    with pytest.raises(OSError, match="cut"):
+        fetch_many(Flaky(99), ["a"])
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_a_cut_connection_goes_on_behind_the_last_image() -> None:
+    starts = []
+
+    def read(container: Container, start: int, stop: int):
+        starts.append(start)
+        for number in range(start, stop):
+            if number == start + 2:
+                raise OSError("cut")
+            yield Record(str(number), -1, b"x")
+
+    remote = Container("memory://bucket", "a.tar", 1)
+    assert [record.name for record in steadily(read, remote, 3, 8)] == ["3", "4", "5", "6", "7"]
+    assert starts == [3, 5, 7]
+    with pytest.raises(OSError, match="cut"):
+        list(steadily(read, Container("/disk", "a.tar", 1), 3, 8))
 
 
 @pytest.mark.parametrize(
