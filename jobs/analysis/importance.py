@@ -50,7 +50,12 @@ TRAPS = (
 LEAF = 50
 TREES = 2
 """Trees on each bootstrap sample of the images."""
-MAX_FEATURES = 0.7
+GROWN_FEATURES = 0.7
+"""Share of the metrics tried at a split of Hutter's measure: the default of its authors' program.
+
+The headline tries all: metrics left out hand their effect to those that are correlated with them. On a loss of which
+the IoU explained 0.174, it had 0.144 at 0.7 and 0.181 with all.
+"""
 JOINT_POINTS = 500
 CURVE_BINS = 50
 
@@ -143,7 +148,7 @@ def _pruned_forest(
     forest = []
     for _ in range(samples):
         weight_R = image_weights(data, rng)
-        fitted = _fit(data, weight_R, LEAF, rng)
+        fitted = _fit(data, weight_R, LEAF, 1.0, rng)
         unseen = np.flatnonzero(weight_R == 0)
         if len(unseen):
             predicted_R[unseen] += fitted.predict(data.metrics_RF[unseen])
@@ -157,7 +162,7 @@ def _pruned_forest(
 def _grown_shares(data: PairData, rng: np.random.Generator) -> list[NDArray[np.float64]]:
     """Hutter's measure on one bootstrap sample of the images: for each of its trees, V_j and joint term over V."""
     measure = fanova.uniform(data.metrics_RF)
-    trees = _trees(_fit(data, image_weights(data, rng), 1, rng), measure, rng)
+    trees = _trees(_fit(data, image_weights(data, rng), 1, GROWN_FEATURES, rng), measure, rng)
     return [tree.terms_F / max(fanova.tree_variance(tree.leaves), 1e-30) for tree in trees]
 
 
@@ -180,11 +185,13 @@ def image_weights(data: PairData, rng: np.random.Generator) -> NDArray[np.float6
     return drawn[data.image_R].astype(np.float64)
 
 
-def _fit(data: PairData, weight_R: NDArray[np.float64], leaf: int, rng: np.random.Generator) -> RandomForestRegressor:
+def _fit(
+    data: PairData, weight_R: NDArray[np.float64], leaf: int, tried: float, rng: np.random.Generator
+) -> RandomForestRegressor:
     forest = RandomForestRegressor(
         TREES,
         bootstrap=False,  # the rows' weights are the bootstrap, of images
-        max_features=MAX_FEATURES,
+        max_features=tried,
         min_samples_leaf=leaf,
         n_jobs=2,
         random_state=int(rng.integers(2**31)),
