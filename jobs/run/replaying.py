@@ -74,7 +74,10 @@ def replay_step(
     config = replace(config, data=replace(config.data, **moved))
     log = open_log(folder.log)
     rows = step_rows(log, step, images)[:limit]
-    data = open_data(config)
+    try:
+        data = open_data(config)
+    except InputError as error:
+        raise InputError(f"{error}; if the shards have moved, name where with --real or --synthetic") from error
     try:
         check_unchanged(log, data.manifests)
         return replay_rows(config, rows, log.scored, data.manifests, data.reader, device)

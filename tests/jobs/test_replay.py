@@ -153,6 +153,8 @@ def test_changed_shards_are_noticed(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has changed since the log was written"):
         replay_step(run, 0, real=other.root)
     (tmp_path / "shards").rename(tmp_path / "moved")
+    with pytest.raises(InputError, match="if the shards have moved, name where with --real"):
+        replay_step(run, 0)
     assert replay_step(run, 0, real=str(tmp_path / "moved")).redrawn_B.all()
     tar = tmp_path / "moved" / "shard-000000.tar"
     content = bytearray(tar.read_bytes())
