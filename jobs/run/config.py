@@ -41,7 +41,7 @@ class DataConfig:
     cache: str = ""
     """Folder for shards fetched from an address; empty = a folder below the user's cache folder."""
     cache_gb: float = 50.0
-    """Size the cache may grow to (10⁹ bytes)."""
+    """Size the cache may grow to (10⁹ bytes); the least recently used shards go first."""
 
     def __post_init__(self) -> None:
         for name in ("synthetic_share", "max_failures"):
@@ -49,7 +49,7 @@ class DataConfig:
                 raise InputError(f"data.{name}: {getattr(self, name)} must lie between 0 and 1")
         if self.final_synthetic_share is not None and not 0 <= self.final_synthetic_share <= 1:
             raise InputError(f"data.final_synthetic_share: {self.final_synthetic_share} must lie between 0 and 1")
-        for name in ("block", "prefetch"):
+        for name in ("block", "prefetch", "cache_gb"):
             if getattr(self, name) < 1:
                 raise InputError(f"data.{name}: {getattr(self, name)} must be at least 1")
 

@@ -10,6 +10,7 @@ from models.objectives import Length
 from pipelines.batch import Selection
 from pipelines.policies import Policy
 from pipelines.stream import ViewStream
+from shards.cache import ShardCache
 from shards.errors import InputError
 from shards.manifest import Manifest, open_manifest
 from shards.order import SampleOrder
@@ -46,7 +47,8 @@ def open_data(config: PretrainConfig) -> Data:
     if config.data.final_synthetic_share is not None:
         epochs = config.epochs if config.steps is None else config.steps * config.batch / order.epoch_length
         order = SampleOrder(counts, shares(config.data, ceil(epochs)), seed, block)
-    return Data(manifests, order, SampleReader(manifests))
+    cache = ShardCache(config.data.cache, int(config.data.cache_gb * 1e9))
+    return Data(manifests, order, SampleReader(manifests, cache))
 
 
 def shares(config: DataConfig, epochs: int) -> list[list[float]]:
@@ -80,6 +82,7 @@ def open_stream(
     """
     if config.batch % world.size:
         raise InputError(f"batch: {config.batch} images do not divide among {world.size} processes; take a multiple")
+    data.reader.follow(data.order, step * config.batch)
     return ViewStream(
         data.reader,
         data.order,

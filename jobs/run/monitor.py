@@ -141,7 +141,7 @@ class Monitor:
         scalars["train/lr"] = t.schedule.lr(t.step - 1)
         scalars["train/weight_decay"] = t.schedule.weight_decay(t.step - 1)
         scalars["train/epoch"] = t.step / t.length.steps_per_epoch
-        scalars |= {f"train/{name}": float(value) for name, value in t.metrics.items()}
+        scalars |= {n if "/" in n else f"train/{n}": float(value) for n, value in t.metrics.items()}
         scalars["train/skipped_steps"] = float(t.guard.skipped)
         scalars |= t.timer.report(self.config.batch)
         scalars["data/wait_share"] = scalars.get("time/data", 0.0) / scalars["time/step"]

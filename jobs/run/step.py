@@ -56,7 +56,7 @@ def train_step(t: Training, batch: ViewBatch) -> StepResult:
     torch.manual_seed(step_seed(t.config.seed, t.step, t.world.rank))
     set_step(t.optimizer, t.schedule, t.step)
     t.optimizer.zero_grad(set_to_none=True)
-    losses, choices = [], []
+    losses, choices, selection = [], [], t.config.selection
     parts = split(batch, t.config.accumulate)
     for part in parts:
         with t.timer.phase("selection"), autocast(t):
@@ -67,6 +67,9 @@ def train_step(t: Training, batch: ViewBatch) -> StepResult:
                 loss, t.metrics = t.learner(chosen, on_device(t, part.labels_B))
             with t.timer.phase("backward"):
                 (loss / len(parts)).backward()
+        if selection.audits(t.step):
+            with t.timer.phase("audit"), autocast(t):
+                t.metrics |= t.objective.audit(part.crops, choice.choice_B, selection)
         losses.append(loss.detach())
         choices.append(Choice(choice.choice_B, choice.scores, chosen.views_BM))
     with t.timer.phase("optimizer"):

@@ -275,7 +275,7 @@ def test_a_key_that_nothing_reads_is_an_error() -> None:
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "preset": (["synby-vit-tinny"], "preset: 'synby-vit-tinny' is not known; choose one of synby-vit-tiny"),
-    "flag": (["synby-vit-tiny", "--run", "R", "--selection.veiws", "3"], "did you mean --selection.views?"),
+    "flag": (["synby-vit-tiny", "--run", "R", "--selection.veiws", "3"], "did you mean --selection.views"),
     "views": (["synby-vit-tiny", "--run", "R", "--data.real", "S", "--selection.views", "1"], "selection.views: 1"),
     "no data": (["synby-vit-tiny", "--run", "R"], "data.real: no shards given"),
     "no shards": (["synby-vit-tiny", "--run", "R", "--data.real", "nowhere"], "nowhere"),
