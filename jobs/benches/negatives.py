@@ -73,7 +73,7 @@ def gradient(x_BD: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
 
 def measure(bench: NegativesBench) -> dict[str, float]:
     """Figures by name; times in milliseconds."""
-    config = NegativesConfig(bench.hardest, **dict.fromkeys(KINDS, bench.count))
+    config = NegativesConfig(bench.hardest, *(bench.count for _ in KINDS))
     generator = torch.Generator(bench.device).manual_seed(0)
     shapes = ((bench.batch, bench.width), (bench.batch, bench.width), (bench.queue, bench.width))
     x_BD, k_BD, queue_KD = (torch.randn(s, generator=generator, device=bench.device) for s in shapes)

@@ -108,10 +108,15 @@ class MoBY(Objective):
         self.contrasts.clear()
         loss1, metrics1 = self._contrast(q1, k2, self.queue2, labels_B)
         loss2, metrics2 = self._contrast(q2, k1, self.queue1, labels_B)
-        self._pending.append((k1, k2, torch.full((len(k1),), -1, device=k1.device) if labels_B is None else labels_B))
+        self.keep_keys(k1, k2, labels_B)
         self.seen_features_BD = features1.detach()
         metrics = {name: (value + metrics2[name]) / 2 for name, value in metrics1.items()}
         return loss1 + loss2, metrics
+
+    def keep_keys(self, k1_BD: Tensor, k2_BD: Tensor, labels_B: Tensor | None = None) -> None:
+        """Remembers the two views' keys (and classes, below 0 unknown) for the queues."""
+        unknown_B = torch.full((len(k1_BD),), -1, device=k1_BD.device)
+        self._pending.append((k1_BD, k2_BD, unknown_B if labels_B is None else labels_B))
 
     def _contrast(self, q_BD: Tensor, k_BD: Tensor, queue: Queue, labels_B: Tensor | None) -> tuple[Tensor, Metrics]:
         negatives = self.config.negatives
