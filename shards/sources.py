@@ -11,16 +11,18 @@ not know how to read becomes a record with a problem, never an exception.
 """
 
 import hashlib
+import io
 import json
 import os
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
@@ -120,15 +122,18 @@ class FilePart:
         for start in range(0, len(self.files), READ_AHEAD):
             files = self.files[start : start + READ_AHEAD]
             paths = [join(base, name) for name, _, _ in files]
-            found = fetch_many(system, paths)
+            found = fetch_many(system, {path: size for path, (_, size, _) in zip(paths, files, strict=True)})
             for path, (name, _, label) in zip(paths, files, strict=True):
                 content = found[path]
                 problem = "" if content is not None else "gone since the source was listed"
                 yield Record(name, label, content or b"", problem)
 
 
-def fetch_many(system: AbstractFileSystem, paths: list[str]) -> dict[str, bytes | None]:
+def fetch_many(system: AbstractFileSystem, sizes: Mapping[str, int]) -> dict[str, bytes | None]:
     """Contents of remote files, None for those that are not there; what fails otherwise is tried again.
+
+    Args:
+        sizes: bytes of each file, by path.
 
     Raises:
         Exception: of a file that fails every time: the connection is at fault then, not the image.
@@ -136,20 +141,27 @@ def fetch_many(system: AbstractFileSystem, paths: list[str]) -> dict[str, bytes 
     found: dict[str, bytes | None] = {}
 
     def fetch_missing() -> None:
-        missing = [path for path in paths if path not in found]
+        missing = [path for path in sizes if path not in found]
         # A list of two at least: for a single path fsspec returns bare bytes.
         answers: Any = system.cat([*missing, missing[0]][: max(2, len(missing))], on_error="return")
         for path in missing:
-            if isinstance(answers[path], FileNotFoundError):
+            answer = answers[path]
+            if isinstance(answer, FileNotFoundError):
                 found[path] = None
-            elif not isinstance(answers[path], Exception):
-                found[path] = bytes(answers[path])
+            elif not isinstance(answer, Exception) and len(answer) == sizes[path]:
+                found[path] = bytes(answer)
         failed = [path for path in missing if path not in found]
         if failed:
-            raise answers[failed[0]]
+            answer = answers[failed[0]]
+            raise answer if isinstance(answer, Exception) else cut_short(failed[0], len(answer), sizes[failed[0]])
 
     retry(fetch_missing)
     return found
+
+
+def cut_short(path: str, got: int, size: int) -> OSError:
+    """The error for an answer that has fewer bytes than the file."""
+    return OSError(f"{path}: {got} bytes came instead of {size}")
 
 
 def open_imagefolder(path: str, part_size: int, run: Runner, keep_order: bool) -> Source:
@@ -234,8 +246,7 @@ def identity(status: os.stat_result) -> tuple[int, int]:
 def remote_listing(address: str) -> tuple[list[str], list[tuple[str, int]]]:
     """As `listing`, behind an fsspec address."""
     system, base = filesystem(address)
-    found = system.find(base, withdirs=True, detail=True)
-    assert isinstance(found, dict)
+    found: Any = retry(lambda: system.find(base, withdirs=True, detail=True))
     folders: set[str] = set()
     files: list[tuple[str, int]] = []
     for path, info in found.items():
@@ -348,10 +359,10 @@ def containers_at(address: str, path: str, suffix: str) -> list[Container]:
     system, base = filesystem(path)
     if "*" in base or "?" in base:
         root = base[: base.index(next(mark for mark in base if mark in "*?"))].rpartition("/")[0]
-        found: Any = system.glob(base, detail=True)
-    elif system.isdir(base):
+        found: Any = retry(lambda: system.glob(base, detail=True))
+    elif retry(lambda: system.isdir(base)):
         root = base
-        below: Any = system.find(base, detail=True)
+        below: Any = retry(lambda: system.find(base, detail=True))
         found = {name: info for name, info in below.items() if name.endswith(suffix)}
     else:
         root = base.rpartition("/")[0]
@@ -374,8 +385,12 @@ def open_parquet(path: str, part_size: int, run: Runner, keep_order: bool) -> So
     """Parquet with an image column; class names are those of the label's feature."""
     address = f"parquet:{path}"
     containers = containers_at(address, path, ".parquet")
-    with opened(containers[0]) as file:
-        layout = parquet_layout(parquet_file(file, containers[0]), containers[0].address)
+
+    def first_layout() -> Layout:
+        with opened(containers[0]) as file:
+            return parquet_layout(parquet_file(file, containers[0]), containers[0].address)
+
+    layout = retry(first_layout)
     read = partial(read_parquet, layout)
     return Source(layout.classes, container_parts(address, containers, count_parquet, read, part_size, run))
 
@@ -383,7 +398,41 @@ def open_parquet(path: str, part_size: int, run: Runner, keep_order: bool) -> So
 def opened(container: Container) -> Any:
     """The container as a seekable file."""
     system, path = filesystem(container.address)
-    return system.open(path, "rb")
+    file = system.open(path, "rb")
+    return file if local_path(container.root) is not None else WholeReads(file, container)
+
+
+class WholeReads(io.RawIOBase):
+    """A remote file whose reads give all that was asked for, or raise OSError: a short answer is no end of the file."""
+
+    def __init__(self, file: Any, container: Container) -> None:
+        self.file = file
+        self.container = container
+
+    def readinto(self, buffer: Any) -> int:
+        start = self.file.tell()
+        content = self.file.read(len(buffer))
+        wanted = min(len(buffer), max(0, self.container.size - start))
+        if len(content) < wanted:
+            raise cut_short(self.container.address, len(content), wanted)
+        buffer[: len(content)] = content
+        return len(content)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self.file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 # WebDataset tars
@@ -443,8 +492,12 @@ def split_name(name: str) -> tuple[str, str]:
 
 def count_tar(container: Container) -> tuple[Container, int]:
     """The container and its samples; damage counts as one, so that it is named."""
-    with opened(container) as file:
-        return container, sum(1 for _ in groups(file))
+
+    def count() -> int:
+        with opened(container) as file:
+            return sum(1 for _ in groups(file))
+
+    return container, retry(count)
 
 
 def read_tar(container: Container, start: int, stop: int) -> Iterator[Record]:
@@ -535,8 +588,12 @@ def parquet_layout(table: pq.ParquetFile, address: str) -> Layout:
 
 def count_parquet(container: Container) -> tuple[Container, int]:
     """The container and its rows."""
-    with opened(container) as file:
-        return container, parquet_file(file, container).metadata.num_rows
+
+    def count() -> int:
+        with opened(container) as file:
+            return parquet_file(file, container).metadata.num_rows
+
+    return container, retry(count)
 
 
 def parquet_file(file: Any, container: Container) -> pq.ParquetFile:
@@ -547,7 +604,7 @@ def parquet_file(file: Any, container: Container) -> pq.ParquetFile:
     """
     try:
         return pq.ParquetFile(file)
-    except (OSError, ValueError) as error:
+    except pa.ArrowInvalid as error:
         raise InputError(f"{container.address}: no Parquet file ({error}); remove it or name others") from error
 
 

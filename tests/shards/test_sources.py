@@ -1,5 +1,6 @@
 """Sources: every kind, local and behind an address, and what is wrong with their content."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from image_folders import CLASSES, LOCAL, build_at, imagefolder, photo, tar_names, write_tar
+from object_store import Store, environment, object_store
 
 from shards.errors import InputError
 from shards.manifest import Manifest
@@ -76,6 +78,35 @@ def test_all_images_of_a_source_arrive(source: tuple[str, Path], tmp_path: Path,
         assert list(found) == list(labels)  # their own order
     again = build_at(f"{kind}:{root}", tmp_path / "again", shard_samples=4)
     assert [entry.sha256 for entry in again.entries] == [entry.sha256 for entry in manifest.entries]
+
+
+@pytest.fixture(scope="module")
+def service():
+    """An S3 service behind a proxy that spoils answers."""
+    with object_store() as running, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(running.port).items():
+            patch.setenv(name, value)
+        fsspec.filesystem("s3").clear_instance_cache()
+        yield running
+        fsspec.filesystem("s3").clear_instance_cache()
+
+
+@pytest.mark.parametrize("source", ["imagefolder", "tars", "parquet"], indirect=True)
+def test_faults_of_a_network_change_nothing(source: tuple[str, Path], tmp_path: Path, service: Store) -> None:
+    kind, root = source
+    service.faults(lambda _: "")
+    for folder in (root, *(path for path in root.iterdir() if path.is_dir())):
+        prefix = f"{kind}/{folder.relative_to(root)}".removesuffix("/.")
+        for path in folder.glob("*.*"):
+            fsspec.filesystem("s3").pipe_file(f"data/{prefix}/{path.name}", path.read_bytes())
+    fsspec.filesystem("s3").invalidate_cache()
+    faults = itertools.cycle(["cut", "", "short", "", "error", ""])
+    service.faults(lambda path: "" if "list-type" in path else next(faults))
+    remote = build_at(f"{kind}:s3://data/{kind}", tmp_path / "remote", shard_samples=4)
+    assert all(service.requests(f"{fault}$") for fault in ("cut", "short", "error"))
+    local = build_at(f"{kind}:{root}", tmp_path / "local", shard_samples=4)
+    assert [entry.sha256 for entry in remote.entries] == [entry.sha256 for entry in local.entries]
+    assert (tmp_path / "remote" / "quarantine.jsonl").read_bytes() == b""
 
 
 @pytest.mark.parametrize("kind", NAMES)
@@ -217,9 +248,11 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_pauses")
 def test_failed_answers_are_asked_for_again() -> None:
-    assert fetch_many(Flaky(2), ["a", "gone"]) == {"a": b"x", "gone": None}
+    assert fetch_many(Flaky(2), {"a": 1, "gone": 1}) == {"a": b"x", "gone": None}
     with pytest.raises(OSError, match="cut"):
-        fetch_many(Flaky(99), ["a"])
+        fetch_many(Flaky(99), {"a": 1})
+    with pytest.raises(OSError, match="a: 1 bytes came instead of 2"):
+        fetch_many(Flaky(0), {"a": 2})
 
 
 @pytest.mark.usefixtures("no_pauses")
