@@ -16,12 +16,14 @@ from pathlib import Path
 
 import torch
 
+_VIEWS = ["--batch", "256", "--made", "1024", "--dtype", "bfloat16"]
+_STEP = ["--backbone", "vit_small_patch16_224", "--size", "224", "--patch", "16", "--depth", "12", "--batch", "256"]
 # Name → module of the benchmark and its flags. Four views is hard-view selection's case, two is plain training's.
 BENCHES: dict[str, tuple[str, list[str]]] = {
-    "views-4": ("views", ["--device", "cuda", "--views", "4", "--batch", "256", "--made", "1024"]),
-    "views-2": ("views", ["--device", "cuda", "--views", "2", "--batch", "256", "--made", "1024"]),
-    "views-accuracy": ("views", ["--device", "cuda", "--accuracy"]),
-    "step": ("step", []),
+    "views-4": ("views", ["--views", "4", *_VIEWS]),
+    "views-2": ("views", ["--views", "2", *_VIEWS]),
+    "views-accuracy": ("views", ["--accuracy"]),
+    "step": ("step", _STEP),
     "negatives": ("negatives", []),
 }
 PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "kornia", "opencv-python-headless", "numpy", "zarr")
@@ -56,7 +58,7 @@ def run_bench(module: str, flags: list[str]) -> object:
     Raises:
         RuntimeError: it failed; its error output is on the terminal.
     """
-    command = [sys.executable, "-c", _MAIN.format(module=module), *flags, "--json"]
+    command = [sys.executable, "-c", _MAIN.format(module=module), *flags, "--device", "cuda", "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     print(done.stdout, flush=True)
     if done.returncode:

@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -70,6 +71,8 @@ class ViewsBench:
     """Photographs to make where no folder is given."""
     device: str = "cpu"
     """Where our batches go: cpu, or cuda (decode, crops and colour then run there)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of our batches."""
     accuracy: bool = False
     """Print how far each colour operation is from torchvision's instead, as a Markdown table."""
     json: bool = False
@@ -112,6 +115,7 @@ class OurViews:
             seed=SEED,
             batch=config.batch,
             device=config.device,
+            dtype=getattr(torch, config.dtype),
             threads=config.threads or cores(),
             prefetch=AHEAD,
         )
@@ -226,6 +230,7 @@ def views_figures(config: ViewsBench) -> dict[str, object]:
             "batch": config.batch,
             "threads": threads,
             "device": config.device,
+            "dtype": config.dtype,
         }
     return {**_figures(rates, spent, config), **facts}
 
@@ -333,6 +338,8 @@ def table(figures: dict[str, object]) -> Table:
 def main(argv: list[str]) -> None:
     """Entry point of `hardviews bench views`."""
     config = parse(ViewsBench, argv, prog="hardviews bench views")
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device: {config.device} asked for, but torch sees no CUDA device; take --device cpu")
     if config.accuracy:
         found = differences(config.size, device=config.device)
         print(json.dumps([vars(difference) for difference in found]) if config.json else markdown(found))

@@ -95,6 +95,12 @@ def test_a_folder_with_unreadable_files_is_refused(tmp_path: Path) -> None:
         views.views_figures(config)
 
 
+def test_a_missing_device_is_the_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(views.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="device: cuda asked for"):
+        views.main(["--device", "cuda"])
+
+
 def test_the_table_of_differences_has_a_column_for_each_way() -> None:
     found = [Difference("hue", "photographs", way, mean, 1.5) for way, mean in (("fused", 0.1), ("exact", 0.0))]
     assert markdown(found).splitlines() == [
