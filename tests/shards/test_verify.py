@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -102,3 +103,17 @@ def test_a_damaged_column_file_is_not_read(built: Path, tmp_path: Path) -> None:
     assert len(manifest.columns(np.arange(5))) == 5
     with pytest.raises(InputError, match=r"shard-000001\.arrow: damaged .*hardviews verify"):
         manifest.columns(np.array([5]))
+
+
+def test_data_sets_behind_an_address(built: Path) -> None:
+    system = fsspec.filesystem("memory")
+    system.put(str(built), "/verified", recursive=True)
+    columns = open_manifest(built).shard_columns(1)
+    content = bytearray(system.cat_file("/verified/shard-000001.tar"))
+    content[int(columns.offset[2])] ^= 1
+    system.pipe_file("/verified/shard-000001.tar", bytes(content))
+    found = [damage for _, some in verify(open_manifest("memory://verified"), LOCAL) for damage in some]
+    assert [(damage.file, damage.key) for damage in found] == [
+        ("shard-000001.tar", ""),
+        ("shard-000001.tar", columns.key[2]),
+    ]
