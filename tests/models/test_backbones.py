@@ -1,0 +1,109 @@
+"""Backbones from timm and MoCo v3's changes: what is asked for is what is built, or it is refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from models.backbones import BackboneConfig, TokenBatchNorm, build_backbone, feature_width, sincos_positions
+from models.heads import BatchNorm2d
+from models.objectives.base import has_drop
+
+from .toys import VIT, moby
+
+TINY_DEIT = BackboneConfig("deit_small_patch16_224", 32, width=48, depth=1, heads=12)
+SWIN = BackboneConfig("swin_tiny_patch4_window7_224", 56)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "width"),
+    [(VIT, VisionTransformer, 32), (TINY_DEIT, VisionTransformer, 48), (SWIN, SwinTransformer, 768)],
+    ids=["vit", "deit", "swin"],
+)
+def test_kinds_and_other_view_sizes(config, kind, width):
+    model = build_backbone(config, 0.0).eval()
+    assert isinstance(model, kind) and feature_width(model) == width
+    with torch.no_grad():
+        for side in (config.image_size, config.image_size // 2):
+            assert model(torch.randn(2, 3, side, side)).shape == (2, width)
+
+
+def test_resnets_normalise_over_all_ranks():
+    model = build_backbone(BackboneConfig("resnet10t", 32), 0.0)
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert norms and all(type(norm) is BatchNorm2d for norm in norms)
+
+
+def test_vit_s_can_have_twelve_heads():
+    assert build_backbone(TINY_DEIT, 0.0).blocks[0].attn.num_heads == 12
+    assert build_backbone(replace(TINY_DEIT, heads=None), 0.0).blocks[0].attn.num_heads == 6
+
+
+def test_asked_for_batchnorm_is_there():
+    """MoBY's code swallows a misspelt keyword and trains LayerNorm."""
+    for config in (VIT, replace(SWIN, image_size=56)):
+        model = build_backbone(replace(config, batchnorm_mlp=True), 0.0)
+        blocks = [m for m in model.modules() if hasattr(m, "norm2")]
+        assert blocks and all(type(block.norm2) is TokenBatchNorm for block in blocks)
+        assert all(isinstance(block.norm1, nn.LayerNorm) for block in blocks)
+    tokens = torch.randn(4, 5, 32) * 3 + 1
+    out = TokenBatchNorm(32)(tokens)
+    torch.testing.assert_close(out.mean((0, 1)), torch.zeros(32), atol=1e-5, rtol=0)
+
+
+def test_a_fixed_patch_projection_and_fixed_positions_do_not_move():
+    objective = moby(backbone=replace(VIT, fixed_patch=True, sincos=True))
+    backbone = objective.online.backbone
+    fixed = [*backbone.patch_embed.parameters(), backbone.pos_embed]
+    before = [p.clone() for p in fixed]
+    optimizer = torch.optim.SGD([p for p in objective.parameters() if p.requires_grad], 0.1)
+    loss, _ = objective.loss(objective.take((torch.randn(4, 2, 3, 16, 16),), torch.zeros(4, dtype=torch.int64), None))
+    loss.backward()
+    optimizer.step()
+    objective.after_step()
+    assert all(p.grad is None and torch.equal(p, b) for p, b in zip(fixed, before, strict=True))
+    assert backbone.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
+
+
+def test_sincos_positions_are_unit_phases_of_columns_and_rows():
+    table = sincos_positions(3, 5, 16).view(3, 5, 4, 4)
+    torch.testing.assert_close(table[..., 0, :] ** 2 + table[..., 1, :] ** 2, torch.ones(3, 5, 4))
+    assert torch.equal(table[0, :, :2], table[2, :, :2]) and torch.equal(table[:, 0, 2:], table[:, 4, 2:])
+    torch.testing.assert_close(table[1, 2, 0, 0], torch.tensor(2.0).sin())  # column 2, the fastest wave
+    torch.testing.assert_close(table[1, 2, 2, 0], torch.tensor(1.0).sin())  # row 1
+    assert len(sincos_positions(4, 4, 32).unique(dim=0)) == 16
+
+
+def test_drop_path_is_each_encoders_own():
+    objective = moby(backbone=replace(VIT, drop_path=0.3))
+    assert has_drop(objective.online) and not has_drop(objective.target)
+    assert has_drop(moby(backbone=replace(VIT, drop_path=0.0, target_drop_path=0.1)).target)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"name": "vit_bogus"}, "backbone.name: timm has no model 'vit_bogus'; for example"),
+        (
+            {"name": "convnext_tiny"},
+            "backbone.name: convnext_tiny is a convnext model; take a ViT, DeiT, Swin or ResNet",
+        ),
+        ({"name": "resnet18", "heads": 3}, "backbone.heads: resnet18 is no ViT and has no such option; leave it out"),
+        ({"name": "resnet18", "sincos": True}, "backbone.sincos: resnet18 is no ViT"),
+        ({"name": "resnet18", "batchnorm_mlp": True}, "backbone.batchnorm_mlp: resnet18 has no LayerNorm before MLPs"),
+        ({"image_size": 30}, "backbone.image_size: 30 is no multiple of vit_tiny_patch16_224's patches of 16"),
+        ({"image_size": 32, "patch_size": 5}, "backbone.patch_size: 5 does not divide the image size 32"),
+        ({"width": 100}, "backbone.heads: timm cannot build .* take heads that divide the width"),
+        ({"depth": 0}, "backbone.depth: 0 must be at least 1"),
+        ({"drop_path": 1.0}, r"backbone.drop_path: 1.0 must lie in \[0, 1\)"),
+        ({"target_precision": "fp16"}, "backbone.target_precision: 'fp16' is unknown; take same or bf16"),
+        ({"pool": "max"}, "backbone.pool: 'max' is unknown; take token, avg or nothing"),
+        ({"image_size": 32, "patch_size": 8, "width": 30, "heads": 3, "depth": 1, "sincos": True}, "divisible by 4"),
+    ],
+)
+def test_bad_values_say_field_value_and_remedy(config, message):
+    with pytest.raises(ValueError, match=message):
+        build_backbone(BackboneConfig(**config), 0.0)
