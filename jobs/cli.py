@@ -35,7 +35,9 @@ JOBS = {
 def usage() -> str:
     width = max(map(len, JOBS))
     lines = [f"  {name:{width}}  {text}" for name, text in JOBS.items()]
-    return "usage: hardviews JOB [flags]\n\njobs:\n" + "\n".join(lines) + "\n\n`hardviews JOB --help` explains every flag."
+    return (
+        "usage: hardviews JOB [flags]\n\njobs:\n" + "\n".join(lines) + "\n\n`hardviews JOB --help` explains every flag."
+    )
 
 
 def run(argv: list[str]) -> int:
