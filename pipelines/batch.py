@@ -12,12 +12,12 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from shards.reader import SampleError
 from torch import Tensor
 
 from pipelines.draw import draw, static_colour
 from pipelines.params import FIELDS, ViewParams, pairs
 from pipelines.policies import Policy
+from shards.reader import SampleError
 
 
 class Facts(Protocol):

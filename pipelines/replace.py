@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from shards.reader import SampleError
 from torch import Tensor
 
 from pipelines.batch import Reader, Rows
 from shards.errors import InputError
+from shards.reader import SampleError
 
 MAX_ATTEMPTS = 16  # for one row, before the data set is called broken
 
@@ -66,8 +66,6 @@ class Replacer:
                     f"data: {MAX_ATTEMPTS} samples in a row cannot be used, the last for this: {broken[row]}; "
                     "run `hardviews verify` on the shards"
                 )
-        # Ever longer leaps: out of a damaged shard of 1,000 samples in 10 attempts.
-        leaps = [(1 << int(self._attempts_B[row])) - 1 for row in todo]
-        ids = [self._reader.substitute(int(self._first_B[row]), leap) for row, leap in zip(todo, leaps, strict=True)]
+        ids = [self._reader.substitute(int(self._first_B[row]), int(self._attempts_B[row])) for row in todo]
         self._rows.substitute(todo, ids, self._reader)
         return todo

@@ -8,7 +8,6 @@ another batch size or world size the same rows come in other portions.
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from pipelines.batch import Order, Reader, Recipe, Rows, Selection, ViewBatch, plan_rows
+from pipelines.batch import Order, Reader, Recipe, Selection, ViewBatch, plan_rows
 from pipelines.decode import HAS_DALI
 from pipelines.device import DeviceProducer
 from pipelines.host import HostProducer
@@ -90,13 +89,7 @@ class ViewStream:
         self._seen = self._failed = 0
         self._waited = 0.0
         recipe = Recipe(policy, seed, selection)
-        planning = threading.Lock()  # an order keeps the blocks it has shuffled, for one caller at a time
-
-        def plan(position: int) -> Rows:
-            with planning:
-                return plan_rows(order, reader, recipe, position, count=batch)
-
-        self._plan = plan
+        self._plan = partial(plan_rows, order, reader, recipe, count=batch)
         self._producer = open_producer(
             reader,
             recipe,

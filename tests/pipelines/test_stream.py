@@ -159,8 +159,12 @@ def test_broken_samples_are_replaced_and_reported(broken: tuple[Reader, Order], 
     changed = np.flatnonzero(ids != expected.ids)
     assert sorted(expected.ids[changed]) == [3, 4, 17, 30]
     assert not set(ids) & {3, 4, 17, 30}
-    # 3's first substitute is 4, which is broken as well.
-    assert sorted(error.key for error in reported) == ["0003", "0004", "0004", "0017", "0030"]
+    # A substitute may be broken as well, and is reported then too.
+    tried: list[int] = []
+    for first in (3, 4, 17, 30):
+        chain = itertools.chain([first], (reader.substitute(first, attempt) for attempt in itertools.count(1)))
+        tried += itertools.takewhile(lambda sample: sample in {3, 4, 17, 30}, chain)
+    assert sorted(error.key for error in reported) == sorted(f"{sample:04d}" for sample in tried)
     assert [error for batch in batches for error in batch.replaced] == reported
     reasons = {error.key: error.reason for error in reported}
     assert "CRC" in reasons["0030"] and "0017" in reasons
@@ -236,7 +240,9 @@ def test_taking_pairs_and_rows(data: tuple[Reader, Order]) -> None:
 
 
 def view_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("hardviews-")]
+    return [
+        thread.name for thread in threading.enumerate() if thread.name.startswith(("hardviews-views", "hardviews-read"))
+    ]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
