@@ -344,6 +344,8 @@ def output_folder(folder: Path) -> Iterator[None]:
     Raises:
         InputError: it cannot be made, or another process is writing it.
     """
+    if re.fullmatch(r"\w+:", next(iter(folder.parts), "")):  # what a Path makes of s3://…
+        raise InputError(f"--out {folder}: shards are written to a local folder; copy them to the address from there")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK_NAME).open("w")

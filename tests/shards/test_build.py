@@ -243,6 +243,11 @@ def test_two_builds_do_not_share_a_folder(images: Path, tmp_path: Path) -> None:
         build_at(f"imagefolder:{images}", tmp_path)
 
 
+def test_out_that_is_an_address(images: Path) -> None:
+    with pytest.raises(InputError, match="--out s3:/bucket/x: shards are written to a local folder"):
+        build_at(f"imagefolder:{images}", Path("s3://bucket/x"))
+
+
 def test_out_that_is_a_file(images: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(InputError, match=r"--out .*choose a folder"):
