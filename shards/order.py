@@ -22,7 +22,7 @@ from shards.errors import InputError
 SHARDS, SAMPLES = 0, 1  # what a permutation is of; part of its key
 FINEST_SHARE = 10**9  # denominator; shares such as 0.3 and 1/3 are kept exactly
 STRETCH = 1 << 11  # positions looked through at once for the shards they need
-CACHED_EPOCHS, CACHED_BLOCKS = 4, 8  # per source; a batch touches few of either
+CACHED_EPOCHS, CACHED_BLOCKS = 4, 4  # per source; a batch touches few of either
 
 Shares = Sequence[float] | Sequence[Sequence[float]]
 

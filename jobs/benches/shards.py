@@ -25,6 +25,7 @@ from rich.table import Table
 
 from jobs.benches.photographs import jpeg
 from jobs.run.command import parse, progress
+from shards.errors import InputError
 from shards.manifest import columns_name, index_name, open_manifest, write_manifest
 from shards.order import SampleOrder
 from shards.reader import SampleReader
@@ -60,6 +61,11 @@ class ShardsBench:
     """Our reader's threads, the other reader's processes, and the build's processes."""
     json: bool = False
     """Print the figures as one JSON object on the last line."""
+
+    def __post_init__(self) -> None:
+        for name in ("images", "repeats", "threads"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name}: {getattr(self, name)} must be at least 1")
 
 
 def main(argv: list[str]) -> None:
