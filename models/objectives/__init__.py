@@ -2,12 +2,20 @@
 
 from models.backbones import BackboneConfig
 from models.objectives.base import Length, Objective
+from models.objectives.byol import BYOL, BYOLConfig
 from models.objectives.moby import MoBY, MoBYConfig
+from models.objectives.moco_v3 import MoCoV3, MoCoV3Config
+from models.objectives.simclr import SimCLR, SimCLRConfig
+from models.objectives.simsiam import SimSiam, SimSiamConfig
 
-ObjectiveConfig = MoBYConfig
+ObjectiveConfig = MoBYConfig | MoCoV3Config | SimCLRConfig | SimSiamConfig | BYOLConfig
 
 OBJECTIVES: dict[str, tuple[type, type[Objective]]] = {
     "moby": (MoBYConfig, MoBY),
+    "moco_v3": (MoCoV3Config, MoCoV3),
+    "simclr": (SimCLRConfig, SimCLR),
+    "simsiam": (SimSiamConfig, SimSiam),
+    "byol": (BYOLConfig, BYOL),
 }
 
 

@@ -1,0 +1,74 @@
+"""MoCo v3 (Chen, Xie, He 2021, algorithm 1).
+
+    q1, q2 = f_q(x1), f_q(x2)              # backbone + projector (3 layers) + predictor (2 layers)
+    k1, k2 = f_k(x1), f_k(x2)              # backbone + projector by momentum, no gradient
+    loss = ctr(q1, k2) + ctr(q2, k1)       # negatives: the keys of all images of all ranks; × 2τ
+    step; f_k ← m f_k + (1 − m) f_q
+
+Shape suffixes: B images, P pairs, D width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models.backbones import BackboneConfig
+from models.distributed import gather
+from models.heads import mlp, unit
+from models.in_batch import batch_nce, batch_pair_losses
+from models.negatives import NONE, NegativesConfig
+from models.objectives.base import Chosen, Length, Metrics, check_positive
+from models.objectives.momentum import MomentumObjective
+from models.selection import SelectionConfig
+
+
+@dataclass(frozen=True)
+class MoCoV3Config:
+    """MoCo v3; with counts of synthetic negatives above 0, those are made from the batch's keys."""
+
+    temperature: float = 0.2
+    """τ of the contrastive loss."""
+    momentum: float = 0.99
+    """Momentum of the target at the start; reaches 1 at the end by a cosine."""
+    hidden: int = 4096
+    """Width of the heads' hidden layers."""
+    width: int = 256
+    """Width of the embedding."""
+    negatives: NegativesConfig = NONE
+    """Synthetic hard negatives; all counts 0 = none, as published."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "temperature", "hidden", "width")
+        if not 0 <= self.momentum <= 1:
+            raise ValueError(f"objective.momentum: {self.momentum} must lie between 0 and 1; the paper's is 0.99")
+
+
+class MoCoV3(MomentumObjective):
+    """MoCo v3."""
+
+    def __init__(self, config: MoCoV3Config, backbone: BackboneConfig, length: Length) -> None:
+        def heads(features: int) -> tuple[nn.Module, nn.Module]:
+            projector = mlp(features, config.hidden, config.width, layers=3, last_norm=True)
+            return projector, mlp(config.width, config.hidden, config.width, layers=2, last_norm=True)
+
+        super().__init__(backbone, length, heads, config.momentum)
+        self.config = config
+
+    def pair_table(self, features: dict[str, Tensor | None], selection: SelectionConfig) -> Tensor:
+        q_NBD, k_NBD = self.queries_and_keys(features, selection)
+        return 2 * self.config.temperature * batch_pair_losses(q_NBD, k_NBD, self.config.temperature)
+
+    def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
+        x1, x2 = chosen.crops[0].unbind(1)
+        features1, features2 = self.online.features(x1), self.online.features(x2)
+        q1, q2 = unit(self.online.head(features1)), unit(self.online.head(features2))
+        with torch.no_grad():
+            k1, k2 = (gather(k) for k in self.keys(chosen))
+        config, negatives = self.config, self.config.negatives
+        synthetic = negatives if negatives.active(self.epoch, self.length.epochs) else None
+        loss1, metrics1 = batch_nce(q1, k2, config.temperature, synthetic)
+        loss2, metrics2 = batch_nce(q2, k1, config.temperature, synthetic)
+        self.seen_features_BD = features1.detach()
+        metrics = {name: (value + metrics2[name]) / 2 for name, value in metrics1.items()}
+        return 2 * config.temperature * (loss1 + loss2), metrics

@@ -1,0 +1,61 @@
+"""SimCLR (Chen et al. 2020, algorithm 1).
+
+    z1, z2 = f(x1), f(x2)                  # backbone + projector
+    loss = NT-Xent(z1, z2)                 # negatives: both views of all other images of all ranks
+
+Shape suffixes: B images, P pairs, D width.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from models.backbones import BackboneConfig, build_backbone, feature_width
+from models.distributed import gather_with_gradient
+from models.heads import mlp, unit
+from models.in_batch import nt_xent, nt_xent_pair_losses
+from models.objectives.base import Chosen, Encoder, Length, Metrics, Objective, check_positive, per_view
+from models.selection import SelectionConfig
+
+
+@dataclass(frozen=True)
+class SimCLRConfig:
+    """SimCLR."""
+
+    temperature: float = 0.2
+    """τ of the contrastive loss."""
+    hidden: int = 2048
+    """Width of the projector's hidden layers."""
+    width: int = 128
+    """Width of the embedding."""
+    layers: int = 2
+    """Layers of the projector (3 in MoCo v3's comparison on ViTs)."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "temperature", "hidden", "width", "layers")
+
+
+class SimCLR(Objective):
+    """SimCLR."""
+
+    def __init__(self, config: SimCLRConfig, backbone: BackboneConfig, length: Length) -> None:
+        super().__init__(length)
+        self.config = config
+        model = build_backbone(backbone, backbone.drop_path)
+        projector = mlp(feature_width(model), config.hidden, config.width, layers=config.layers, last_norm=True)
+        self.online = Encoder(model, projector)
+
+    def pair_table(self, features: dict[str, Tensor | None], selection: SelectionConfig) -> Tensor:
+        assert features["online"] is not None
+        z_NBD = unit(per_view(self.online.head, features["online"], selection))
+        return nt_xent_pair_losses(z_NBD, self.config.temperature)
+
+    def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
+        x1, x2 = chosen.crops[0].unbind(1)
+        features1, features2 = self.online.features(x1), self.online.features(x2)
+        z1, z2 = unit(self.online.head(features1)), unit(self.online.head(features2))
+        # Gradients flow to other ranks' rows too: their average over ranks is then that of one large batch.
+        all1, all2 = gather_with_gradient(z1), gather_with_gradient(z2)
+        self.seen_features_BD = features1.detach()
+        loss_B = nt_xent(z1, z2, all1, all2, self.config.temperature)
+        return loss_B.mean(), {"cosine": (z1 * z2).sum(1).mean().detach()}
