@@ -168,7 +168,7 @@ def _explained(sample: Rows | None, pairs: int, seed: int, notes: list[str]) -> 
         )
         return {}
     full = len(data.loss_R) >= FULL_PAIRS
-    found = importance(data, *((16, 16) if full else (8, 8)), seed=seed)
+    found = importance(data, *((12, 12) if full else (8, 8)), seed=seed)
     details = asdict(found)
     details |= {"published": PUBLISHED, "traps": list(TRAPS), "over_training_share": _time_share(data)}
     explained: dict[str, Any] = {"importance": details["loss"], "importance_details": details}

@@ -87,7 +87,7 @@ class Importance:
     images: int
 
 
-def importance(data: PairData, samples: int = 16, grown_samples: int = 16, seed: int = 0) -> Importance:
+def importance(data: PairData, samples: int = 12, grown_samples: int = 12, seed: int = 0) -> Importance:
     """Fits TREES trees on each of `samples` bootstrap samples (leaves of 50) and of `grown_samples` (fully grown)."""
     rng = np.random.default_rng(seed)
     variance = data.loss_R.var()
