@@ -137,8 +137,8 @@ class _Quota:
     arrives: of any n consecutive arrivals, ⌊n·p/q⌋ or ⌈n·p/q⌉. The others arrive, still consecutive, at level k − 1.
     """
 
-    parts: tuple[Fraction, ...]
-    """Per level its share of what arrives."""
+    parts: tuple[tuple[int, int], ...]
+    """Per level its share p/q of what arrives; q is about `FINEST_SHARE`, so that phases are as fine."""
     phases: tuple[int, ...]
     """Per level where between two steps the row begins, in units of 1/q."""
     turns: tuple[int, ...]
@@ -148,7 +148,7 @@ class _Quota:
         """(source, places among `count` positions from this row's `arrival`-th on, first turn) of every source."""
         where = np.arange(count)
         for source in range(len(self.parts) - 1, 0, -1):
-            p, q = self.parts[source].as_integer_ratio()
+            p, q = self.parts[source]
             taken, rest = divmod(self.phases[source] + arrival * p, q)  # Python's integers: no overflow at any length
             steps = (rest + np.arange(len(where) + 1) * p) // q
             takes = steps[1:] > steps[:-1]
@@ -157,14 +157,14 @@ class _Quota:
             arrival -= taken
         yield 0, where, self.turns[0] + arrival
 
-    def after(self, count: int, parts: tuple[Fraction, ...]) -> "_Quota":
+    def after(self, count: int, parts: tuple[tuple[int, int], ...]) -> "_Quota":
         """The quota of the next row, `count` positions later: counts run on, and so do the phases."""
         turns, phases = list(self.turns), list(self.phases)
         for source in range(len(self.parts) - 1, 0, -1):
-            p, q = self.parts[source].as_integer_ratio()
+            p, q = self.parts[source]
             taken, rest = divmod(self.phases[source] + count * p, q)
             turns[source] += taken
-            phases[source] = rest * parts[source].denominator // q
+            phases[source] = rest * parts[source][1] // q
             count -= taken
         turns[0] += count
         return _Quota(parts, tuple(phases), tuple(turns))
@@ -188,16 +188,18 @@ def _share_rows(shares: Shares, totals: Sequence[int]) -> list[list[Fraction]]:
 def _quotas(rows: Sequence[Sequence[Fraction]], length: int) -> list[_Quota]:
     """One quota per share row, each going on where the one before ends."""
     parts = [tuple(_part(row[: level + 1]) for level in range(len(row))) for row in rows]
-    first = tuple((part.denominator - 1) // 2 for part in parts[0])
+    first = tuple((q - 1) // 2 for _, q in parts[0])
     quotas = [_Quota(parts[0], first, (0,) * len(first))]
     for row in parts[1:]:
         quotas.append(quotas[-1].after(length, row))
     return quotas
 
 
-def _part(shares: Sequence[Fraction]) -> Fraction:
-    """The last share's part of all of these; 0 where they are all 0, as nothing arrives then."""
-    return (shares[-1] / sum(shares)).limit_denominator(FINEST_SHARE) if any(shares) else Fraction(0)
+def _part(shares: Sequence[Fraction]) -> tuple[int, int]:
+    """The last share's part p/q of all of these; 0 where they are all 0, as nothing arrives then."""
+    part = (shares[-1] / sum(shares)).limit_denominator(FINEST_SHARE) if any(shares) else Fraction(0)
+    finer = FINEST_SHARE // part.denominator
+    return part.numerator * finer, part.denominator * finer
 
 
 @dataclass(frozen=True)
