@@ -1,0 +1,159 @@
+"""`hardviews compare`: curves and final numbers of several runs side by side, as a table and a picture."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from jobs.reporting.charts import smooth
+from jobs.reporting.compare import PLACES
+from jobs.reporting.rundata import RunData, flatten, read_run
+from jobs.reporting.sections import best_scores
+from jobs.run.command import console, parse
+from shards.errors import InputError
+
+USUAL = ("train/loss", "knn/top1", "train/images_per_second")
+COLUMNS = 2  # charts beside each other
+LOWER_IS_BETTER = ("loss", "time", "grad", "memory")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Puts runs side by side: final and best numbers, the settings that differ, and one chart per metric."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Run folders, two or more."""
+    metrics: tuple[str, ...] = ()
+    """Metrics to compare; by default training loss, kNN accuracy and images per second, where they were logged."""
+    out: Path = Path("comparison.png")
+    """Picture to write; the ending says which kind (png, svg, pdf)."""
+    json: bool = False
+    """Print one JSON object instead of the tables."""
+
+
+def compare(paths: Sequence[str], metrics: Sequence[str] = ()) -> dict[str, Any]:
+    """Numbers of several runs.
+
+    Returns:
+        `runs`: names; `metrics`: by name, per run the last and the best value and the best one's step (None where it
+        was not logged); `scores`: evaluations by name, per run; `settings`: those that differ, per run.
+
+    Raises:
+        InputError: fewer than two runs, a folder that is none, or a metric that no run logged.
+    """
+    if len(paths) < 2:
+        raise InputError(f"runs: {len(paths)} given; name two run folders or more")
+    runs = [read_run(Path(path)) for path in paths]
+    flats = [flatten(run.config) for run in runs]
+    keys = [key for key in dict.fromkeys(key for flat in flats for key in flat) if key not in PLACES]
+    scored = [{name: top1 for name, top1, _ in best_scores(run)} for run in runs]
+    return {
+        "runs": names_of(runs),
+        "metrics": {name: [summary(run, name) for run in runs] for name in chosen_metrics(runs, metrics)},
+        "scores": {name: [one.get(name) for one in scored] for name in dict.fromkeys(n for one in scored for n in one)},
+        "settings": {
+            key: [flat.get(key) for flat in flats] for key in keys if len({repr(flat.get(key)) for flat in flats}) > 1
+        },
+    }
+
+
+def names_of(runs: Sequence[RunData]) -> list[str]:
+    """Names of the runs' folders, or their paths where two have the same name."""
+    names = [run.name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
+
+
+def chosen_metrics(runs: Sequence[RunData], wanted: Sequence[str]) -> list[str]:
+    """The wanted metrics, by default the usual ones that any run logged.
+
+    Raises:
+        InputError: one that no run logged.
+    """
+    known = list(dict.fromkeys(name for run in runs for name in run.names()))
+    for name in wanted:
+        if name not in known:
+            raise InputError(
+                f"metrics: {name} was logged by none of the runs; known ones: {', '.join(known) or 'none'}"
+            )
+    return list(wanted) or [name for name in USUAL if name in known]
+
+
+def summary(run: RunData, name: str) -> dict[str, float] | None:
+    """Last and best finite value of a metric, and the best one's step."""
+    steps, values = run.series(name)
+    finite = np.isfinite(values)
+    if not finite.any():
+        return None
+    steps, values = steps[finite], values[finite]
+    lower = any(word in name for word in LOWER_IS_BETTER)
+    best = int(values.argmin() if lower else values.argmax())
+    return {"last": float(values[-1]), "best": float(values[best]), "best_step": int(steps[best])}
+
+
+def tables(content: dict[str, Any]) -> list[Table]:
+    """The comparison as tables: numbers, then settings that differ."""
+    numbers = Table("", *content["runs"], title="last value (best, at step)")
+    for name, cells in content["metrics"].items():
+        texts = (f"{c['last']:.4g} ({c['best']:.4g}, {c['best_step']:,})" if c else "–" for c in cells)
+        numbers.add_row(name, *texts)
+    for name, values in content["scores"].items():
+        numbers.add_row(name, *("–" if value is None else f"{value:.1%}" for value in values))
+    if not content["settings"]:
+        return [numbers]
+    settings = Table("setting", *content["runs"], title="settings that differ")
+    for name, values in content["settings"].items():
+        settings.add_row(name, *map(str, values))
+    return [numbers, settings]
+
+
+def draw(paths: Sequence[str], names: Sequence[str], metrics: Sequence[str], out: Path) -> None:
+    """Writes a picture with one chart per metric and one line per run; training metrics are smoothed.
+
+    Raises:
+        InputError: the picture cannot be written there, or not in that format.
+    """
+    from matplotlib.figure import Figure
+
+    runs = [read_run(Path(path)) for path in paths]
+    columns = min(COLUMNS, len(metrics))
+    rows = -(-len(metrics) // columns)
+    figure = Figure(figsize=(5.5 * columns, 3.6 * rows), layout="constrained")
+    for place, metric in enumerate(metrics, 1):
+        axes = figure.add_subplot(rows, columns, place)
+        for run, name in zip(runs, names, strict=True):
+            steps, values = run.series(metric)
+            if len(steps):
+                axes.plot(steps, smooth(values) if metric.startswith("train/") else values, label=name, linewidth=1.4)
+        axes.set(title=metric, xlabel="step")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=150)
+    except (OSError, ValueError) as error:
+        raise InputError(f"out: {out} cannot be written ({error}); choose another --out") from error
+
+
+def run(config: CompareConfig) -> dict[str, Any]:
+    """Prints the numbers and writes the picture."""
+    content = compare(config.runs, config.metrics)
+    if config.json:
+        print(json.dumps(content))
+    else:
+        for table in tables(content):
+            Console().print(table)
+    if content["metrics"]:
+        draw(config.runs, content["runs"], list(content["metrics"]), config.out)
+        console.print(f"curves are in {config.out}")
+    return content
+
+
+def main(argv: list[str]) -> None:
+    """Entry point of `hardviews compare`."""
+    run(parse(CompareConfig, argv, prog="hardviews compare"))

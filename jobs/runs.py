@@ -1,0 +1,166 @@
+"""`hardviews runs`: all runs below a folder with state, step, speed and last metrics."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from jobs.run.command import parse
+from jobs.run.folder import RunFolder
+from shards.errors import InputError
+
+SILENT = 600  # seconds without a sign of life after which a run that never said it ended is called silent
+COLOURS = {"running": "cyan", "finished": "green", "interrupted": "yellow", "failed": "red", "silent": "red"}
+SPEED = "train/images_per_second"
+
+
+@dataclass(frozen=True)
+class RunsConfig:
+    """Lists runs, the newest sign of life first."""
+
+    folder: tyro.conf.Positional[Path] = Path("runs")
+    """Folder below which runs lie, at any depth."""
+    metrics: tuple[str, ...] = ("train/loss", "knn/top1")
+    """Metrics whose last values are shown."""
+    json: bool = False
+    """Print a JSON list instead of a table."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """How one run stands."""
+
+    run: str
+    """Its folder, relative to the one that was searched."""
+    state: str
+    """running, finished, interrupted or failed, as it says itself; silent: it says running and writes no more."""
+    step: int
+    """The last step that is known of."""
+    steps: int | None
+    """Length of the run, where it is known."""
+    images_per_second: float | None
+    """Last measured."""
+    updated: float
+    """Last sign of life, in Unix seconds."""
+    metrics: dict[str, float]
+    """Last finite values."""
+
+
+def find_runs(folder: Path) -> Iterator[RunFolder]:
+    """Run folders at or below `folder`; what lies inside a run is not searched."""
+    for root, folders, files in os.walk(folder):
+        run = RunFolder(Path(root))
+        if "config.json" in files and (run.state.is_file() or run.checkpoints.is_dir() or run.log.is_dir()):
+            folders.clear()
+            yield run
+
+
+def last_values(path: Path, names: Sequence[str]) -> dict[str, float]:
+    """The last finite value of each metric, and the last step as `step`; only lines that may tell more are parsed."""
+    found: dict[str, float] = {}
+    missing = {"step", *names}
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    for line in reversed(lines):
+        if not missing:
+            break
+        if not any(f'"{name}"'.encode() in line for name in missing):
+            continue
+        try:
+            entry = json.loads(line)
+        except ValueError:  # half-written
+            continue
+        new = {name: entry[name] for name in missing if is_finite(entry.get(name))}
+        found |= new
+        missing -= set(new)
+    return found
+
+
+def is_finite(value: Any) -> bool:
+    """Whether this is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def read_state(run: RunFolder, root: Path, metrics: Sequence[str], now: float) -> RunState:
+    """How a run stands at `now` (Unix seconds)."""
+    try:
+        said = run.read_state()
+    except (OSError, ValueError):
+        said = {}
+    values = last_values(run.metrics, [*metrics, SPEED])
+    signs = [path.stat().st_mtime for path in (run.config, run.state, run.metrics) if path.is_file()]
+    updated = max([*signs, float(said.get("updated") or 0)])
+    state = str(said.get("state", "unknown"))
+    if state == "running" and now - updated > SILENT:
+        state = "silent"
+    return RunState(
+        run=str(run.path.relative_to(root)) if run.path != root else run.path.resolve().name,
+        state=state,
+        step=int(max(said.get("step") or 0, values.get("step", 0))),
+        steps=said.get("steps"),
+        images_per_second=values.get(SPEED, said.get("images_per_second")),
+        updated=updated,
+        metrics={name: values[name] for name in metrics if name in values},
+    )
+
+
+def list_runs(folder: Path, metrics: Sequence[str]) -> list[RunState]:
+    """All runs below a folder, the newest sign of life first.
+
+    Raises:
+        InputError: there is no such folder, or no run in it.
+    """
+    if not folder.is_dir():
+        raise InputError(f"folder: {folder} does not exist; give the folder that holds runs")
+    now = time.time()
+    states = [read_state(run, folder, metrics, now) for run in find_runs(folder)]
+    if not states:
+        raise InputError(f"folder: no run below {folder}; start one with `hardviews pretrain … --run {folder}/NAME`")
+    return sorted(states, key=lambda state: (-state.updated, state.run))
+
+
+def ago(seconds: float) -> str:
+    """A span of time as a reader takes it: 12 s, 5 min, 3 h, 2 days."""
+    for length, unit in ((86400 * 2, "days"), (3600, "h"), (60, "min")):
+        if seconds >= length:
+            return f"{seconds / (86400 if unit == 'days' else length):.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def table_of(states: Sequence[RunState], metrics: Sequence[str], now: float) -> Table:
+    """The list as a table."""
+    table = Table("run", "state")
+    for head in ("step", "images/s", *metrics, "last sign"):
+        table.add_column(head, justify="right")
+    for one in states:
+        colour = COLOURS.get(one.state, "default")
+        table.add_row(
+            one.run,
+            f"[{colour}]{one.state}[/]",
+            f"{one.step:,}" + (f" / {one.steps:,}" if one.steps else ""),
+            "" if one.images_per_second is None else f"{one.images_per_second:,.1f}",
+            *(f"{one.metrics[name]:.4g}" if name in one.metrics else "" for name in metrics),
+            f"{ago(now - one.updated)} ago",
+        )
+    return table
+
+
+def run(config: RunsConfig) -> None:
+    """Prints the list."""
+    states = list_runs(config.folder, config.metrics)
+    if config.json:
+        print(json.dumps([asdict(state) for state in states]))
+    else:
+        Console().print(table_of(states, config.metrics, time.time()))
+
+
+def main(argv: list[str]) -> None:
+    """Entry point of `hardviews runs`."""
+    run(parse(RunsConfig, argv, prog="hardviews runs"))
