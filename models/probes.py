@@ -1,6 +1,8 @@
-"""What features are worth, without training on them: kNN, RankMe, spread, alignment and uniformity.
+"""What features are worth, without training on them: kNN, RankMe, spread, alignment and uniformity; and what the
+contrastive tasks they are learned from are like (MoCHi's analyses).
 
-Shape suffixes: n training images, q test images, C classes, D width, B images of a batch, K negatives.
+Shape suffixes: n training images, q test images, C classes, D width, B images of a batch, K negatives,
+L synthetic ones, M most similar ones.
 """
 
 from collections.abc import Sequence
@@ -8,6 +10,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from models.contrast import Contrast
+from models.negatives import KINDS, Draws, NegativesConfig, draw, synthetic_similarities
 
 CHUNK_ELEMENTS = 32_000_000  # similarities held at once: 128 MB in fp32
 
@@ -66,18 +71,90 @@ def uniformity(features_BD: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def matching_probabilities(q_BD: Tensor, negatives_KD: Tensor, temperature: float, count: int = 1024) -> Tensor:
-    """[min(count, K)]: the largest matching probabilities, descending, mean over queries (MoCHi, figure 2a)."""
-    similarity_BK = q_BD @ negatives_KD.T / temperature
-    return similarity_BK.softmax(1).topk(min(count, similarity_BK.shape[1]), dim=1).values.mean(0)
+def matching_probabilities(task: Contrast, count: int = 1024) -> Tensor:
+    """[B, min(count, K)]: each query's largest matching probabilities, descending (MoCHi, figure 2a)."""
+    probabilities_BK = (similarities(task) / task.temperature).softmax(1)
+    return probabilities_BK.topk(min(count, probabilities_BK.shape[1]), dim=1).values
 
 
 @torch.no_grad()
-def false_negative_share(
-    q_BD: Tensor, labels_B: Tensor, negatives_KD: Tensor, negative_labels_K: Tensor, count: int = 1024
-) -> Tensor:
-    """Share of the `count` negatives most similar to each labelled query that have its label (MoCHi, section 3.2)."""
-    nearest = (q_BD @ negatives_KD.T).topk(min(count, len(negatives_KD)), dim=1).indices
-    same = (negative_labels_K[nearest] == labels_B[:, None]) & (labels_B[:, None] >= 0)
-    known = (labels_B >= 0).sum() * nearest.shape[1]
-    return same.sum() / known
+def task_statistics(task: Contrast, count: int = 1024) -> dict[str, Tensor]:
+    """What a contrastive task was like, per image: float [B] by name (MoCHi, section 3; figures 2b and 2c).
+
+    - `proxy`, `proxy_synthetic`: 1 where the key ranks above all real negatives, above these and all synthetic ones
+    - `alignment`: squared distance of query and key
+    - `false_negatives`: share of the `count` most similar negatives that have the query's class
+    - `false_components`, `false_pairs`: share of synthetic negatives with such a negative in them, and of mixings of
+      two such negatives
+
+    Those with classes are NaN where the query's is unknown. Synthetic negatives are drawn anew, without moving torch's
+    global generator.
+    """
+    similarity_BK = similarities(task)
+    positive_B = (task.q_BD * task.k_BD).sum(1)
+    ranked_B = positive_B > similarity_BK.max(1).values
+    found = {"proxy": ranked_B.float(), "alignment": (task.q_BD - task.k_BD).square().sum(1)}
+    false_BK = false_negatives(task)
+    if false_BK is not None:
+        nearest_BM = similarity_BK.topk(min(count, similarity_BK.shape[1]), dim=1).indices
+        found["false_negatives"] = false_BK.gather(1, nearest_BM).mean(1)
+    if task.synthetic is not None and task.synthetic.total:
+        with torch.random.fork_rng([task.q_BD.device] if task.q_BD.is_cuda else []):
+            drawn = draw(task.synthetic, similarity_BK, task.q_BD.shape[1])
+        synthetic_BL = synthetic_similarities(task.synthetic, task.q_BD, task.negatives_KD, similarity_BK, drawn)
+        found["proxy_synthetic"] = (ranked_B & (positive_B > synthetic_BL.max(1).values)).float()
+        if false_BK is not None:
+            found |= _false_components(task.synthetic, false_BK, drawn)
+    return found
+
+
+def _false_components(config: NegativesConfig, false_BK: Tensor, drawn: Draws) -> dict[str, Tensor]:
+    first_BL, partner_BL = false_BK.gather(1, drawn.index_BL), false_BK.gather(1, drawn.partner_BL)
+    kinds = dict(zip(KINDS, first_BL.split(list(config.counts.values()), 1), strict=True))
+    one = kinds | {"mixing": torch.maximum(kinds["mixing"], partner_BL)}
+    found = {"false_components": torch.cat(list(one.values()), 1).mean(1)}
+    if config.mixing:
+        found["false_pairs"] = torch.minimum(kinds["mixing"], partner_BL).mean(1)
+    return found
+
+
+def similarities(task: Contrast) -> Tensor:
+    """[B, K]: of queries and negatives, −1 where a query leaves one out."""
+    similarity_BK = task.q_BD @ task.negatives_KD.T
+    return similarity_BK if task.barred_BK is None else similarity_BK.masked_fill(task.barred_BK, -1.0)
+
+
+def false_negatives(task: Contrast) -> Tensor | None:
+    """float [B, K]: 1 where query and negative have the same class; rows of NaN where the query's is unknown; None
+    where no classes are known."""
+    if task.labels_B is None or task.negative_labels_K is None:
+        return None
+    same_BK = (task.labels_B[:, None] == task.negative_labels_K).float()
+    return same_BK.masked_fill(task.labels_B[:, None] < 0, torch.nan)
+
+
+@torch.no_grad()
+def contrast_report(
+    tasks: Sequence[Contrast], sources_B: Tensor | None = None, names: Sequence[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Scalars and curves of a step's contrastive tasks, means over tasks: `task_statistics`, `uniformity` and the
+    curve `matching_probabilities`; where sources are given, besides for each source under `name/source`.
+
+    `sources_B` holds each image's index into `names`. Scalars that nothing is known about are NaN.
+    """
+    groups: dict[str, Tensor | None] = {"": None}
+    if sources_B is not None:
+        groups |= {f"/{name}": sources_B == number for number, name in enumerate(names)}
+    scalars: dict[str, list[Tensor]] = {}
+    curves: dict[str, list[Tensor]] = {}
+    for task in tasks:
+        statistics, probabilities_BM = task_statistics(task), matching_probabilities(task)
+        for suffix, own_B in groups.items():
+            rows = slice(None) if own_B is None else own_B
+            for name, values_B in statistics.items():
+                scalars.setdefault(name + suffix, []).append(values_B[rows].nanmean())
+            if len(task.q_BD[rows]) > 1:
+                scalars.setdefault("uniformity" + suffix, []).append(uniformity(task.q_BD[rows]))
+            curves.setdefault("matching_probabilities" + suffix, []).append(probabilities_BM[rows].mean(0))
+    means = {name: torch.stack(values).mean() for name, values in scalars.items()}
+    return means, {name: torch.stack(values).mean(0) for name, values in curves.items()}

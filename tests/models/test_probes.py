@@ -1,0 +1,145 @@
+"""Probes of features and of contrastive tasks against loops and known cases."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.contrast import Contrast, info_nce
+from models.negatives import NegativesConfig, draw
+from models.probes import (
+    alignment,
+    contrast_report,
+    feature_std,
+    matching_probabilities,
+    rankme,
+    task_statistics,
+    uniformity,
+    weighted_knn,
+)
+
+from .toys import SIX, unit_rows
+
+
+def task(synthetic=SIX, barred=None, images=6):
+    labels = torch.tensor([0, 1, 2, 0, 1, -1])[:images]
+    return Contrast(
+        unit_rows(images, 8),
+        unit_rows(images, 8),
+        unit_rows(30, 8),
+        0.2,
+        synthetic,
+        labels,
+        torch.arange(30) % 4,
+        barred,
+    )
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 10_000])
+def test_weighted_knn_equals_a_loop(chunk, monkeypatch):
+    monkeypatch.setattr("models.probes.CHUNK_ELEMENTS", chunk)
+    train, labels, test = torch.randn(40, 6), torch.randint(3, (40,)), torch.randn(9, 6)
+    votes = weighted_knn(train, labels, test, 3, (1, 5, 100), 0.1)
+    for k in (1, 5, 100):
+        for row in range(9):
+            similarity = F.cosine_similarity(test[row, None], train)
+            wanted = torch.zeros(3)
+            for index in similarity.argsort(descending=True)[:k].tolist():
+                wanted[labels[index]] += (similarity[index] / 0.1).exp()
+            torch.testing.assert_close(votes[k][row], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_rankme_counts_dimensions_in_use():
+    basis = torch.linalg.qr(torch.randn(200, 10))[0]
+    assert rankme(basis) == pytest.approx(10, abs=0.01)
+    assert rankme(basis[:, :3] @ torch.linalg.qr(torch.randn(8, 3))[0].T) == pytest.approx(3, abs=0.01)
+    assert rankme(torch.ones(50, 8)) == pytest.approx(1, abs=0.01)
+
+
+def test_feature_std_tells_spread_from_collapse():
+    assert feature_std(torch.randn(4000, 64)) == pytest.approx(64**-0.5, rel=0.02)
+    assert feature_std(torch.ones(10, 4) * torch.rand(10, 1)) == pytest.approx(0, abs=1e-6)
+
+
+def test_alignment_and_uniformity_equal_their_definitions():
+    x, y = torch.randn(7, 5), torch.randn(7, 5)
+    a, b = F.normalize(x, dim=1), F.normalize(y, dim=1)
+    assert alignment(x, x) == 0
+    torch.testing.assert_close(
+        alignment(x, y), torch.stack([(p - q).norm() ** 2 for p, q in zip(a, b, strict=True)]).mean()
+    )
+    kernel = [(-2 * (a[i] - a[j]).norm() ** 2).exp() for i in range(7) for j in range(i)]
+    torch.testing.assert_close(uniformity(x), torch.stack(kernel).mean().log())
+
+
+def test_matching_probabilities_descend_and_come_from_the_softmax():
+    t = task()
+    curve = matching_probabilities(t, 10)
+    whole = (t.q_BD @ t.negatives_KD.T / 0.2).softmax(1).sort(descending=True).values
+    torch.testing.assert_close(curve, whole[:, :10])
+    assert matching_probabilities(t).shape == (6, 30)
+
+
+def test_task_statistics_equal_a_loop():
+    t = replace(task(), synthetic=None)
+    found = task_statistics(t, count=7)
+    for row in range(6):
+        similarity = t.negatives_KD @ t.q_BD[row]
+        assert found["proxy"][row] == float(t.q_BD[row] @ t.k_BD[row] > similarity.max())
+        nearest = similarity.argsort(descending=True)[:7]
+        if t.labels_B[row] < 0:
+            assert found["false_negatives"][row].isnan()
+        else:
+            share = (t.negative_labels_K[nearest] == t.labels_B[row]).float().mean()
+            torch.testing.assert_close(found["false_negatives"][row], share)
+    assert "proxy_synthetic" not in found
+
+
+def test_components_of_synthetic_negatives_are_looked_up_one_by_one():
+    t = task(NegativesConfig(10, 2, 0, 3, 0, 1, 0))
+    torch.manual_seed(8)
+    found = task_statistics(t)
+    torch.manual_seed(8)
+    drawn = draw(t.synthetic, t.q_BD @ t.negatives_KD.T, 8)
+    for row in range(5):
+        same = (t.negative_labels_K == t.labels_B[row]).float()
+        first, partner = same[drawn.index_BL[row]], same[drawn.partner_BL[row]]
+        either = [first[0], first[1], *torch.maximum(first[2:5], partner), first[5]]
+        torch.testing.assert_close(found["false_components"][row], torch.stack(either).mean())
+        torch.testing.assert_close(found["false_pairs"][row], (first[2:5] * partner).mean())
+    assert found["false_components"][5].isnan()
+
+
+def test_statistics_leave_the_generator_alone_and_agree_with_the_loss():
+    t = task()
+    torch.manual_seed(4)
+    _, metrics = info_nce(t.q_BD, t.k_BD, t.negatives_KD, 0.2, SIX)
+    torch.manual_seed(4)
+    before = torch.get_rng_state()
+    found = task_statistics(t)
+    assert torch.equal(before, torch.get_rng_state())
+    for name in ("proxy", "proxy_synthetic"):
+        assert found[name].mean() == metrics[name]
+
+
+def test_the_oracle_has_no_false_negatives_among_the_hardest_nor_in_synthetic_ones():
+    t = task(NegativesConfig(5, 4, 0, 4, 0, 0, 0))
+    barred = t.labels_B[:, None] == t.negative_labels_K
+    found = task_statistics(replace(t, barred_BK=barred), count=10)
+    for name in ("false_negatives", "false_components", "false_pairs"):
+        assert found[name][:5].abs().max() == 0
+
+
+def test_report_by_source():
+    sources = torch.tensor([0, 0, 1, 0, 1, 1])
+    one, other = task(), task()
+    scalars, curves = contrast_report([one, other], sources, ("real", "synthetic"))
+    values = [task_statistics(t)["alignment"][sources == 1].mean() for t in (one, other)]
+    torch.testing.assert_close(scalars["alignment/synthetic"], torch.stack(values).mean())
+    torch.testing.assert_close(
+        scalars["uniformity/real"], (uniformity(one.q_BD[sources == 0]) + uniformity(other.q_BD[sources == 0])) / 2
+    )
+    assert curves["matching_probabilities/real"].shape == (30,)
+    assert set(contrast_report([one])[0]) == {n for n in scalars if "/" not in n}
+    assert not scalars["false_negatives/synthetic"].isnan()  # an unknown class does not make the mean unknown
