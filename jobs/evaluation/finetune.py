@@ -65,7 +65,8 @@ def parameter_groups(model: Classifier, config: FinetuneConfig) -> list[dict]:
     The layers are timm's own (`group_matcher`); each group has `lr_scale`.
     """
     backbone = timm_module(model.backbone)
-    groups = param_groups_layer_decay(backbone, config.weight_decay, layer_decay=config.layer_decay)
+    exempt = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()  # type: ignore[operator]
+    groups = param_groups_layer_decay(backbone, config.weight_decay, tuple(exempt), layer_decay=config.layer_decay)
     # timm gives its last layer, the norm before the head, a factor of 1, where our head stands: one step down for all.
     below = [{**group, "lr_scale": group["lr_scale"] * config.layer_decay} for group in groups]
     known = {id(p) for group in groups for p in group["params"]}

@@ -22,17 +22,19 @@ def grad_cam(model: nn.Module, crops_B3SS: Tensor, score: Score) -> Tensor:
     """relu(Σ_d w_d A_d) with w_d the mean over patches of ∂score/∂A_d: [B, h, w], each map's largest value 1 (or 0).
 
     A is what enters the last block of a ViT, behind which the class token still reads the patches, and what leaves
-    the last stage of a network that keeps a map (Swin).
+    the last stage of a network that keeps a map (Swin, ResNet).
 
     Raises:
         InputError: the backbone has neither blocks nor stages.
     """
     inner = timm_module(model)
-    blocks, layers = getattr(inner, "blocks", None), getattr(inner, "layers", None)
+    blocks, layers, stage = (getattr(inner, name, None) for name in ("blocks", "layers", "layer4"))
     if isinstance(blocks, nn.Sequential):
         target, before = blocks[-1], True
     elif isinstance(layers, nn.Sequential):
         target, before = layers[-1], False
+    elif isinstance(stage, nn.Module):
+        target, before = stage, False
     else:
         raise InputError(f"grad-cam: {type(inner).__name__} has no blocks or stages to look into")
     held: list[Tensor] = []
@@ -58,8 +60,10 @@ def grad_cam(model: nn.Module, crops_B3SS: Tensor, score: Score) -> Tensor:
 
 
 def weigh(activation: Tensor, slope: Tensor, inner: nn.Module, crops_B3SS: Tensor) -> Tensor:
-    """The map from activations and their gradients, [B, T, D] or [B, h, w, D] each."""
+    """The map from activations and their gradients, [B, T, D], [B, h, w, D] or [B, D, h, w] each."""
     if activation.ndim == 4:
+        if getattr(inner, "output_fmt", "NCHW") == "NCHW":
+            activation, slope = activation.permute(0, 2, 3, 1), slope.permute(0, 2, 3, 1)
         height, width = activation.shape[1:3]
         activation, slope = activation.flatten(1, 2), slope.flatten(1, 2)
     else:

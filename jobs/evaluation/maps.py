@@ -96,17 +96,21 @@ def checkpoint_models(run: Path, steps: Sequence[int], which: Literal["target", 
     return models
 
 
+def check_rows(images: ImageSet, rows: Sequence[int]) -> None:
+    """Raises InputError for a row that does not exist."""
+    total = len(images.labels)
+    if any(not 0 <= row < total for row in rows):
+        raise InputError(f"rows: {tuple(rows)} go beyond the {total} images of {images.name}; give 0 to {total - 1}")
+
+
 def map_grid(
     models: Sequence[tuple[str, Frozen]], images: ImageSet, rows: Sequence[int], method: Method, device: torch.device
 ) -> MapGrid:
     """Maps of the images `rows` by every model.
 
     Raises:
-        InputError: a row that does not exist; an image or architecture that has no such map.
+        InputError: an image that cannot be read, or an architecture that has no such map.
     """
-    total = len(images.labels)
-    if any(not 0 <= row < total for row in rows):
-        raise InputError(f"rows: {tuple(rows)} go beyond the {total} images of {images.name}; give 0 to {total - 1}")
     crops, columns, overlays = [], [], [[] for _ in rows]
     for name, frozen in models:
         model = frozen.model.to(device).eval()
@@ -181,6 +185,7 @@ def draw_maps(config: MapsConfig) -> list[Path]:
     written = []
     with closing(open_images(config.images)) as images:
         rows = list(config.rows) or spread(images, config.count)
+        check_rows(images, rows)
         methods: tuple[Method, ...] = ("attention", "grad-cam") if config.method == "both" else (config.method,)
         for method in methods:
             try:

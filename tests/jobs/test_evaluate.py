@@ -1,0 +1,353 @@
+"""`hardviews evaluate` on small images: known answers, the same features from any source, one line for mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from evaluation_runs import TINY, backbone_at, image_folder, write_run
+from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
+
+from jobs import evaluate
+from jobs.build import BuildConfig
+from jobs.build import run as build
+from jobs.evaluation.backbones import ModelConfig, load_frozen
+from jobs.evaluation.features import extract_features
+from jobs.evaluation.finetune import Classifier, FinetuneConfig, parameter_groups
+from jobs.evaluation.images import align_labels, open_images
+from jobs.evaluation.knn import knn_scores
+from jobs.evaluation.loading import Loader, centre_crop, crop_and_flip
+from jobs.evaluation.maps import MapsConfig, checkpoint_steps, draw_maps
+from jobs.run.folder import RunFolder
+from shards.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return image_folder(tmp_path_factory.mktemp("train") / "train", 8)
+
+
+@pytest.fixture(scope="module")
+def test(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return image_folder(tmp_path_factory.mktemp("test") / "test", 4, seed=1)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return write_run(tmp_path_factory.mktemp("runs") / "one")
+
+
+def scores(run: RunFolder, name: str) -> dict:
+    return json.loads((run.evaluation / f"{name}.json").read_text())
+
+
+def flags(run: RunFolder, train: Path, test: Path) -> list[str]:
+    return ["--run", str(run.path), "--train", str(train), "--test", str(test), "--device", "cpu"]
+
+
+# Features
+
+
+def test_centre_crop_is_the_whole_middle_square() -> None:
+    params = centre_crop(1.0)(np.arange(2), np.array([[20, 30], [31, 10]]))
+    assert [getattr(params, name)[:, 0].tolist() for name in ("top", "left", "height", "width")] == [
+        [0, 10], [5, 0], [20, 10], [20, 10],
+    ]  # fmt: skip
+    assert centre_crop(0.875)(np.arange(1), np.array([[32, 32]])).height.item() == 28
+
+
+def test_crops_and_flips_are_pure_and_change_with_the_epoch() -> None:
+    rows, sizes = np.arange(50), np.full((50, 2), 64)
+    first, again = (crop_and_flip(3, 1, 32, (0.1, 1.0))(rows, sizes) for _ in range(2))
+    other = crop_and_flip(3, 2, 32, (0.1, 1.0))(rows, sizes)
+    assert first.shape == (50, 1)
+    assert (first.top == again.top).all() and (first.height != other.height).any()
+    assert 0 < first.flip.mean() < 1
+    assert not first.jitter.any() and not first.gray.any()
+
+
+def test_features_are_the_model_s_on_normalised_crops_in_any_batch(test: Path) -> None:
+    model = backbone_at(2)
+    features, labels = extract_features(model, test, 16, torch.device("cpu"), batch=7)
+    files = sorted(test.rglob("*.png"))
+    assert labels.tolist() == [sorted({f.parent.name for f in files}).index(f.parent.name) for f in files]
+    for row in (0, 5, 23):
+        image = Image.open(files[row])
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        small = image.crop((left, top, left + side, top + side)).resize((16, 16), Image.Resampling.BILINEAR)
+        x = (torch.from_numpy(np.array(small)).float() / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
+            [0.229, 0.224, 0.225]
+        )
+        with torch.no_grad():
+            expected = model(x.permute(2, 0, 1)[None])[0]
+        assert (features[row] - expected).abs().max() < 0.05 * expected.std()
+    again, _ = extract_features(model, test, 16, torch.device("cpu"), batch=64)
+    torch.testing.assert_close(again, features, rtol=1e-4, atol=1e-5)
+
+
+def test_shards_and_folder_give_the_same_features(test: Path, tmp_path: Path) -> None:
+    build(BuildConfig(f"imagefolder:{test}", tmp_path / "shards"))
+    from_folder, labels = extract_features(backbone_at(2), test, 16, torch.device("cpu"))
+    from_shards, shard_labels = extract_features(backbone_at(2), tmp_path / "shards", 16, torch.device("cpu"))
+    order, shard_order = from_folder[:, 0].argsort(), from_shards[:, 0].argsort()
+    torch.testing.assert_close(from_folder[order], from_shards[shard_order])
+    assert (labels[order] == shard_labels[shard_order]).all()
+
+
+def test_features_are_kept_and_follow_weights_and_images(test: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    first, _ = extract_features(backbone_at(2), test, 16, torch.device("cpu"), cache=cache)
+    (kept,) = cache.iterdir()
+    seen: list[int] = []
+    again, _ = extract_features(backbone_at(2), test, 16, torch.device("cpu"), cache=cache, advance=seen.append)
+    assert (again == first).all()
+    assert seen == [24]
+    extract_features(backbone_at(4), test, 16, torch.device("cpu"), cache=cache)
+    assert len(list(cache.iterdir())) == 2
+    assert kept.is_file()
+
+
+def test_unreadable_images_are_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = image_folder(tmp_path / "images", 2, classes=2)
+    (folder / "amber" / "000.png").write_bytes(b"no image")
+    _, labels = extract_features(backbone_at(2), folder, 16, torch.device("cpu"), batch=2)
+    assert labels.tolist() == [0, 1, 1]
+    assert "000.png is left out" in capsys.readouterr().err.replace("\n", "")
+    for file in folder.rglob("*.png"):
+        file.write_bytes(b"no image")
+    with pytest.raises(InputError, match="no image of"):
+        extract_features(backbone_at(2), folder, 16, torch.device("cpu"))
+
+
+def test_labels_are_matched_by_class_name(train: Path, tmp_path: Path) -> None:
+    few = image_folder(tmp_path / "few", 1, classes=6)
+    (few / "amber").rename(few / "zebra")
+    aligned = align_labels(open_images(train), open_images(few))
+    assert aligned.tolist() == [1, 2, 3, 4, 5, -1]
+
+
+# kNN and the others
+
+
+def test_knn_equals_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    train, test = (torch.from_numpy(rng.normal(size=(n, 6))).float() for n in (80, 30))
+    labels, truth = (torch.from_numpy(rng.integers(0, 7, n)) for n in (80, 30))
+    got = knn_scores(train, labels, test, truth, [str(i) for i in range(7)], ks=(5, 20), temperature=0.5)
+    for row in got["by_k"]:
+        unit_train, unit_test = (torch.nn.functional.normalize(x, dim=1).numpy() for x in (train, test))
+        judge = KNeighborsClassifier(row["k"], weights=lambda d: np.exp((1 - d**2 / 2) / 0.5), algorithm="brute").fit(
+            unit_train, labels.numpy()
+        )
+        votes = judge.predict_proba(unit_test)
+        best = judge.classes_[np.argsort(-votes, axis=1)]
+        assert row["top1"] == pytest.approx((best[:, 0] == truth.numpy()).mean())
+        assert row["top5"] == pytest.approx((best[:, :5] == truth.numpy()[:, None]).any(1).mean())
+    assert got["k"] == 20
+    assert got["top1"] == got["by_k"][1]["top1"]
+
+
+def test_knn_leaves_unlabelled_rows_out() -> None:
+    features, labels = torch.eye(4), torch.tensor([0, 1, -1, 1])
+    got = knn_scores(features, labels, features, labels, ["a", "b"], ks=(1,))
+    assert got["top1"] == 1.0
+    assert np.sum(got["confusion"]) == 3
+    with pytest.raises(InputError, match="no labelled image"):
+        knn_scores(features, torch.full((4,), -1), features, labels, ["a", "b"])
+
+
+def test_knn_command_keeps_its_scores(
+    run: RunFolder, train: Path, test: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate.main(["knn", *flags(run, train, test), "--k", "5", "20"])
+    assert "knn-step-4-test.json" in capsys.readouterr().out.replace("\n", "")
+    kept = scores(run, "knn-step-4-test")
+    assert kept["model"] == {"source": "run", "name": "one", "step": 4, "which": "target"}
+    assert kept["scores"]["top1"] > 0.6
+    assert [row["k"] for row in kept["by_k"]] == [5, 20]
+    assert np.array(kept["confusion"]).sum() == kept["test"]["images"] == 24
+    evaluate.main(["knn", *flags(run, train, test), "--step", "2", "--labels", "0.5", "--seeds", "3"])
+    few = scores(run, "knn-step-2-test-50-percent")
+    assert few["seeds"] == len(few["by_seed"]) == 3
+    assert few["scores"]["top1"] == pytest.approx(np.mean([s["top1"] for s in few["by_seed"]]))
+    evaluate.main(["knn", *flags(run, train, test), "--untrained", "--shots", "2"])
+    assert scores(run, "knn-untrained-test-2-shot")["model"]["name"] == "untrained vit_tiny_patch16_224"
+
+
+def test_linear_probe_beats_chance_with_and_without_crops(run: RunFolder, train: Path, test: Path) -> None:
+    evaluate.main(["linear", *flags(run, train, test), "--no-augment", "--epochs", "30", "--batch", "16"])
+    kept = scores(run, "linear-step-4-test")
+    assert kept["scores"]["top1"] > 0.8
+    assert kept["picked_on"] == "test images"
+    assert kept["scores"]["top1"] == max(row["top1"] for row in kept["by_rate"])
+    common = [
+        "--epochs",
+        "4",
+        "--batch",
+        "16",
+        "--rates",
+        "0.3",
+        "1",
+        "--crop-scale",
+        "0.5",
+        "1",
+        "--validation",
+        "0.25",
+    ]
+    evaluate.main(["linear", *flags(run, train, test), *common, "--pool", "cls+mean"])
+    kept = scores(run, "linear-step-4-test-cls-mean")
+    assert kept["picked_on"] == "held-out training images"
+    assert kept["scores"]["top1"] > 0.4
+
+
+def test_finetuning_learns(run: RunFolder, train: Path, test: Path) -> None:
+    common = ["--epochs", "6", "--batch", "16", "--lr", "0.02", "--crop-scale", "0.5", "1"]
+    evaluate.main(["finetune", *flags(run, train, test), *common])
+    kept = scores(run, "finetune-step-4-test")
+    assert kept["scores"]["top1"] > 0.5
+    assert kept["config"]["layer_decay"] == 0.65
+
+
+def test_layer_decay_falls_from_head_to_patches(run: RunFolder) -> None:
+    frozen, _ = load_frozen(ModelConfig(run=run.path))
+    model = Classifier(frozen, 24, 6)
+    groups = parameter_groups(model, FinetuneConfig(layer_decay=0.5))
+    names = {id(p): name for name, p in model.named_parameters()}
+    scale = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+    assert set(scale) == set(names.values())
+    assert scale["head.weight"] == 1.0
+    assert scale["backbone.blocks.1.mlp.fc1.weight"] == 2 * scale["backbone.blocks.0.mlp.fc1.weight"]
+    assert scale["backbone.blocks.0.mlp.fc1.weight"] == 2 * scale["backbone.patch_embed.proj.weight"]
+    decay = {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
+    assert decay["backbone.blocks.0.mlp.fc1.weight"] == 0.05
+    assert decay["backbone.blocks.0.mlp.fc1.bias"] == decay["backbone.pos_embed"] == 0.0
+
+
+def test_retrieval_needs_labels_for_map_but_not_for_rankme(
+    run: RunFolder, train: Path, test: Path, tmp_path: Path
+) -> None:
+    evaluate.main(["retrieval", *flags(run, train, test)])
+    kept = scores(run, "retrieval-step-4-test")["scores"]
+    assert 1 / 6 < kept["map"] <= 1
+    assert 1 <= kept["rankme"] <= 24
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for i, file in enumerate(train.rglob("*.png")):
+        (bare / f"{i}.png").write_bytes(file.read_bytes())
+    evaluate.main(["retrieval", *flags(run, bare, bare)])
+    assert set(scores(run, "retrieval-step-4-bare")["scores"]) == {"rankme"}
+
+
+def test_timm_models_without_a_network(train: Path, test: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores.json"
+    model = ["--timm", "test_vit", "--train", str(train), "--test", str(test), "--device", "cpu"]
+    evaluate.main(["knn", *model, "--untrained", "--size", "32", "--out", str(out)])
+    assert json.loads(out.read_text())["model"]["source"] == "untrained"
+    with pytest.raises(InputError, match="not on this machine"):
+        evaluate.main(["knn", *model])
+    with pytest.raises(InputError, match="no model of timm"):
+        evaluate.main(["knn", *model[2:], "--timm", "vit_tniy"])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--k", "0"], "k: "),
+        (["--temperature", "0"], "temperature: "),
+        (["--labels", "2"], "labels: 2.0"),
+        (["--shots", "99"], "shots: 99"),
+        (["--seeds", "0"], "seeds: 0"),
+        (["--step", "3"], "there are: 2, 4"),
+        (["--train", "/nowhere"], "/nowhere does not exist"),
+        (["--timm", "test_vit"], "either --run RUN or --timm"),
+        (["--pool", "cls+mean", "--neighbours", "3"], "--neighbours"),
+    ],
+)
+def test_mistakes_are_named(run: RunFolder, train: Path, test: Path, change: list[str], said: str) -> None:
+    with pytest.raises(InputError, match=said.replace("+", r"\+")):
+        evaluate.main(["knn", *flags(run, train, test), *change])
+
+
+def test_missing_labels_another_architecture_and_no_kind_are_named(
+    run: RunFolder, test: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    Image.new("RGB", (20, 20)).save(bare / "a.png")
+    with pytest.raises(InputError, match="has no labels"):
+        evaluate.main(["knn", *flags(run, bare, test)])
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(InputError, match="holds no images"):
+        evaluate.main(["knn", *flags(run, empty, test)])
+    other = write_run(tmp_path / "other")
+    config = json.loads(other.config.read_text())
+    config["backbone"]["depth"] = 3
+    other.config.write_text(json.dumps(config))
+    with pytest.raises(InputError, match="does not fit"):
+        evaluate.main(["knn", *flags(other, test, test)])
+    with pytest.raises(InputError, match="take one of knn, linear"):
+        evaluate.main(["nearest"])
+    evaluate.main([])
+    assert "kinds: knn" in capsys.readouterr().out
+
+
+# Maps
+
+
+def test_maps_are_drawn_for_several_checkpoints(run: RunFolder, test: Path, tmp_path: Path) -> None:
+    assert checkpoint_steps(run.path) == [2, 4]
+    written = draw_maps(MapsConfig(run=run.path, images=str(test), count=2, out=tmp_path, device="cpu"))
+    assert [path.name for path in written] == ["attention.png", "grad-cam.png"]
+    for path in written:
+        assert np.asarray(Image.open(path).convert("RGB")).std() > 10
+    with pytest.raises(InputError, match="rows: "):
+        draw_maps(MapsConfig(run=run.path, images=str(test), rows=(24,), out=tmp_path, device="cpu"))
+
+
+def test_maps_fall_back_to_grad_cam_where_there_is_no_attention(tmp_path: Path, test: Path) -> None:
+    resnet = replace(TINY, name="resnet10t", image_size=32, patch_size=None, width=None, depth=None, heads=None)
+    run = write_run(tmp_path / "resnet", resnet)
+    written = draw_maps(MapsConfig(run=run.path, images=str(test), count=1, steps=(4,), out=tmp_path, device="cpu"))
+    assert [path.name for path in written] == ["grad-cam.png"]
+
+
+# Data parallel
+
+
+def test_two_processes_agree_with_one(run: RunFolder, train: Path, test: Path, tmp_path: Path) -> None:
+    """Features are extracted by both and gathered; each step's gradient is the mean over both."""
+    probe = ["--no-cache", "--no-augment", "--epochs", "5", "--batch", "16", "--rates", "0.3"]
+    one, two = str(tmp_path / "one.json"), str(tmp_path / "two.json")
+    command = ["linear", *flags(run, train, test), *probe, "--out"]
+    evaluate.main([*command, one])
+    script = tmp_path / "linear.py"
+    script.write_text(f"from jobs import evaluate\nevaluate.main({[*command, two]!r})\n")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *torchrun], capture_output=True, text=True, env=environment, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone, together = (json.loads(Path(path).read_text()) for path in (one, two))
+    assert alone["confusion"] == together["confusion"]
+    assert done.stdout.count("linear: one") == 1
+
+
+def test_loader_keeps_order_and_names_broken_rows(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "images", 3, classes=2)
+    (folder / "blue" / "001.png").write_bytes(b"broken")
+    images = open_images(folder)
+    loader = Loader(images, 8, 4)
+    batches = list(loader.batches(np.array([5, 4, 3, 2, 1, 0]), centre_crop(1.0), torch.device("cpu")))
+    loader.close()
+    assert [batch.rows.tolist() for batch in batches] == [[5, 3, 2], [1, 0]]
+    assert list(batches[0].broken) == [4]
+    assert images.where(4).endswith("blue/001.png")
