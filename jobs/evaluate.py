@@ -25,6 +25,7 @@ def main(argv: Sequence[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: hardviews evaluate KIND [flags]\n\nkinds: {known}\n")
         print("`hardviews evaluate KIND --help` explains every flag.")
+        print("Several processes: torchrun --nproc-per-node N -- $(which hardviews) evaluate KIND [flags]")
         return
     kind, *rest = argv
     if kind == "maps":

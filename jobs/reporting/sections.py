@@ -289,8 +289,8 @@ def _over_training(a: dict[str, Any]) -> list[Markup]:
 # What a reader compares between sources; analysis/by_source.csv holds the rest.
 SOURCE_COLUMNS = (
     ("rows", "Images", number),
-    ("mean_loss", "Mean loss", number),
-    ("mean_loss_chosen", "Loss of chosen", number),
+    ("mean_loss", "Mean loss", lambda x: number(x, 4)),
+    ("mean_loss_chosen", "Loss of chosen", lambda x: number(x, 4)),
     ("lowest_iou_share", "Hardest is lowest IoU", percent),
     ("mean_iou", "IoU of chosen", number),
     ("mean_distance", "Distance of chosen", number),

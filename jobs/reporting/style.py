@@ -204,7 +204,8 @@ img { display: block; max-width: 100%; height: auto; }
   padding: 0; }
 .mosaic img { width: 100%; border-radius: 4px; } .mosaic p { margin: 0; font-size: .72rem; color: var(--muted);
   overflow-wrap: anywhere; }
-.maps { table-layout: fixed; max-width: 44rem; } .maps td, .maps th { border: 0; padding: .25rem .5rem .25rem 0; font-size: .82rem; }
+.maps { table-layout: fixed; max-width: 44rem; }
+.maps td, .maps th { border: 0; padding: .25rem .5rem .25rem 0; font-size: .82rem; }
 .maps { min-width: 22rem; } .maps img { width: 100%; border-radius: 4px; }
 footer { color: var(--muted); font-size: .85rem; padding: 2.5rem 0 0; }
 
