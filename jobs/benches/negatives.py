@@ -19,7 +19,7 @@ from torch import Tensor
 from jobs.benches.obvious import naive_info_nce, naive_similarities
 from jobs.run.command import parse
 from models.contrast import info_nce
-from models.negatives import KINDS, Draws, NegativesConfig, draw, synthetic_similarities
+from models.negatives import Draws, NegativesConfig, draw, synthetic_similarities
 from shards.errors import InputError
 
 TEMPERATURE = 0.2
@@ -73,7 +73,8 @@ def gradient(x_BD: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
 
 def measure(bench: NegativesBench) -> dict[str, float]:
     """Figures by name; times in milliseconds."""
-    config = NegativesConfig(bench.hardest, *(bench.count for _ in KINDS))
+    count = bench.count
+    config = NegativesConfig(bench.hardest, count, count, count, count, count, count)
     generator = torch.Generator(bench.device).manual_seed(0)
     shapes = ((bench.batch, bench.width), (bench.batch, bench.width), (bench.queue, bench.width))
     x_BD, k_BD, queue_KD = (torch.randn(s, generator=generator, device=bench.device) for s in shapes)

@@ -34,7 +34,8 @@ def test_a_world_of_many_is_a_world_of_one(world, tmp_path):
             assert r[group].keys() == alone[group].keys()
             for name, value in alone[group].items():
                 difference = (r[group][name] - value).float().norm()
-                assert difference <= 1e-3 * value.float().norm() + 1e-6, f"{group} {name}: {difference}"
+                # Gradients reach norms of 65; those of biases before a BatchNorm are 0 but for rounding.
+                assert difference <= 1e-4 * value.float().norm() + 1e-4, f"{group} {name}: {difference}"
     assert ranks[0]["buffers"]["queue1.labels_K"][:BATCH].tolist() == list(range(BATCH))
 
 
