@@ -73,7 +73,7 @@ def demo(config: DemoConfig) -> Path:
         raise KeyboardInterrupt
     heading(5, "export and analysis of the augmentation log")
     export(run)
-    analysis = analyse(run, pairs=60_000)
+    analysis = analyse(run, pairs=30_000)
     heading(6, "report")
     report = write_report([run], out / "report.html")
     facts = summary(run, analysis)
