@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jobs.evaluation.features import extract_features
-from jobs.evaluation.images import align_labels, open_images
+from jobs.evaluation.images import label_table, open_images
 from jobs.evaluation.knn import knn_scores
 from jobs.run.config import PretrainConfig
 from jobs.run.data import Data
@@ -215,10 +215,10 @@ def held_out_knn(backbone: nn.Module, train: str, test: str, config: PretrainCon
     size, batch = config.backbone.image_size, min(256, max(32, config.batch))
     known, held_out = open_images(train), open_images(test)
     try:
-        labels_q = torch.from_numpy(align_labels(known, held_out))
+        table = torch.from_numpy(label_table(known, held_out))  # a held-out image's own label → the training label
         train_nD, labels_n = extract_features(backbone, known, size, world.device, batch)
-        test_qD, _ = extract_features(backbone, held_out, size, world.device, batch)
-        return float(knn_scores(train_nD, labels_n, test_qD, labels_q, known.classes)["top1"])
+        test_qD, own_q = extract_features(backbone, held_out, size, world.device, batch)
+        return float(knn_scores(train_nD, labels_n, test_qD, table[own_q], known.classes)["top1"])
     finally:
         known.close()
         held_out.close()
