@@ -3,12 +3,14 @@
 from models.backbones import BackboneConfig
 from models.objectives.base import Length, Objective
 from models.objectives.byol import BYOL, BYOLConfig
+from models.objectives.dino import DINO, DINOConfig
 from models.objectives.moby import MoBY, MoBYConfig
 from models.objectives.moco_v3 import MoCoV3, MoCoV3Config
 from models.objectives.simclr import SimCLR, SimCLRConfig
 from models.objectives.simsiam import SimSiam, SimSiamConfig
+from models.objectives.swav import SwAV, SwAVConfig
 
-ObjectiveConfig = MoBYConfig | MoCoV3Config | SimCLRConfig | SimSiamConfig | BYOLConfig
+ObjectiveConfig = MoBYConfig | MoCoV3Config | SimCLRConfig | SimSiamConfig | BYOLConfig | SwAVConfig | DINOConfig
 
 OBJECTIVES: dict[str, tuple[type, type[Objective]]] = {
     "moby": (MoBYConfig, MoBY),
@@ -16,6 +18,8 @@ OBJECTIVES: dict[str, tuple[type, type[Objective]]] = {
     "simclr": (SimCLRConfig, SimCLR),
     "simsiam": (SimSiamConfig, SimSiam),
     "byol": (BYOLConfig, BYOL),
+    "swav": (SwAVConfig, SwAV),
+    "dino": (DINOConfig, DINO),
 }
 
 

@@ -135,6 +135,17 @@ class Objective(nn.Module):
         """The encoder to be kept: the target's where there is one, else the online one's."""
         return (self.target or self.online).backbone
 
+    def check(self, selection: SelectionConfig) -> None:
+        """Says before training what scoring would say.
+
+        Raises:
+            ValueError: the selection asks for an encoder or layer that the objective does not have.
+        """
+        if selection.encoder == "target" and self.target is None:
+            raise ValueError("selection.encoder: target asked of an objective without a target encoder; take online")
+        with first_blocks(self.online.backbone, selection.layer):
+            pass
+
     def pair_losses(self, crops: tuple[Tensor, ...], selection: SelectionConfig) -> Scores:
         """Losses [B, P] of all pairs of crops[0] [B, N, 3, H, W], without gradient and without side effects.
 
@@ -152,8 +163,7 @@ class Objective(nn.Module):
 
     def score_features(self, views_BNCHW: Tensor, selection: SelectionConfig) -> dict[str, Tensor | None]:
         """Backbone features [B, N, D] of all views from the encoders that scoring needs: `online`, `target`."""
-        if selection.encoder == "target" and self.target is None:
-            raise ValueError("selection.encoder: target asked of an objective without a target encoder; take online")
+        self.check(selection)
         wanted = {"target": self.target, "online": self.online if selection.encoder == "online" else None}
         found: dict[str, Tensor | None] = {}
         for name, encoder in wanted.items():
@@ -251,6 +261,17 @@ def in_bf16(device: torch.device) -> bool:
 def bf16(device: torch.device) -> AbstractContextManager[Any]:
     """bf16 arithmetic inside."""
     return torch.autocast(device.type, torch.bfloat16)
+
+
+def fp32(device: torch.device) -> AbstractContextManager[Any]:
+    """fp32 arithmetic inside, whatever surrounds it: what is divided by a small temperature wants it."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def products(a_NBD: Tensor, b_NBD: Tensor) -> Tensor:
+    """[N, N, B]: of each image, the products of its rows in all views of a with its rows in all views of b, fp32."""
+    with fp32(a_NBD.device):
+        return torch.einsum("nbd,mbd->nmb", a_NBD.float(), b_NBD.float())
 
 
 def check_positive(config: Any, *fields: str) -> None:

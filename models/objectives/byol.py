@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.backbones import BackboneConfig
 from models.heads import mlp, unit
-from models.objectives.base import Chosen, Length, Metrics, check_positive
+from models.objectives.base import Chosen, Length, Metrics, check_positive, products
 from models.objectives.momentum import MomentumObjective
 from models.selection import SelectionConfig, pair_index
 
@@ -48,7 +48,7 @@ class BYOL(MomentumObjective):
 
     def pair_table(self, features: dict[str, Tensor | None], selection: SelectionConfig) -> Tensor:
         q_NBD, k_NBD = self.queries_and_keys(features, selection)
-        cosine_NNB = torch.einsum("abd,cbd->acb", q_NBD, k_NBD)
+        cosine_NNB = products(q_NBD, k_NBD)
         a, b = pair_index(len(q_NBD), q_NBD.device).T
         return (4 - 2 * cosine_NNB[a, b] - 2 * cosine_NNB[b, a]).T
 

@@ -9,12 +9,11 @@ Shape suffixes: B images, N views, P pairs, D width.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from models.backbones import BackboneConfig, build_backbone, feature_width
 from models.heads import mlp, unit
-from models.objectives.base import Chosen, Encoder, Length, Metrics, Objective, check_positive, per_view
+from models.objectives.base import Chosen, Encoder, Length, Metrics, Objective, check_positive, per_view, products
 from models.selection import SelectionConfig, pair_index
 
 
@@ -44,7 +43,7 @@ class SimSiam(Objective):
         assert features["online"] is not None
         z_NBD = per_view(self.online.projector, features["online"], selection)
         p_NBD = per_view(self.online.predict, z_NBD.transpose(0, 1), selection)
-        cosine_NNB = torch.einsum("abd,cbd->acb", unit(p_NBD), unit(z_NBD))
+        cosine_NNB = products(unit(p_NBD), unit(z_NBD))
         a, b = pair_index(len(z_NBD), z_NBD.device).T
         return -(cosine_NNB[a, b] + cosine_NNB[b, a]).T / 2
 

@@ -1,0 +1,265 @@
+"""DINO (Caron et al. 2021, algorithm 1) with multi-crop, and HVP's choice among more crops than train.
+
+    t_i = softmax((f_t(x_i) − centre) / τ_t)     # global views, no gradient
+    s_v = log softmax(f_s(x_v) / τ_s)            # global and local views
+    loss = mean over i ≠ v of −t_i · s_v
+    step; f_t ← m f_t + (1 − m) f_s; centre ← mean of f_t(x)
+
+The loss is a sum over crops, so its maximum over all choices of 2 of G global and l of L local views is exact: for each
+pair of global views the l local views with the largest cross entropy against that pair (HVP samples 128 candidates).
+
+Shape suffixes: B images, G global views, L local views of which l train, V = G + L, P pairs of global views, K outputs.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.backbones import BackboneConfig, build_backbone, feature_width
+from models.distributed import gather
+from models.momentum import follow, momentum_at
+from models.objectives.base import (
+    Chosen,
+    Encoder,
+    Length,
+    Metrics,
+    Objective,
+    Scores,
+    all_views,
+    bf16,
+    check_positive,
+    fp32,
+    in_bf16,
+    momentum_encoder,
+)
+from models.selection import SelectionConfig, first_blocks, pair_index, take_pair, without_side_effects
+
+
+@dataclass(frozen=True)
+class DINOConfig:
+    """DINO."""
+
+    outputs: int = 65_536
+    """K: width of the last layer."""
+    hidden: int = 2048
+    """Width of the head's hidden layers."""
+    bottleneck: int = 256
+    """Width before the last layer, where rows are scaled to length 1."""
+    student_temperature: float = 0.1
+    """τ_s."""
+    teacher_temperature: float = 0.04
+    """τ_t after its warm-up."""
+    warmup_teacher_temperature: float = 0.04
+    """τ_t at the start."""
+    warmup_teacher_epochs: float = 0.0
+    """Epochs in which τ_t rises linearly."""
+    momentum: float = 0.996
+    """Momentum of the target at the start; reaches 1 at the end by a cosine."""
+    centre_momentum: float = 0.9
+    """Momentum of the centre."""
+    freeze_epochs: float = 1.0
+    """Epochs in which the last layer does not learn."""
+    local_views: int = 8
+    """l: local views that train; with more in the stream (views.local_views) the hardest are chosen."""
+    candidates: int = 0
+    """Score only so many random choices per image, as HVP does (128); 0 = the exact maximum."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "outputs", "hidden", "bottleneck", "student_temperature", "teacher_temperature")
+        check_positive(self, "warmup_teacher_temperature")
+        for field in ("momentum", "centre_momentum"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise ValueError(
+                    f"objective.{field}: {getattr(self, field)} must lie between 0 and 1; the paper's are 0.996 and 0.9"
+                )
+        for field in ("warmup_teacher_epochs", "freeze_epochs", "local_views", "candidates"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"objective.{field}: {getattr(self, field)} must be 0 or above; raise it")
+
+
+class DINOHead(nn.Module):
+    """Three layers with GELU, rows scaled to length 1, then a layer whose rows have length 1."""
+
+    def __init__(self, features: int, config: DINOConfig) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(features, config.hidden),
+            nn.GELU(),
+            nn.Linear(config.hidden, config.hidden),
+            nn.GELU(),
+            nn.Linear(config.hidden, config.bottleneck),
+        )
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        # As long as a linear layer's rows: their length decides how fast Adam's steps turn them.
+        self.last_KD = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(config.outputs, config.bottleneck), 5**0.5))
+        self.frozen = False
+
+    def forward(self, features: Tensor) -> Tensor:
+        last_KD = F.normalize(self.last_KD, dim=1)
+        if self.frozen:  # zero gradients rather than none, which DistributedDataParallel would wait for
+            last_KD = last_KD.detach() + 0 * last_KD
+        return F.normalize(self.layers(features), dim=-1) @ last_KD.T
+
+
+class DINO(Objective):
+    """DINO."""
+
+    target: Encoder  # pyright: ignore[reportIncompatibleVariableOverride]  # never None here
+    centre_K: Tensor
+
+    def __init__(self, config: DINOConfig, backbone: BackboneConfig, length: Length) -> None:
+        super().__init__(length)
+        self.config = config
+        model = build_backbone(backbone, backbone.drop_path)
+        self.online = Encoder(model, DINOHead(feature_width(model), config))
+        self.target = momentum_encoder(self.online, backbone)  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.register_buffer("centre_K", torch.zeros(config.outputs))
+        self._pending: list[Tensor] = []
+
+    @property
+    def teacher_temperature(self) -> float:
+        """τ_t at this step."""
+        warmup = self.config.warmup_teacher_epochs
+        share = min(1.0, self.epoch / warmup) if warmup > 0 else 1.0
+        first, last = self.config.warmup_teacher_temperature, self.config.teacher_temperature
+        return first + (last - first) * share
+
+    def teach(self, t: Tensor) -> Tensor:
+        """Target outputs → the distributions that the online encoder has to predict, fp32."""
+        return ((t.float() - self.centre_K) / self.teacher_temperature).softmax(-1)
+
+    def predict(self, s: Tensor) -> Tensor:
+        """Online outputs → log probabilities, fp32."""
+        return (s.float() / self.config.student_temperature).log_softmax(-1)
+
+    def pair_losses(self, crops: tuple[Tensor, ...], selection: SelectionConfig) -> Scores:
+        """Losses of all pairs of global views, each with the local views that are hardest for it."""
+        device = crops[0].device
+        reused = self.reuses_features(selection, in_bf16(device))
+        arithmetic = bf16(device) if selection.precision == "bf16" else nullcontext()
+        student = self.target if selection.encoder == "target" else self.online
+        scored = crops if self.config.local_views else crops[:1]
+        with without_side_effects(self, selection.batchnorm == "running"), arithmetic:
+            with first_blocks(self.target.backbone, selection.layer):
+                features_BGD = all_views(self.target, crops[0], selection)
+            teacher_BGK = self.teach(self.target.head(features_BGD))
+            parts = []
+            for group, crops_BnCHW in enumerate(scored):
+                if student is self.target and group == 0:
+                    features = features_BGD
+                else:
+                    with first_blocks(student.backbone, selection.layer):
+                        features = all_views(student, crops_BnCHW, selection)
+                parts.append(cross_entropies(teacher_BGK, self.predict(student.head(features))))
+        table_BP, local_BPL = best_locals(
+            torch.cat(parts, 2),
+            self.config.local_views,
+            easiest=selection.rule == "easiest",
+            candidates=self.config.candidates,
+            seed=self.step,
+        )
+        return Scores(table_BP, features_BGD if reused else None, local_BPL)
+
+    def take(self, crops: tuple[Tensor, ...], choice_B: Tensor, scores: Scores | None) -> Chosen:
+        """The chosen global pair with its hardest local views, or where nothing was scored, with the first ones."""
+        rows_B1 = torch.arange(len(choice_B), device=choice_B.device)[:, None]
+        pair_B2 = pair_index(crops[0].shape[1], choice_B.device)[choice_B]
+        pair = take_pair(crops[0], choice_B)
+        features = None if scores is None or scores.features_BND is None else take_pair(scores.features_BND, choice_B)
+        if len(crops) == 1 or self.config.local_views == 0:
+            return Chosen((pair,), features, pair_B2)
+        if scores is None or scores.local_BPL is None:
+            count = min(self.config.local_views, crops[1].shape[1])
+            local_BL = torch.arange(count, device=choice_B.device).expand(len(choice_B), -1)
+        else:
+            local_BL = scores.local_BPL[rows_B1[:, 0], choice_B]
+        views_BM = torch.cat([pair_B2, local_BL + crops[0].shape[1]], 1)
+        return Chosen((pair, crops[1][rows_B1, local_BL]), features, views_BM)
+
+    def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
+        globals_B2, *locals_ = chosen.crops
+        with torch.no_grad():
+            features_B2D = chosen.features_B2D
+            if features_B2D is None:
+                features_B2D = self.target.features(globals_B2.flatten(0, 1)).unflatten(0, globals_B2.shape[:2])
+            outputs_B2K = self.target.head(features_B2D)
+            teacher_B2K = self.teach(outputs_B2K)
+        self._pending.append(outputs_B2K.float().mean((0, 1)))
+        self._freeze()
+        parts = []
+        for number, crops in enumerate([globals_B2, *locals_]):
+            features = self.online.features(crops.flatten(0, 1))
+            if number == 0:
+                self.seen_features_BD = features.unflatten(0, crops.shape[:2])[:, 0].detach()
+            predicted_BnK = self.predict(self.online.head(features)).unflatten(0, crops.shape[:2])
+            parts.append(cross_entropies(teacher_B2K, predicted_BnK))
+        cross_B2V = torch.cat(parts, 2)
+        entropy = -(teacher_B2K * teacher_B2K.clamp_min(1e-12).log()).sum(-1).mean()
+        return pair_loss(cross_B2V).mean(), {"teacher_entropy": entropy}
+
+    def _freeze(self) -> None:
+        head = self.online.projector
+        assert isinstance(head, DINOHead)
+        head.frozen = self.epoch < self.config.freeze_epochs
+
+    def after_step(self) -> None:
+        """Moves target and centre."""
+        follow(self.target, self.online, momentum_at(self.step, self.length.steps, self.config.momentum))
+        mean_K = gather(torch.stack(self._pending).mean(0, keepdim=True)).mean(0)
+        self._pending.clear()
+        self.centre_K.lerp_(mean_K, 1 - self.config.centre_momentum)
+        super().after_step()
+
+    def skip_step(self) -> None:
+        self._pending.clear()
+        super().skip_step()
+
+
+def pair_loss(cross_B2V: Tensor) -> Tensor:
+    """[B]: mean of the cross entropies of the first two views' targets with all views but themselves."""
+    views = cross_B2V.shape[2]
+    total = cross_B2V.sum((1, 2)) - cross_B2V[:, 0, 0] - cross_B2V[:, 1, 1]
+    return total / (2 * (views - 1))
+
+
+def cross_entropies(teacher_BGK: Tensor, log_student_BVK: Tensor) -> Tensor:
+    """[B, G, V]: of each image, every target distribution against every prediction, fp32."""
+    with fp32(teacher_BGK.device):
+        return -torch.einsum("bgk,bvk->bgv", teacher_BGK, log_student_BVK)
+
+
+def best_locals(
+    cross_BGV: Tensor, count: int, *, easiest: bool = False, candidates: int = 0, seed: int = 0
+) -> tuple[Tensor, Tensor | None]:
+    """Losses [B, P] of every pair of global views with its `count` hardest local views, and those views' numbers.
+
+    `easiest` takes the easiest ones instead. `candidates` > 0 scores that many random choices per image, as many of
+    each pair (HVP, section 4.1, draws 128 of all); drawn from a generator of its own, so that torch's global one is
+    untouched.
+    """
+    global_views = cross_BGV.shape[1]
+    a, b = pair_index(global_views, cross_BGV.device).T
+    own_BP = cross_BGV[:, a, b] + cross_BGV[:, b, a]
+    local_BPL = (cross_BGV[:, a] + cross_BGV[:, b])[:, :, global_views:]
+    there = local_BPL.shape[2]
+    count = min(count, there)
+    if count == 0:
+        return own_BP / 2, None
+    terms = 2 * (1 + count)
+    if candidates == 0:
+        top = local_BPL.topk(count, dim=2, largest=not easiest)
+        return (own_BP + top.values.sum(2)) / terms, top.indices
+    generator = torch.Generator(device=cross_BGV.device).manual_seed(seed)
+    each = -(-candidates // own_BP.shape[1])
+    shape = (*own_BP.shape, each, there)
+    drawn_BPCL = torch.rand(shape, generator=generator, device=cross_BGV.device).topk(count, dim=3).indices
+    values_BPC = local_BPL[:, :, None].expand(*shape).gather(3, drawn_BPCL).sum(3)
+    best = values_BPC.min(2) if easiest else values_BPC.max(2)
+    chosen_BPL = drawn_BPCL.gather(2, best.indices[..., None, None].expand(-1, -1, 1, count))[:, :, 0]
+    return (own_BP + best.values) / terms, chosen_BPL
