@@ -1,4 +1,7 @@
-"""The `hardviews` command: finds the job, runs it, and turns a user's mistake into one line and exit code 2."""
+"""The `hardviews` command: finds the job, runs it, and says in one line what went wrong.
+
+Exit code 2 is a user's mistake, 1 training that cannot go on, 130 an interruption.
+"""
 
 import difflib
 import importlib
@@ -6,6 +9,7 @@ import os
 import sys
 
 from jobs.run.command import fail
+from jobs.run.failure import TrainingFailedError
 from shards.errors import InputError
 
 # Job → what it does. Each lives in the module of its name, whose `main(argv)` runs it; modules load on use, so that
@@ -52,10 +56,10 @@ def run(argv: list[str]) -> int:
         return fail(f"{name}: no such job; {hint}known jobs: {', '.join(JOBS)}")
     try:
         importlib.import_module(f"jobs.{name.replace('-', '_')}").main(rest)
-    except InputError as error:
+    except (InputError, TrainingFailedError) as error:
         if os.environ.get("HARDVIEWS_TRACEBACK"):
             raise
-        return fail(str(error))
+        return fail(str(error), 1 if isinstance(error, TrainingFailedError) else 2)
     except KeyboardInterrupt:
         print("hardviews: interrupted", file=sys.stderr)
         return 130

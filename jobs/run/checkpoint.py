@@ -36,8 +36,11 @@ def entries(folder: Path) -> list[Entry]:
     """Finished checkpoints, oldest first."""
     found = []
     for marker in sorted(folder.glob("step-*.json")):
-        facts = json.loads(marker.read_text())
-        found.append(Entry(facts["step"], marker.with_suffix(".pt"), facts))
+        try:
+            facts = json.loads(marker.read_text())
+            found.append(Entry(facts["step"], marker.with_suffix(".pt"), facts))
+        except (ValueError, KeyError, TypeError):
+            warn(f"checkpoint: {marker} is damaged; leaving out the checkpoint it belongs to")
     return found
 
 

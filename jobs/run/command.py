@@ -21,7 +21,8 @@ Config = TypeVar("Config")
 # The type of a union's default decides which of its members the flags are for.
 MARKS = (tyro.conf.AvoidSubcommands,)
 # Progress and notes go to stderr, so that what a job prints as its result can be piped.
-console = Console(stderr=True, soft_wrap=True)
+# A log file has no width of its own, and 80 columns would cut the bars.
+console = Console(stderr=True, soft_wrap=True, width=None if sys.stderr.isatty() else 120)
 
 
 def parse(config: type[Config], argv: Sequence[str], prog: str, default: Config | None = None) -> Config:
@@ -123,7 +124,7 @@ def warn(message: str) -> None:
     console.print(f"[yellow]warning:[/yellow] {message}", highlight=False)
 
 
-def fail(message: str) -> int:
-    """Prints a user's mistake and returns the exit code for it."""
+def fail(message: str, code: int = 2) -> int:
+    """Prints what went wrong and returns the exit code for it: 2, a user's mistake."""
     print(f"hardviews: {message}", file=sys.stderr)
-    return 2
+    return code

@@ -38,6 +38,10 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def curves(self) -> Path:
+        return self.path / "curves.jsonl"
+
+    @property
     def quarantine(self) -> Path:
         return self.path / "quarantine.jsonl"
 
@@ -98,11 +102,15 @@ def open_run(path: str | Path) -> RunFolder:
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON so that the file under its name is always whole: temporary name, sync, rename."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w") as file:
+            json.dump(content, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def keep_lines(path: Path, last_step: int) -> None:

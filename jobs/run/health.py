@@ -7,9 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-
-class TrainingFailedError(RuntimeError):
-    """Training cannot go on; the message says at which step, in which layer, and where the last good state lies."""
+from jobs.run.failure import TrainingFailedError
 
 
 def layer_of(name: str) -> str:
@@ -91,6 +89,6 @@ def forward_flops(model: nn.Module, size: int, device: torch.device) -> int:
     training = model.training
     model.eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, 3, size, size, device=device))
+        model.forward(torch.zeros(1, 3, size, size, device=device))  # not compiled, which would hide the products
     model.train(training)
     return counter.get_total_flops()

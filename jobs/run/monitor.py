@@ -1,12 +1,19 @@
 """What is watched while training: losses, choices, speed, health, kNN of the training stream and of held-out images.
 
+Figures of losses, choices and contrastive tasks in `train/` and `selection/` are means over the images of all ranks and
+all steps since the last line (what the objective itself reports: of the newest step). `health/` is about the newest
+step's features of all ranks, `contrast/`, `grad/`, `time/` and `system/` about the leading rank.
+
 Shape suffixes: B images of this rank, M rows of the memory bank, D width, P pairs, C classes.
 """
 
 from __future__ import annotations
 
+import json
 import resource
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +32,7 @@ from jobs.run.world import World
 from models.backbones import feature_width
 from models.distributed import gather
 from models.objectives import Objective
-from models.probes import feature_std, rankme
+from models.probes import contrast_report, feature_std, rankme
 from pipelines.batch import ViewBatch
 from pipelines.params import pair_iou
 
@@ -35,6 +42,10 @@ if TYPE_CHECKING:  # these hold a monitor themselves
 
 TEMPERATURE = 0.07
 NEIGHBOURS = 20
+CURVE_POINTS = 64
+# Parts of a step on the progress line; TensorBoard has all that the timer knows.
+PHASES = ("data", "selection", "forward", "backward", "optimizer", "log")
+Total = float | Tensor
 
 
 class MemoryBank(nn.Module):
@@ -54,25 +65,29 @@ class MemoryBank(nn.Module):
         self.register_buffer("labels_M", torch.full((rows,), -1, dtype=torch.int64))
 
     @torch.no_grad()
-    def update(self, ids_B: Tensor, features_BD: Tensor, labels_B: Tensor) -> Tensor:
-        """Share of the labelled images that their neighbours in the bank classify rightly, then takes the images in.
-
-        NaN while the bank or the batch has no labels.
-        """
-        rows_B = ids_B % len(self.labels_M)
-        features_BD = F.normalize(features_BD.float(), dim=1).to(self.features_MD.dtype)
-        similarity_BM = (features_BD @ self.features_MD.T).float()
+    def score(self, ids_B: Tensor, features_BD: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
+        """How many labelled images their neighbours in the bank classify rightly, and how many have any there."""
+        similarity_BM = (self._unit(features_BD) @ self.features_MD.T).float()
         similarity_BM[:, self.labels_M < 0] = -torch.inf
-        similarity_BM[torch.arange(len(rows_B), device=rows_B.device), rows_B] = -torch.inf
+        own_B1 = (ids_B % len(self.labels_M))[:, None]
+        similarity_BM.scatter_(1, own_B1, -torch.inf)
         top = similarity_BM.topk(min(NEIGHBOURS, similarity_BM.shape[1]), dim=1)
-        votes_BC = torch.zeros(len(rows_B), self.classes, device=rows_B.device)
+        votes_BC = torch.zeros(len(ids_B), self.classes, device=ids_B.device)
         voters = self.labels_M[top.indices].clamp_min(0)
         votes_BC.scatter_add_(1, voters, (top.values / TEMPERATURE).exp())
         counted_B = (labels_B >= 0) & torch.isfinite(top.values[:, 0])
         right_B = (votes_BC.argmax(1) == labels_B) & counted_B
-        self.features_MD[rows_B] = features_BD
+        return right_B.sum(), counted_B.sum()
+
+    @torch.no_grad()
+    def update(self, ids_B: Tensor, features_BD: Tensor, labels_B: Tensor) -> None:
+        """Takes the images in."""
+        rows_B = ids_B % len(self.labels_M)
+        self.features_MD[rows_B] = self._unit(features_BD)
         self.labels_M[rows_B] = labels_B
-        return right_B.sum() / counted_B.sum()
+
+    def _unit(self, features_BD: Tensor) -> Tensor:
+        return F.normalize(features_BD.float(), dim=1).to(self.features_MD.dtype)
 
 
 class Monitor:
@@ -85,25 +100,27 @@ class Monitor:
         self.images_per_second: float | None = None
         self.newest_knn: float | None = None
         self._flops: float | None = None
-        self._sums: dict[str, list[float]] = {}
+        self._sums: dict[str, tuple[Total, Total]] = {}
+
+    def watches(self, step: int) -> bool:
+        """Whether the contrastive tasks of step number `step` (from 1) are analysed."""
+        return bool(self.config.monitor.health_every) and step % self.config.monitor.health_every == 0
 
     def after_step(self, t: Training, batch: ViewBatch, result: StepResult) -> None:
         """Takes in one step; every `monitor.every` steps, writes means since the last time."""
-        self._add("train/loss", result.loss)
-        self._add("train/grad_norm", result.norm)
-        for name, value in choice_statistics(t, batch, result).items():
-            self._add(name, value)
-        settings = self.config.monitor
-        due, health = t.step % settings.every == 0, settings.health_every and t.step % settings.health_every == 0
+        self._add("train/loss", result.loss, 1)
+        self._add("train/grad_norm", result.norm, 1)
+        for name, (total, count) in choice_statistics(t, batch, result).items():
+            self._add(name, total, count)
+        settings, last = self.config.monitor, t.step == t.length.steps
+        due = t.step % settings.every == 0 or last
         if self.bank is not None and t.objective.seen_features_BD is not None:
-            self._add("monitor/bank_knn", self._update_bank(t, batch, t.objective.seen_features_BD))
-        if due or t.step == t.length.steps:
+            self._use_bank(self.bank, t, batch, t.objective.seen_features_BD, due)
+        if due:
             self._write(t)
-        if health and self.loggers is not None:
-            self.loggers.log(t.step, self._health(t))
-        if settings.knn_every and t.step % settings.knn_every == 0 and t.step != t.length.steps:
-            self.evaluate(t)
-        if t.step == t.length.steps:
+        if self.watches(t.step):
+            self._write_health(t, batch)
+        if last or (settings.knn_every and t.step % settings.knn_every == 0):
             self.evaluate(t)
 
     def evaluate(self, t: Training) -> None:
@@ -124,45 +141,57 @@ class Monitor:
             self.bank.load_state_dict(state["bank"])
         self.newest_knn = state["newest_knn"]
 
-    def _add(self, name: str, value: float) -> None:
-        self._sums.setdefault(name, []).append(value)
+    def _add(self, name: str, total: Total, count: Total) -> None:
+        before, counted = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = (before + total, counted + count)
 
-    def _update_bank(self, t: Training, batch: ViewBatch, features_BD: Tensor) -> float:
-        assert self.bank is not None
-        device = features_BD.device
-        count = len(features_BD)  # with gradient accumulation, the images of the step's last part
-        ids, labels = (torch.from_numpy(v.astype(np.int64)).to(device)[-count:] for v in (batch.ids_B, batch.labels_B))
+    def _use_bank(self, bank: MemoryBank, t: Training, batch: ViewBatch, features_BD: Tensor, due: bool) -> None:
+        """Updates the bank with the images of all ranks; scores them where a line is due, before they are in it."""
+        ids, labels = (torch.from_numpy(v.astype(np.int64)).to(features_BD.device) for v in last_rows(batch, t))
         gathered = (gather(ids), gather(features_BD), gather(labels))
-        return float(self.bank.update(*gathered))
+        if due:
+            self._add("monitor/bank_knn", *bank.score(*gathered))
+        bank.update(*gathered)
+
+    def _means(self) -> dict[str, float]:
+        """Means since the last time over the images of all ranks, and a new start. Ranks hold the same names."""
+        names = sorted(self._sums)
+        totals = torch.tensor([[float(v) for v in self._sums[n]] for n in names], dtype=torch.float64)
+        totals = self.world.mean(totals.to(self.world.device)).tolist()
+        self._sums.clear()
+        return {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count}
 
     def _write(self, t: Training) -> None:
-        scalars = {name: float(np.nanmean(v)) for name, v in self._sums.items() if not np.isnan(v).all()}
-        self._sums.clear()
+        for name, value in t.metrics.items():
+            self._add(name if "/" in name else f"train/{name}", value.detach(), 1)
+        scalars = self._means()
         scalars["train/lr"] = t.schedule.lr(t.step - 1)
         scalars["train/weight_decay"] = t.schedule.weight_decay(t.step - 1)
         scalars["train/epoch"] = t.step / t.length.steps_per_epoch
-        scalars |= {n if "/" in n else f"train/{n}": float(value) for n, value in t.metrics.items()}
         scalars["train/skipped_steps"] = float(t.guard.skipped)
         scalars |= t.timer.report(self.config.batch)
         scalars["data/wait_share"] = scalars.get("time/data", 0.0) / scalars["time/step"]
         scalars["system/memory_gb"] = memory_gb(self.world.device)
         scalars["system/mfu"] = self._utilisation(t, scalars["train/images_per_second"])
         self.images_per_second = scalars["train/images_per_second"]
-        wait, select = (scalars.get(f"time/{phase}", 0.0) / scalars["time/step"] for phase in ("data", "selection"))
-        self.note = (
-            f"loss {scalars['train/loss']:.2f}, {self.images_per_second:,.0f} images/s, "
-            f"data wait {wait:.0%}, selection {select:.0%}"
-        )
+        self.note = note(scalars)
         if self.loggers is not None:
             self.loggers.log(t.step, scalars)
 
-    def _health(self, t: Training) -> dict[str, float]:
+    def _write_health(self, t: Training, batch: ViewBatch) -> None:
+        """Gradient norms, the spread of the features, and what the contrastive tasks were like."""
+        features_BD, curves = t.objective.seen_features_BD, {}
         scalars = {f"grad/{layer}": float(norm) for layer, norm in gradient_norms(t.objective).items()}
-        features_BD = t.objective.seen_features_BD
-        if features_BD is not None and len(features_BD) > 1:
-            scalars["health/feature_std"] = float(feature_std(features_BD))
-            scalars["health/rankme"] = float(rankme(features_BD))
-        return scalars
+        if features_BD is not None:
+            sources_B = torch.from_numpy(batch.sources_B[-len(features_BD) :].astype(np.int64)).to(features_BD.device)
+            scalars |= feature_health(gather(features_BD), gather(sources_B), t.data.sources)
+            if self.loggers is not None and t.objective.contrasts:
+                means, curves = contrast_report(t.objective.contrasts, sources_B, t.data.sources)
+                scalars |= {f"contrast/{name}": float(value) for name, value in means.items() if not value.isnan()}
+        t.objective.contrasts.clear()
+        if self.loggers is not None:
+            self.loggers.log(t.step, scalars)
+            write_curves(t.folder.curves, t.step, curves)
 
     def _utilisation(self, t: Training, images_per_second: float) -> float:
         """Share of the device's peak FLOP/s that plain training's forwards and backwards of two views use.
@@ -187,27 +216,74 @@ def open_monitor(config: PretrainConfig, world: World, data: Data, objective: Ob
     return Monitor(config, world, bank)
 
 
-def choice_statistics(t: Training, batch: ViewBatch, result: StepResult) -> dict[str, float]:
-    """Share of chosen pairs with the lowest overlap; per source the chosen pairs' mean loss and the hardness gained."""
+def last_rows(batch: ViewBatch, t: Training) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and labels of the images whose features the objective holds: with gradient accumulation, of the last part."""
+    assert t.objective.seen_features_BD is not None
+    count = len(t.objective.seen_features_BD)
+    return batch.ids_B[-count:], batch.labels_B[-count:]
+
+
+def note(scalars: dict[str, float]) -> str:
+    """What the progress line says: loss, speed, each phase's share of the time of a step, memory, utilisation."""
+    shares = {name: scalars.get(f"time/{name}", 0.0) / scalars["time/step"] for name in PHASES}
+    split = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    return (
+        f"loss {scalars['train/loss']:.2f}, {scalars['train/images_per_second']:,.0f} images/s ({split}), "
+        f"{scalars['system/memory_gb']:.1f} GB, MFU {scalars['system/mfu']:.0%}"
+    )
+
+
+def choice_statistics(t: Training, batch: ViewBatch, result: StepResult) -> dict[str, tuple[float, int]]:
+    """Sum and count over images of: whether the pair of least overlap was chosen, the chosen pair's overlap; per source
+    besides the chosen pair's loss, and what it is above the mean pair's."""
     views = t.config.selection.views
     if views == 2:
         return {}
     iou_BP = pair_iou(batch.params[:, :views])
     rows = np.arange(len(result.choice_B))
-    lowest_B = iou_BP[rows, result.choice_B] <= iou_BP.min(1)
-    found = {
-        "selection/lowest_iou_share": float(lowest_B.mean()),
-        "selection/chosen_iou": float(iou_BP[rows, result.choice_B].mean()),
-    }
-    if result.losses_BP is not None:
-        chosen_B, mean_B = result.losses_BP[rows, result.choice_B], result.losses_BP.mean(1)
-        for number, source in enumerate(t.data.sources):
-            own = batch.sources_B == number
-            if own.any():
-                found[f"selection/chosen_loss/{source}"] = float(chosen_B[own].mean())
-                found[f"selection/gain/{source}"] = float((chosen_B - mean_B)[own].mean())
-                found[f"selection/lowest_iou_share/{source}"] = float(lowest_B[own].mean())
+    chosen_iou_B = iou_BP[rows, result.choice_B]
+    lowest_B = chosen_iou_B <= iou_BP.min(1)
+    everyone = np.ones(len(rows), np.bool_)
+    found = {"selection/lowest_iou_share": summed(lowest_B, everyone)}
+    found["selection/chosen_iou"] = summed(chosen_iou_B, everyone)
+    for number, source in enumerate(t.data.sources):
+        own_B = batch.sources_B == number
+        found[f"selection/lowest_iou_share/{source}"] = summed(lowest_B, own_B)
+        if result.losses_BP is not None:
+            chosen_B, mean_B = result.losses_BP[rows, result.choice_B], result.losses_BP.mean(1)
+            found[f"selection/chosen_loss/{source}"] = summed(chosen_B, own_B)
+            found[f"selection/gain/{source}"] = summed(chosen_B - mean_B, own_B)
     return found
+
+
+def summed(values_B: np.ndarray, own_B: np.ndarray) -> tuple[float, int]:
+    """Sum and count of the values that `own_B` marks."""
+    return float(values_B[own_B].sum()), int(own_B.sum())
+
+
+def feature_health(features_BD: Tensor, sources_B: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """Standard deviation and RankMe of features, over all and by source; nothing where they are not finite."""
+    if not bool(torch.isfinite(features_BD).all()):
+        return {}
+    groups = {"": features_BD} | {f"/{name}": features_BD[sources_B == n] for n, name in enumerate(names)}
+    scalars = {}
+    for suffix, rows_BD in groups.items():
+        if len(rows_BD) > 1:
+            scalars[f"health/feature_std{suffix}"] = float(feature_std(rows_BD))
+            scalars[f"health/rankme{suffix}"] = float(rankme(rows_BD))
+    return scalars
+
+
+def write_curves(path: Path, step: int, curves: dict[str, Tensor]) -> None:
+    """Appends curves to `curves.jsonl`: step, ranks (from 1, evenly spaced in their logarithm) and values by name."""
+    line: dict[str, Any] = {"step": step}
+    for name, values in curves.items():
+        if not values.isnan().any():
+            ranks = np.unique(np.geomspace(1, len(values), CURVE_POINTS).round().astype(int))
+            line[name] = {"rank": ranks.tolist(), "value": values.cpu().numpy()[ranks - 1].tolist()}
+    if len(line) > 1:
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def held_out_knn(backbone: nn.Module, train: str, test: str, config: PretrainConfig, world: World) -> float:

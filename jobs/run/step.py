@@ -56,6 +56,7 @@ def train_step(t: Training, batch: ViewBatch) -> StepResult:
     torch.manual_seed(step_seed(t.config.seed, t.step, t.world.rank))
     set_step(t.optimizer, t.schedule, t.step)
     t.optimizer.zero_grad(set_to_none=True)
+    t.objective.watching = t.monitor.watches(t.step + 1)
     losses, choices, selection = [], [], t.config.selection
     parts = split(batch, t.config.accumulate)
     for part in parts:

@@ -3,12 +3,14 @@
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 from jobs.run.command import Bar, progress, warn
 from jobs.run.config import PretrainConfig
+from jobs.run.ending import explained
+from jobs.run.failure import TrainingFailedError
 from jobs.run.folder import RunFolder
-from jobs.run.health import TrainingFailedError
 from jobs.run.step import train_step
 from jobs.run.training import Training, open_training, save
 from jobs.run.world import World
@@ -22,8 +24,25 @@ def train(config: PretrainConfig, folder: RunFolder, world: World, *, resume: bo
 
     Raises:
         InputError: what the configuration asks for cannot be had.
-        TrainingFailedError: too many steps in a row were not finite; the folder keeps the last good checkpoint.
+        TrainingFailedError: too many steps in a row were not finite, the disk is full, another rank is gone; the folder
+            keeps the last good checkpoint.
     """
+    try:
+        with explained(folder.path):
+            return run(config, folder, world, resume)
+    except TrainingFailedError as error:
+        with suppress(OSError):  # on a full disk the state stays what it was
+            folder.write_state("failed", **without_time(folder.read_state()), reason=str(error))
+        raise
+
+
+def without_time(state: dict[str, Any]) -> dict[str, Any]:
+    """The facts of a recorded state."""
+    return {name: value for name, value in state.items() if name not in ("state", "updated", "reason")}
+
+
+def run(config: PretrainConfig, folder: RunFolder, world: World, resume: bool) -> str:
+    """Opens everything, trains, closes everything."""
     with ExitStack() as stack:
         t = open_training(config, folder, world, stack, resume)
         stop = stack.enter_context(stop_signals())
@@ -31,12 +50,10 @@ def train(config: PretrainConfig, folder: RunFolder, world: World, *, resume: bo
         if t.step == 0:
             t.monitor.evaluate(t)
             save(t)
-        try:
-            state = loop(t, stop, bar)
-        except TrainingFailedError as error:
-            note_state(t, "failed", reason=str(error))
-            raise
-        note_state(t, state)
+        state = loop(t, stop, bar)
+        if t.saver is not None:
+            t.saver.wait()
+    note_state(t, state)
     return state
 
 
@@ -46,7 +63,10 @@ def loop(t: Training, stop: threading.Event, bar: Bar) -> str:
         with t.timer.phase("data", host=True):
             batch = next(t.stream)
         result = train_step(t, batch)
-        t.monitor.after_step(t, batch, result)
+        with t.timer.phase("monitors", host=True):
+            t.monitor.after_step(t, batch, result)
+        if t.saver is not None:
+            t.saver.surface()
         bar.advance(1, note=t.monitor.note)
         (stopping,) = t.world.any(stop.is_set())
         if stopping or t.step % t.config.checkpoint.every == 0 or t.step == t.length.steps:
@@ -59,11 +79,11 @@ def loop(t: Training, stop: threading.Event, bar: Bar) -> str:
     return "finished"
 
 
-def note_state(t: Training, state: str, **facts: str) -> None:
+def note_state(t: Training, state: str) -> None:
     """Records how the run stands."""
     if t.world.leads:
         speed = t.monitor.images_per_second
-        t.folder.write_state(state, step=t.step, steps=t.length.steps, images_per_second=speed, **facts)
+        t.folder.write_state(state, step=t.step, steps=t.length.steps, images_per_second=speed)
 
 
 @contextmanager

@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from timm.models.resnet import ResNet
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,10 +20,11 @@ from jobs.run.log import AugmentationLog, truncate_log
 from jobs.run.metrics import Loggers
 from jobs.run.monitor import Monitor, open_monitor
 from jobs.run.optim import Schedule, build_optimizer
+from jobs.run.saving import CheckpointWriter
 from jobs.run.timing import StepTimer
 from jobs.run.world import World
 from models.objectives import Length, Objective, build_objective
-from models.objectives.base import Chosen
+from models.objectives.base import Chosen, Encoder, has_batchnorm
 from pipelines.stream import ViewStream
 from shards.errors import InputError
 from shards.reader import SampleError
@@ -58,6 +59,8 @@ class Training:
     monitor: Monitor
     timer: StepTimer
     guard: FiniteGuard
+    saver: CheckpointWriter | None
+    """On the leading rank."""
     step: int = 0
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """The objective's metrics of the newest step."""
@@ -101,14 +104,18 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
         optimizer.load_state_dict(saved["optimizer"])
         monitor.load_state_dict(saved["monitor"])
         guard.skipped, guard.in_a_row = saved["guard"]["skipped"], saved["guard"]["in_a_row"]
+    saver = None
     if world.leads:
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
         save_config(config, folder.config)
         keep_lines(folder.quarantine, step - 1)
+        keep_lines(folder.curves, step)
         if folder.log.exists():
             truncate_log(folder.log, step * config.batch)
         monitor.loggers = Loggers(config.monitor.loggers, folder, step, to_plain(config))
         stack.callback(monitor.loggers.close)
+        saver = CheckpointWriter(folder.checkpoints, config.checkpoint.keep)
+        stack.callback(saver.close)
         folder.write_state("running", step=step, steps=length.steps)
     world.barrier()
     policy = run_policy(config)
@@ -137,6 +144,7 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
         monitor,
         StepTimer(world.device),
         guard,
+        saver,
         step,
     )
     stack.callback(training.stream.close)
@@ -152,14 +160,27 @@ def make_objective(config: PretrainConfig, length: Length) -> Objective:
     torch.manual_seed(config.seed)
     try:
         objective = build_objective(config.objective, config.backbone, length)
+        objective.check(config.selection)
     except ValueError as error:
         raise InputError(str(error)) from error
     if config.checkpoint_activations:
-        grad_checkpointing = getattr(objective.online.backbone, "set_grad_checkpointing", None)
-        if grad_checkpointing is None:
-            raise InputError(f"checkpoint_activations: {config.backbone.name} does not support it; leave it out")
-        grad_checkpointing(True)
+        checkpoint_activations(objective.online, config.backbone.name)
+    for encoder in (objective.online, objective.target):
+        if encoder is not None and isinstance(encoder.backbone, ResNet):
+            encoder.backbone.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return objective
+
+
+def checkpoint_activations(encoder: Encoder, name: str) -> None:
+    """Recomputes the backbone's activations in the backward pass.
+
+    Raises:
+        InputError: a backbone that cannot, or that has BatchNorm, whose running statistics would move twice a step.
+    """
+    recompute = getattr(encoder.backbone, "set_grad_checkpointing", None)
+    if recompute is None or has_batchnorm(encoder):
+        raise InputError(f"checkpoint_activations: not for {name} with its norms; leave it out")
+    recompute(True)
 
 
 def compile_encoders(config: PretrainConfig, objective: Objective, device: torch.device) -> None:
@@ -183,14 +204,15 @@ def quarantine(t: Training, error: SampleError) -> None:
 
 
 def save(t: Training) -> None:
-    """Commits the log on every rank, then writes a checkpoint and removes old ones.
+    """Commits the log on every rank; then a checkpoint is taken on the leading one, and written as training goes on.
 
-    A disk that is full ends the run with a clear line; the checkpoints before stay usable.
+    Raises:
+        OSError: a disk that is full; the checkpoints before stay usable.
     """
     with t.timer.phase("log", host=True):
         t.log.commit()
     t.world.barrier()
-    if t.world.leads:
+    if t.saver is not None:
         content = {
             "config": to_plain(t.config),
             "position": t.step * t.config.batch,
@@ -201,12 +223,4 @@ def save(t: Training) -> None:
             "guard": dataclasses.asdict(t.guard),
         }
         with t.timer.phase("checkpoint", host=True):
-            try:
-                checkpoint.save(t.folder.checkpoints, t.step, content, t.monitor.newest_knn)
-            except OSError as error:
-                free = shutil.disk_usage(t.folder.path).free
-                raise InputError(
-                    f"run: the checkpoint of step {t.step} cannot be written to {t.folder.checkpoints} "
-                    f"({error.strerror}; {free / 1e9:.1f} GB free); make room, then go on with --resume"
-                ) from error
-            checkpoint.prune(t.folder.checkpoints, t.config.checkpoint.keep)
+            t.saver.save(t.step, content, t.monitor.newest_knn)

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from jobs.run import heartbeat
 from shards.errors import InputError
 
 
@@ -63,10 +65,11 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 @contextmanager
-def open_world(device: str = "auto", timeout_s: float = 600) -> Iterator[World]:
+def open_world(device: str = "auto", timeout_s: float = 3600) -> Iterator[World]:
     """Joins the process group that torchrun's environment describes: NCCL on GPUs, gloo on CPUs.
 
-    A rank that waits longer than `timeout_s` seconds for another one fails with the reason.
+    Collectives wait up to `timeout_s` seconds, as long as an evaluation on the leading rank may take; a rank that is
+    gone is noticed long before, by its broken connection or by its missing heartbeat.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     place = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")))
@@ -80,7 +83,17 @@ def open_world(device: str = "auto", timeout_s: float = 600) -> Iterator[World]:
         timeout=datetime.timedelta(seconds=timeout_s),
         device_id=place if place.type == "cuda" else None,
     )
+    alive = heartbeat.connect(rank, size, give_up)
     try:
         yield World(rank, size, place)
+        alive.close()
+        dist.barrier()  # rank 0 may hold the store, so nobody leaves before all have stopped beating
     finally:
+        alive.close()
         dist.destroy_process_group()
+
+
+def give_up(reason: str) -> None:
+    """Ends this process, whose main thread waits in a collective for a rank that will not come."""
+    print(f"hardviews: run: {reason}; the job ends here, go on with --resume", file=sys.stderr, flush=True)
+    os._exit(1)

@@ -20,7 +20,7 @@ from jobs.pretrain import pretrain
 from jobs.run import checkpoint, trainer
 from jobs.run.config import PretrainConfig, from_plain, load_config, save_config, to_plain
 from jobs.run.folder import RunFolder
-from jobs.run.health import TrainingFailedError
+from jobs.run.failure import TrainingFailedError
 from jobs.run.log import open_log
 from jobs.run.metrics import read_metrics
 from jobs.run.presets import PRESETS, preset

@@ -1,0 +1,64 @@
+"""A run's way out: what the outside world did to it, in one line."""
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
+
+from jobs.run.failure import TrainingFailedError
+
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Turns a full disk and the loss of another rank, wherever they are met, into one clear line.
+
+    Raises:
+        TrainingFailedError: the disk of `folder` is full, or a rank is gone.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, TrainingFailedError):
+            raise
+        causes = list(chain(error))
+        found = [disk_full(cause, folder) for cause in causes] + [rank_lost(cause) for cause in causes]
+        reason = next(filter(None, found), None)
+        if reason is None:
+            raise
+        raise TrainingFailedError(f"{reason}; go on with --resume") from error
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it was raised from or while handling."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__
+
+
+def disk_full(error: BaseException, folder: Path) -> str | None:
+    """What to say where the disk is full; None for any other error."""
+    if not isinstance(error, OSError) or error.errno not in NO_SPACE:
+        return None
+    free = shutil.disk_usage(folder).free
+    return (
+        f"run: {error.filename or folder} cannot be written ({error.strerror}; {free / 1e9:.1f} GB free); the newest "
+        f"checkpoint in {folder / 'checkpoints'} is whole; make room"
+    )
+
+
+def rank_lost(error: BaseException) -> str | None:
+    """What to say where a collective failed because another rank is gone; None for any other error.
+
+    NCCL and the rendezvous store raise torch's own classes, gloo a RuntimeError that names it.
+    """
+    lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+    if not lost:
+        return None
+    detail = " ".join(str(error).split("\n", 1)[0].split())
+    return f"run: another process of this job is gone ({detail}); the first one to fail says why"

@@ -1,0 +1,5 @@
+"""What ends a run that did nothing wrong in its command line."""
+
+
+class TrainingFailedError(RuntimeError):
+    """Training cannot go on; the message says why, at which step or where, and what to go on from. Exit code 1."""
