@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from torch.distributed.distributed_c10d import Store, TCPStore
+import torch.distributed as dist
 
 EVERY = 2.0
 PATIENCE = 25.0
@@ -23,7 +23,8 @@ class Heartbeat:
     another one found that, or where the store of the rendezvous is gone.
     """
 
-    def __init__(self, store: Store, rank: int, size: int, lost: Callable[[str], None]) -> None:
+    # torch documents these classes under torch.distributed and does not export them to type checkers.
+    def __init__(self, store: dist.Store, rank: int, size: int, lost: Callable[[str], None]) -> None:  # pyright: ignore[reportPrivateImportUsage]
         self._store, self._rank, self._next, self._lost = store, rank, (rank + 1) % size, lost
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -60,5 +61,5 @@ class Heartbeat:
 
 def connect(rank: int, size: int, lost: Callable[[str], None]) -> Heartbeat:
     """A heartbeat over the store that torchrun's environment names, by a connection of its own."""
-    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # pyright: ignore[reportPrivateImportUsage]
     return Heartbeat(store, rank, size, lost)
