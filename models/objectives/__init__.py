@@ -4,13 +4,16 @@ from models.backbones import BackboneConfig
 from models.objectives.base import Length, Objective
 from models.objectives.byol import BYOL, BYOLConfig
 from models.objectives.dino import DINO, DINOConfig
+from models.objectives.ibot import IBOT, IBOTConfig
 from models.objectives.moby import MoBY, MoBYConfig
 from models.objectives.moco_v3 import MoCoV3, MoCoV3Config
 from models.objectives.simclr import SimCLR, SimCLRConfig
 from models.objectives.simsiam import SimSiam, SimSiamConfig
 from models.objectives.swav import SwAV, SwAVConfig
 
-ObjectiveConfig = MoBYConfig | MoCoV3Config | SimCLRConfig | SimSiamConfig | BYOLConfig | SwAVConfig | DINOConfig
+ObjectiveConfig = (
+    MoBYConfig | MoCoV3Config | SimCLRConfig | SimSiamConfig | BYOLConfig | SwAVConfig | DINOConfig | IBOTConfig
+)
 
 OBJECTIVES: dict[str, tuple[type, type[Objective]]] = {
     "moby": (MoBYConfig, MoBY),
@@ -20,6 +23,7 @@ OBJECTIVES: dict[str, tuple[type, type[Objective]]] = {
     "byol": (BYOLConfig, BYOL),
     "swav": (SwAVConfig, SwAV),
     "dino": (DINOConfig, DINO),
+    "ibot": (IBOTConfig, IBOT),
 }
 
 

@@ -101,10 +101,17 @@ class DINOHead(nn.Module):
         self.frozen = False
 
     def forward(self, features: Tensor) -> Tensor:
+        return self.bottleneck(features) @ self.last().T
+
+    def bottleneck(self, features: Tensor) -> Tensor:
+        """Rows of length 1 before the last layer."""
+        return F.normalize(self.layers(features), dim=-1)
+
+    def last(self) -> Tensor:
+        """[K, bottleneck]: the last layer's rows of length 1."""
         last_KD = F.normalize(self.last_KD, dim=1)
-        if self.frozen:  # zero gradients rather than none, which DistributedDataParallel would wait for
-            last_KD = last_KD.detach() + 0 * last_KD
-        return F.normalize(self.layers(features), dim=-1) @ last_KD.T
+        # Where frozen, zero gradients rather than none, which DistributedDataParallel would wait for.
+        return last_KD.detach() + 0 * last_KD if self.frozen else last_KD
 
 
 class DINO(Objective):
@@ -122,17 +129,16 @@ class DINO(Objective):
         self.register_buffer("centre_K", torch.zeros(config.outputs))
         self._pending: list[Tensor] = []
 
-    @property
-    def teacher_temperature(self) -> float:
-        """τ_t at this step."""
+    def warmed(self, temperature: float) -> float:
+        """τ_t at this step, where it ends at `temperature`."""
         warmup = self.config.warmup_teacher_epochs
         share = min(1.0, self.epoch / warmup) if warmup > 0 else 1.0
-        first, last = self.config.warmup_teacher_temperature, self.config.teacher_temperature
-        return first + (last - first) * share
+        first = self.config.warmup_teacher_temperature
+        return first + (temperature - first) * share
 
     def teach(self, t: Tensor) -> Tensor:
         """Target outputs → the distributions that the online encoder has to predict, fp32."""
-        return ((t.float() - self.centre_K) / self.teacher_temperature).softmax(-1)
+        return ((t.float() - self.centre_K) / self.warmed(self.config.teacher_temperature)).softmax(-1)
 
     def predict(self, s: Tensor) -> Tensor:
         """Online outputs → log probabilities, fp32."""
@@ -183,25 +189,30 @@ class DINO(Objective):
         return Chosen((pair, crops[1][rows_B1, local_BL]), features, views_BM)
 
     def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
-        globals_B2, *locals_ = chosen.crops
-        with torch.no_grad():
-            features_B2D = chosen.features_B2D
-            if features_B2D is None:
-                features_B2D = self.target.features(globals_B2.flatten(0, 1)).unflatten(0, globals_B2.shape[:2])
-            outputs_B2K = self.target.head(features_B2D)
-            teacher_B2K = self.teach(outputs_B2K)
+        teacher_B2K = self.targets(chosen)
+        # The global views come last, so that monitors see their features.
+        parts = [self.against(teacher_B2K, crops) for crops in reversed(chosen.crops)]
+        cross_B2V = torch.cat(parts[::-1], 2)
+        return pair_loss(cross_B2V).mean(), {"teacher_entropy": entropy(teacher_B2K)}
+
+    @torch.no_grad()
+    def targets(self, chosen: Chosen) -> Tensor:
+        """[B, 2, K]: distributions that the target makes of the global views; their outputs go into the centre."""
+        globals_B2CHW = chosen.crops[0]
+        features_B2D = chosen.features_B2D
+        if features_B2D is None:
+            features_B2D = self.target.features(globals_B2CHW.flatten(0, 1)).unflatten(0, globals_B2CHW.shape[:2])
+        outputs_B2K = self.target.head(features_B2D)
         self._pending.append(outputs_B2K.float().mean((0, 1)))
+        return self.teach(outputs_B2K)
+
+    def against(self, teacher_B2K: Tensor, crops_BnCHW: Tensor) -> Tensor:
+        """[B, 2, n]: cross entropies of the targets with what the online encoder predicts for a group of views."""
         self._freeze()
-        parts = []
-        for number, crops in enumerate([globals_B2, *locals_]):
-            features = self.online.features(crops.flatten(0, 1))
-            if number == 0:
-                self.seen_features_BD = features.unflatten(0, crops.shape[:2])[:, 0].detach()
-            predicted_BnK = self.predict(self.online.head(features)).unflatten(0, crops.shape[:2])
-            parts.append(cross_entropies(teacher_B2K, predicted_BnK))
-        cross_B2V = torch.cat(parts, 2)
-        entropy = -(teacher_B2K * teacher_B2K.clamp_min(1e-12).log()).sum(-1).mean()
-        return pair_loss(cross_B2V).mean(), {"teacher_entropy": entropy}
+        features = self.online.features(crops_BnCHW.flatten(0, 1))
+        self.seen_features_BD = features.unflatten(0, crops_BnCHW.shape[:2])[:, 0].detach()
+        predicted_BnK = self.predict(self.online.head(features)).unflatten(0, crops_BnCHW.shape[:2])
+        return cross_entropies(teacher_B2K, predicted_BnK)
 
     def _freeze(self) -> None:
         head = self.online.projector
@@ -219,6 +230,11 @@ class DINO(Objective):
     def skip_step(self) -> None:
         self._pending.clear()
         super().skip_step()
+
+
+def entropy(distributions: Tensor) -> Tensor:
+    """Mean entropy (nats) of distributions along the last axis."""
+    return -(distributions * distributions.clamp_min(1e-12).log()).sum(-1).mean()
 
 
 def pair_loss(cross_B2V: Tensor) -> Tensor:

@@ -48,6 +48,8 @@ class SwAVConfig:
     """Width of the projector's hidden layer."""
     width: int = 128
     """Width of the embedding."""
+    head_norm: bool = True
+    """BatchNorm in the projector's hidden layer; MoCo v3's comparison on ViTs does without (appendix there)."""
 
     def __post_init__(self) -> None:
         check_positive(self, "prototypes", "temperature", "epsilon", "iterations", "hidden", "width")
@@ -62,7 +64,9 @@ class SwAV(Objective):
         super().__init__(length)
         self.config = config
         model = build_backbone(backbone, backbone.drop_path)
-        self.online = Encoder(model, mlp(feature_width(model), config.hidden, config.width))
+        self.online = Encoder(
+            model, mlp(feature_width(model), config.hidden, config.width, hidden_norm=config.head_norm)
+        )
         self.prototypes_KD = nn.Parameter(unit(torch.randn(config.prototypes, config.width)))
 
     def scores(self, z_BD: Tensor) -> Tensor:

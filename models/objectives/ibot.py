@@ -1,0 +1,214 @@
+"""iBOT (Zhou et al. 2022, algorithm 1): DINO's loss of class tokens, and the same for masked patches.
+
+    t_i, u_i = f_t(x_i)                       # class and patch tokens of global views, through one head, no gradient
+    s_i, w_i = f_s(masked x_i)                # the online encoder sees a mask token in place of the masked patches
+    loss = DINO(t, s) + mean over masked patches of −softmax((u_i − centre′) / τ_t) · log softmax(w_i / τ_s)
+    step; f_t ← m f_t + (1 − m) f_s; both centres
+
+Views are chosen by the class tokens' part and without masks: a pair's patches are predicted within each view, so they
+say little about the pair, and masks would make the choice depend on chance. Local views, where the policy has some,
+are chosen as in DINO.
+
+Shape suffixes: B images, V views of all images side by side, T patches in rows of H × W, M masked ones, D width,
+K outputs, R blocks.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers.patch_embed import PatchEmbed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from models.backbones import BackboneConfig
+from models.distributed import gather
+from models.objectives.base import Chosen, Length, Metrics
+from models.objectives.dino import DINO, DINOConfig, DINOHead, entropy, pair_loss
+from models.selection import SelectionConfig
+
+
+@dataclass(frozen=True)
+class IBOTConfig(DINOConfig):
+    """iBOT."""
+
+    outputs: int = 8192
+    """K: width of the last layer, which class and patch tokens share."""
+    teacher_temperature: float = 0.07
+    """τ_t of class tokens after its warm-up."""
+    warmup_teacher_epochs: float = 30.0
+    """Epochs in which τ_t rises linearly."""
+    local_views: int = 10
+    """l: local views that train; with more in the stream (views.local_views) the hardest are chosen."""
+    patch_temperature: float = 0.07
+    """τ_t of patch tokens after its warm-up."""
+    patch_weight: float = 1.0
+    """Weight of the masked patches' part of the loss."""
+    mask_probability: float = 0.5
+    """Share of global views in which patches are masked (0 to 1)."""
+    mask_share: float = 0.3
+    """Mean share of a masked view's patches that are masked (0 to 1)."""
+    mask_variation: float = 0.2
+    """Largest deviation from that share, which is drawn uniformly for each view."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.patch_temperature <= 0:
+            raise ValueError(f"objective.patch_temperature: {self.patch_temperature} must be above 0; raise it")
+        if self.patch_weight < 0:
+            raise ValueError(f"objective.patch_weight: {self.patch_weight} must be 0 or above; raise it")
+        if not 0 <= self.mask_probability <= 1:
+            raise ValueError(f"objective.mask_probability: {self.mask_probability} must lie between 0 and 1")
+        if not 0 <= self.mask_variation <= self.mask_share <= 1 - self.mask_variation:
+            raise ValueError(
+                f"objective.mask_share: {self.mask_share} ± {self.mask_variation} leaves 0 to 1; lower mask_variation"
+            )
+
+
+class Tap:
+    """Hooks in a ViT: while open, masked patches are replaced by a token and the last layer's tokens are noted.
+
+    The hooks stay where they are, so that a compiled backbone has them too.
+    """
+
+    def __init__(self, backbone: VisionTransformer, token_D: nn.Parameter | None = None) -> None:
+        self.prefix = backbone.num_prefix_tokens
+        self.token_D = token_D
+        self.mask_VHW: Tensor | None = None
+        self.tokens: Tensor | None = None
+        self.open = False
+        backbone.patch_embed.register_forward_hook(self._substitute)
+        backbone.norm.register_forward_hook(self._note)
+
+    @contextmanager
+    def noting(self, mask_VHW: Tensor | None = None) -> Iterator[None]:
+        """Inside, `patches` are those of the newest forward, whose masked patches were replaced."""
+        self.open, self.mask_VHW = True, mask_VHW
+        try:
+            yield
+        finally:
+            self.open, self.mask_VHW, self.tokens = False, None, None
+
+    @property
+    def patches(self) -> Tensor:
+        """[V, T, D]: the newest forward's patch tokens, rows first."""
+        assert self.tokens is not None
+        return self.tokens[:, self.prefix :]
+
+    def _substitute(self, module: nn.Module, inputs: Any, embedded_VHWD: Tensor) -> Tensor:
+        if self.token_D is None or self.mask_VHW is None:
+            return embedded_VHWD
+        return torch.where(self.mask_VHW[..., None], self.token_D.to(embedded_VHWD.dtype), embedded_VHWD)
+
+    def _note(self, module: nn.Module, inputs: Any, tokens: Tensor) -> None:
+        if self.open:
+            self.tokens = tokens
+
+
+class IBOT(DINO):
+    """iBOT."""
+
+    config: IBOTConfig
+    patch_centre_K: Tensor
+
+    def __init__(self, config: IBOTConfig, backbone: BackboneConfig, length: Length) -> None:
+        super().__init__(config, backbone, length)
+        online, target = self.online.backbone, self.target.backbone
+        for model in (online, target):
+            if not isinstance(model, VisionTransformer) or model.global_pool != "token":
+                raise ValueError(
+                    f"backbone.name: iBOT masks patches of a ViT with a class token, and {backbone.name} is none as "
+                    f"configured; take a ViT and leave backbone.pool at token"
+                )
+        assert isinstance(online, VisionTransformer) and isinstance(target, VisionTransformer)
+        assert isinstance(online.patch_embed, PatchEmbed)
+        self.patch_sides = int(online.patch_embed.patch_size[0]), int(online.patch_embed.patch_size[1])
+        self.mask_token_D = nn.Parameter(torch.zeros(online.embed_dim))
+        self.register_buffer("patch_centre_K", torch.zeros(config.outputs))
+        self._online_tap, self._target_tap = Tap(online, self.mask_token_D), Tap(target)
+        self._pending_patches: list[Tensor] = []
+
+    def reuses_features(self, selection: SelectionConfig, in_bf16: bool = False) -> bool:
+        """Never: the loss wants patch tokens too, which scoring does not keep."""
+        return False
+
+    def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
+        globals_B2CHW, *locals_ = chosen.crops
+        mask_VHW = self.masks(globals_B2CHW)
+        counts_V = mask_VHW.sum((1, 2))
+        # Made on the host, where the number of masked patches is known without waiting for the device.
+        masked_M = mask_VHW.flatten().nonzero()[:, 0]
+        weight_M = (1 / counts_V.clamp_min(1))[masked_M // mask_VHW[0].numel()]
+        device = globals_B2CHW.device
+        masked_M, weight_M = (x.to(device, non_blocking=True) for x in (masked_M, weight_M))
+        with self._target_tap.noting():
+            teacher_B2K = self.targets(chosen)
+            taught_MK = self.patch_targets(self._target_tap.patches, masked_M)
+        parts = [self.against(teacher_B2K, crops) for crops in locals_]
+        with self._online_tap.noting(mask_VHW.to(device, non_blocking=True)):
+            parts.insert(0, self.against(teacher_B2K, globals_B2CHW))
+            patches_MD = self._online_tap.patches.flatten(0, 1)[masked_M]
+        predicted_MK = self.predict(self.online.projector(patches_MD))
+        # A view's masked patches count as one, and a view without any as nothing (equation 2 there).
+        patch_loss = -((taught_MK * predicted_MK).sum(1) * weight_M).sum() / len(mask_VHW)
+        loss = pair_loss(torch.cat(parts, 2)).mean() + self.config.patch_weight * patch_loss
+        return loss, {"teacher_entropy": entropy(teacher_B2K), "patch_loss": patch_loss.detach()}
+
+    def masks(self, globals_B2CHW: Tensor) -> Tensor:
+        """bool [V, H, W] on the host: True where a patch is hidden from the online encoder."""
+        height, width = (side // patch for side, patch in zip(globals_B2CHW.shape[3:], self.patch_sides, strict=True))
+        views = globals_B2CHW.shape[0] * globals_B2CHW.shape[1]
+        config = self.config
+        low, high = config.mask_share - config.mask_variation, config.mask_share + config.mask_variation
+        share_V = (low + (high - low) * torch.rand(views)) * (torch.rand(views) < config.mask_probability)
+        return block_masks((share_V * height * width).round().long(), height, width)
+
+    @torch.no_grad()
+    def patch_targets(self, patches_VTD: Tensor, masked_M: Tensor) -> Tensor:
+        """[M, K]: what the target makes of the masked patches; the outputs of all patches go into the centre."""
+        head = self.target.projector
+        assert isinstance(head, DINOHead)
+        bottleneck = head.bottleneck(patches_VTD.flatten(0, 1))
+        last_KD = head.last()
+        # The last layer is linear: the mean of its outputs is its output for the mean.
+        self._pending_patches.append(last_KD.float() @ bottleneck.float().mean(0))
+        outputs_MK = (bottleneck[masked_M] @ last_KD.T).float()
+        return ((outputs_MK - self.patch_centre_K) / self.warmed(self.config.patch_temperature)).softmax(-1)
+
+    def after_step(self) -> None:
+        """Moves target and both centres."""
+        mean_K = gather(torch.stack(self._pending_patches).mean(0, keepdim=True)).mean(0)
+        self._pending_patches.clear()
+        self.patch_centre_K.lerp_(mean_K, 1 - self.config.centre_momentum)
+        super().after_step()
+
+    def skip_step(self) -> None:
+        self._pending_patches.clear()
+        super().skip_step()
+
+
+def block_masks(count_V: Tensor, height: int, width: int, blocks: int = 16) -> Tensor:
+    """bool [V, H, W]: exactly `count_V` patches of each view, in rectangles of random place, size and shape.
+
+    Rectangles (area from 4 patches to half of the view, sides' ratio from 0.3 to 1/0.3, as in BEiT) are laid one after
+    the other; of the one that goes beyond the count, and of what no rectangle covers, patches are taken at random.
+    Draws from torch's global generator.
+    """
+    views, patches = len(count_V), height * width
+    area_VR, ratio_VR, top_VR, left_VR = torch.rand(4, views, blocks).unbind()
+    area_VR = 4 + area_VR * max(patches / 2 - 4, 0)
+    ratio_VR = torch.exp((2 * ratio_VR - 1) * -torch.log(torch.tensor(0.3)))
+    rows_VR = (area_VR * ratio_VR).sqrt().round().clamp(1, height)
+    columns_VR = (area_VR / ratio_VR).sqrt().round().clamp(1, width)
+    top_VR = (top_VR * (height - rows_VR + 1)).floor()
+    left_VR = (left_VR * (width - columns_VR + 1)).floor()
+    y_H, x_W = torch.arange(height), torch.arange(width)
+    in_rows_VRH = (y_H >= top_VR[..., None]) & (y_H < (top_VR + rows_VR)[..., None])
+    in_columns_VRW = (x_W >= left_VR[..., None]) & (x_W < (left_VR + columns_VR)[..., None])
+    covered_VRT = (in_rows_VRH[..., :, None] & in_columns_VRW[..., None, :]).flatten(2)
+    nowhere_V1T = torch.ones(views, 1, patches, dtype=torch.bool)
+    first_VT = torch.cat([covered_VRT, nowhere_V1T], 1).int().argmax(1)
+    turn_VT = (first_VT + torch.rand(views, patches)).argsort(1).argsort(1)
+    return (turn_VT < count_V[:, None]).unflatten(1, (height, width))
