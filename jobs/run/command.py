@@ -5,12 +5,12 @@ import difflib
 import io
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 import tyro
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -84,6 +84,16 @@ class _Rate(ProgressColumn):
         return Text(f"{speed:,.1f} {self.unit}/s" if speed else f"– {self.unit}/s")
 
 
+class _Bars(Progress):
+    """Progress with each task's note on a line of its own, so that a long one does not squeeze the bar."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if task.fields["note"]:
+                yield Text(f"  {task.fields['note']}", style="dim", no_wrap=True, overflow="ellipsis")
+
+
 class Bar:
     """One progress bar; `advance` is safe to call from any thread."""
 
@@ -109,13 +119,12 @@ def progress(description: str, total: float | None, unit: str, completed: int = 
     """A progress bar on stderr with count, rate in `unit` per second and time left."""
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=12),
+        BarColumn(bar_width=24),
         MofNCompleteColumn(),
         _Rate(unit),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, refresh_per_second=4) as bars:
+    with _Bars(*columns, console=console, refresh_per_second=4) as bars:
         yield Bar(bars, description, total, completed)
 
 
