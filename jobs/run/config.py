@@ -62,6 +62,8 @@ class ViewsConfig:
     """Augmentation policy by name: byol, moco_v2, simclr, moco_v3, dino, ibot."""
     local_views: int | None = None
     """Local crops per image of a multi-crop policy; None = the policy's own number."""
+    local_size: int | None = None
+    """Side of the local crops (pixels); None = the policy's own, 3/7 of the image's."""
     crop_scale: tuple[float, float] | None = None
     """Crop area (share of the image) of the views that pairs are chosen from; None = the policy's own."""
     jitter: float = 1.0
@@ -74,6 +76,8 @@ class ViewsConfig:
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise InputError(f"views.policy: {self.policy!r} is not known; choose one of {', '.join(POLICIES)}")
+        if self.local_size is not None and self.local_size < 1:
+            raise InputError(f"views.local_size: {self.local_size} must be at least 1")
         if self.jitter < 0:
             raise InputError(f"views.jitter: {self.jitter} must be 0 or above")
 
@@ -88,7 +92,8 @@ class ViewsConfig:
         first = policy.groups[0]
         if self.crop_scale is not None:
             first = replace(first, views=tuple(replace(view, scale=self.crop_scale) for view in first.views))
-        groups = (first, *policy.groups[1:])
+        local = tuple(replace(group, size=self.local_size or group.size) for group in policy.groups[1:])
+        groups = (first, *local)
         groups = tuple(replace(g, views=tuple(_jittered(view, self.jitter) for view in g.views)) for g in groups)
         return replace(policy, groups=groups, iou=self.iou)
 

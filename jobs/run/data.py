@@ -4,10 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 
+from timm.layers.patch_embed import PatchEmbed
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
 from jobs.run.config import DataConfig, PretrainConfig
 from jobs.run.world import World
 from models.objectives import Length
-from pipelines.batch import Selection
+from pipelines.batch import Recipe, Selection
 from pipelines.policies import Policy
 from pipelines.stream import ViewStream
 from shards.cache import ShardCache
@@ -72,6 +76,28 @@ def run_policy(config: PretrainConfig) -> Policy:
     return config.views.build(config.backbone.image_size, config.selection.views)
 
 
+def check_crops(config: PretrainConfig, backbone: nn.Module) -> None:
+    """A ViT's patches have to tile every crop it is given.
+
+    Raises:
+        InputError: they do not; the message names the field that decides the crop's size.
+    """
+    if not isinstance(backbone, VisionTransformer) or not isinstance(backbone.patch_embed, PatchEmbed):
+        return
+    patch = int(backbone.patch_embed.patch_size[0])
+    policy = run_policy(config)
+    trained = [("views.local_size", group.size) for group in policy.groups[1:]]
+    scored = [("selection.resolution", crop.size) for crop in Recipe(policy, 0, scored_views(config)).outputs]
+    for field, size in trained + scored:
+        if size % patch:
+            raise InputError(f"{field}: crops of {size} pixels are not tiled by patches of {patch}; take a multiple")
+
+
+def scored_views(config: PretrainConfig) -> Selection:
+    """How the views that selection scores differ from those that train."""
+    return Selection(config.selection.resolution, config.selection.static_colour)
+
+
 def open_stream(
     config: PretrainConfig, data: Data, world: World, step: int, quarantine: Callable[[SampleError], None]
 ) -> ViewStream:
@@ -96,7 +122,7 @@ def open_stream(
         colour=config.views.colour,
         threads=config.data.threads,
         prefetch=config.data.prefetch,
-        selection=Selection(config.selection.resolution, config.selection.static_colour),
+        selection=scored_views(config),
         quarantine=quarantine,
         max_failure_share=config.data.max_failures,
     )

@@ -36,6 +36,8 @@ class OptimizerConfig:
     """Second beta of AdamW and LAMB."""
     clip_norm: float = 0.0
     """Largest global gradient norm; 0 = no clipping."""
+    constant_predictor: bool = False
+    """Keep the learning rate of the online encoder's predictor at its peak throughout (SimSiam, section 4.2)."""
 
     def __post_init__(self) -> None:
         for field in ("lr", "beta2"):
@@ -63,29 +65,37 @@ class Schedule:
     def warmup(self) -> int:
         return round(min(self.config.warmup_epochs * self.steps_per_epoch, self.steps / 10))
 
+    @property
+    def peak(self) -> float:
+        return self.config.lr * self.scale
+
     def lr(self, step: int) -> float:
-        peak, final = self.config.lr * self.scale, self.config.final_lr * self.scale
-        return warmup_cosine(step, self.steps, self.warmup, peak, final)
+        return warmup_cosine(step, self.steps, self.warmup, self.peak, self.config.final_lr * self.scale)
 
     def weight_decay(self, step: int) -> float:
         final = self.config.final_weight_decay
         return self.config.weight_decay if final is None else cosine(step, self.steps, self.config.weight_decay, final)
 
 
-def parameter_groups(model: nn.Module) -> list[dict]:
-    """Two groups: what decays, and norms, biases, tokens and position embeddings, which do not."""
+def parameter_groups(model: nn.Module, constant_predictor: bool = False) -> list[dict]:
+    """Two groups: what decays, and norms, biases, tokens and position embeddings, which do not; and the same two for
+    a predictor whose learning rate is constant."""
     exempt = {"cls_token", "pos_embed", "reg_token", "mask_token", "relative_position_bias_table"}
-    decayed, spared = [], []
+    members: dict[tuple[bool, bool], list[nn.Parameter]] = {(False, True): [], (False, False): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            spare = parameter.ndim <= 1 or name.rsplit(".", 1)[-1] in exempt
-            (spared if spare else decayed).append(parameter)
-    return [{"params": decayed, "decays": True}, {"params": spared, "decays": False, "weight_decay": 0.0}]
+            decays = parameter.ndim > 1 and name.rsplit(".", 1)[-1] not in exempt
+            constant = constant_predictor and name.startswith("online.predictor.")
+            members.setdefault((constant, decays), []).append(parameter)
+    return [
+        {"params": found, "decays": decays, "constant": constant} | ({} if decays else {"weight_decay": 0.0})
+        for (constant, decays), found in sorted(members.items(), key=lambda item: (item[0][0], not item[0][1]))
+    ]
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer over every parameter of `model` that wants a gradient; `set_step` gives it its rates."""
-    groups = parameter_groups(model)
+    groups = parameter_groups(model, config.constant_predictor)
     betas = (config.momentum, config.beta2)
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
@@ -101,5 +111,5 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
 def set_step(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> None:
     """Puts the schedule's rates for `step` into the optimizer."""
     for group in optimizer.param_groups:
-        group["lr"] = schedule.lr(step)
+        group["lr"] = schedule.peak if group["constant"] else schedule.lr(step)
         group["weight_decay"] = schedule.weight_decay(step) if group["decays"] else 0.0

@@ -47,6 +47,19 @@ def test_tokens_do_not_decay_and_frozen_parameters_are_left_out() -> None:
     assert [id(p) for p in decayed] == [id(model.weight)] and [id(p) for p in spared] == [id(model.cls_token)]
 
 
+def test_a_constant_predictor_keeps_its_peak_while_all_else_decays() -> None:
+    model = nn.Module()
+    model.online = nn.Module()
+    model.online.backbone, model.online.predictor = nn.Linear(3, 3), nn.Linear(3, 3)
+    config = OptimizerConfig("sgd", lr=0.05, lr_batch=256, weight_decay=0.1, warmup_epochs=0, constant_predictor=True)
+    optimizer = build_optimizer(config, model)
+    set_step(optimizer, Schedule(config, 512, 100, 10), 50)
+    rates = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    assert rates[id(model.online.predictor.weight)] == (0.1, 0.1) and rates[id(model.online.predictor.bias)] == (0.1, 0)
+    assert rates[id(model.online.backbone.weight)] == pytest.approx((0.05, 0.1))
+    assert rates[id(model.online.backbone.bias)] == pytest.approx((0.05, 0))
+
+
 @pytest.mark.parametrize("name", ["adamw", "lamb", "lars", "sgd"])
 def test_every_optimizer_lowers_a_loss(name: str) -> None:
     torch.manual_seed(0)
