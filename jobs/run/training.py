@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from jobs.run import checkpoint
 from jobs.run.config import PretrainConfig, save_config, to_plain
-from jobs.run.data import Data, open_data, open_stream, run_length, run_policy
+from jobs.run.data import Data, check_crops, open_data, open_stream, run_length, run_policy
 from jobs.run.folder import RunFolder, keep_lines
 from jobs.run.health import FiniteGuard
 from jobs.run.log import AugmentationLog, truncate_log
@@ -163,6 +163,7 @@ def make_objective(config: PretrainConfig, length: Length) -> Objective:
         objective.check(config.selection)
     except ValueError as error:
         raise InputError(str(error)) from error
+    check_crops(config, objective.online.backbone)
     if config.checkpoint_activations:
         checkpoint_activations(objective.online, config.backbone.name)
     for encoder in (objective.online, objective.target):
