@@ -1,8 +1,10 @@
 """`hardviews bench step`: what hard views and synthetic negatives add to a plain MoBY step, by turns in one run.
 
 Every side is a whole optimizer step: selection, loss, backward, AdamW, momentum and queues. `obvious` is the plain
-composition of `jobs.benches.obvious`. Then a short training measures how far the cheaper choices agree with the full
-one, and their regret, after the first tenth of its steps.
+composition of `jobs.benches.obvious`. Then three short trainings measure how far cheaper choices agree with the full
+one, and their regret, after the first tenth of the steps: on random pairs, on pairs chosen in bf16, on pairs that the
+target chose. They are apart because regret depends on what is learned from: the target, about 100 steps behind, is a
+good judge of plain training and a poor one, at first, of a training that follows its own choices.
 
 Shape suffixes: B images, N views, P pairs.
 """
@@ -29,8 +31,9 @@ from models.objectives.moby import MoBY, MoBYConfig
 from models.selection import SelectionConfig, audit, select
 from shards.errors import InputError
 
+RATE = 5e-4
 ALWAYS = NegativesConfig(start_epoch=0, last_epochs_without=0)
-WARM = 10  # a run is at least so many steps long, for its first tenth to be one
+LONG = Length(100_000, 1000)  # what is measured is the beginning of a long run: the target's momentum stays near 0.99
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,9 @@ class StepBench:
     rounds: int = 5
     """Times that each step is measured."""
     steps: int = 40
-    """Length of the training that agreement and regret are measured in (steps); 0 = leave that out."""
+    """Length of the trainings that agreement and regret are measured in (steps); 0 = leave them out."""
     audit_every: int = 4
-    """Steps between two of its comparisons."""
+    """Steps between two comparisons."""
     threads: int = 0
     """CPU threads; 0 for torch's own choice."""
     device: str = "cpu"
@@ -78,12 +81,11 @@ class Learner:
         torch.manual_seed(0)
         shape = BackboneConfig(bench.backbone, bench.size, bench.patch, depth=bench.depth)
         backbone = replace(shape, target_precision="bf16" if target_bf16 else "same")
-        length = Length(max(bench.steps, WARM), steps_per_epoch=max(bench.steps, WARM))
-        objective = build_objective(MoBYConfig(negatives), backbone, length)
+        objective = build_objective(MoBYConfig(negatives), backbone, LONG)
         assert isinstance(objective, MoBY)
         self.moby = objective.to(bench.device).train()
         learned = [p for p in self.moby.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(learned, lr=5e-4, weight_decay=0.05)
+        self.optimizer = torch.optim.AdamW(learned, lr=RATE, weight_decay=0.05)
 
     def step(self, views_BNCHW: Tensor, selection: SelectionConfig | None) -> Tensor | None:
         """One step; of the first pair where there is no selection. Returns the choice."""
@@ -159,22 +161,25 @@ def step_times(bench: StepBench) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def choices(bench: StepBench) -> dict[str, float]:
-    """Agreement and regret of the bf16 and the target choice: means over a training without its first tenth."""
+def choices(bench: StepBench, trained_by: str) -> dict[str, float]:
+    """Agreement and regret of the bf16 and the target choice: means over a training without its first tenth, in which
+    the learning rate rises. It learns from the pairs chosen by `trained_by` of SELECTIONS, or from random ones."""
     learner = Learner(bench, ALWAYS, target_bf16=True)
     scored = {name: replace(s, views=bench.views) for name, s in SELECTIONS.items()}
+    warm = max(1, bench.steps // 10)
     found: dict[str, list[float]] = {}
     for step in range(bench.steps):
         views_BNCHW = digit_views(bench, step)
-        if step >= max(1, bench.steps // 10) and step % bench.audit_every == 0:
-            precise_BP = learner.moby.pair_losses((views_BNCHW,), scored["full"].full).losses_BP
+        if step >= warm and (step - warm) % bench.audit_every == 0:
+            precise_BP = learner.moby.pair_losses((views_BNCHW,), scored["precise"]).losses_BP
             for name in ("full", "target"):
                 losses_BP = learner.moby.pair_losses((views_BNCHW,), scored[name]).losses_BP
                 for key, value in audit(precise_BP, losses_BP.argmax(1), scored[name]).items():
-                    short = key.removeprefix("selection/")
-                    found.setdefault(short if name == "full" else f"{short}_{name}", []).append(float(value))
-        learner.step(views_BNCHW, scored["target"])
-    return {name: statistics.fmean(values) for name, values in found.items()}
+                    found.setdefault(f"{key.removeprefix('selection/')}_{name}", []).append(float(value))
+        for group in learner.optimizer.param_groups:
+            group["lr"] = RATE * min(1.0, (step + 1) / warm)
+        learner.step(views_BNCHW, scored.get(trained_by))
+    return {f"{name}_{trained_by}": statistics.fmean(values) for name, values in found.items()}
 
 
 def measure(bench: StepBench) -> dict[str, float]:
@@ -186,7 +191,17 @@ def measure(bench: StepBench) -> dict[str, float]:
         "overhead_target": times["target"] / times["plain"],
         "baseline_overhead": times["obvious"] / times["plain"],
     }
-    return {**ratios, **choices(bench), **{f"{name}_ms": value for name, value in times.items()}}
+    judged: dict[str, float] = {}
+    for trained_by in ("random", "full", "target") if bench.steps else ():
+        judged |= choices(bench, trained_by)
+    if judged:  # by what each kind of step itself trains on
+        own = {
+            "agreement": "agreement_full_full",
+            "regret": "regret_full_full",
+            "regret_target": "regret_target_target",
+        }
+        ratios |= {name: judged[key] for name, key in own.items()}
+    return {**ratios, **judged, **{f"{name}_ms": value for name, value in times.items()}}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -208,18 +223,21 @@ def main(argv: Sequence[str]) -> None:
 
 
 def table(bench: StepBench, figures: dict[str, float]) -> Table:
-    """A row per kind of step."""
+    """A row per kind of step; agreement and regret by what the training learned from."""
     title = f"{bench.backbone}, {(bench.size // bench.patch) ** 2} tokens, depth {bench.depth}, batch {bench.batch}"
-    result = Table("step", "ms", "of a plain one", "same choice", "regret", title=title)
-    result.caption = f"{bench.views} views; with bf16 scoring the target's backbone computes in bf16 in the loss too"
+    learned = [name for name in ("random", "full", "target") if f"regret_full_{name}" in figures]
+    shares = [f"same choice, regret\nlearning from {name}" for name in learned]
+    result = Table("step", "ms", "of plain", *shares, title=title)
     texts = {
-        "plain": ("MoBY, two views", "", ""),
-        "obvious": ("hard views and negatives, the obvious way", "baseline_overhead", ""),
-        "precise": ("… scored in training's arithmetic", "overhead_precise", ""),
-        "full": ("… scored in bf16", "overhead", "agreement regret"),
-        "target": ("… scored by the target alone, in bf16", "overhead_target", "agreement_target regret_target"),
+        "plain": ("plain MoBY", ""),
+        "obvious": ("obvious", "baseline_overhead"),
+        "precise": ("scored in fp32", "overhead_precise"),
+        "full": ("full: in bf16", "overhead"),
+        "target": ("target alone, bf16", "overhead_target"),
     }
-    for name, (text, ratio, quality) in texts.items():
-        shares = [f"{figures[key]:.1%}" if key in figures else "" for key in quality.split()] or ["", ""]
-        result.add_row(text, f"{figures[f'{name}_ms']:,.0f}", f"{figures[ratio]:.2f}×" if ratio else "1", *shares)
+    for name, (text, ratio) in texts.items():
+        keys = [(f"agreement_{name}_{by}", f"regret_{name}_{by}") for by in learned]
+        judged = [f"{figures[a]:.1%}, {figures[r]:.1%}" if a in figures else "" for a, r in keys]
+        result.add_row(text, f"{figures[f'{name}_ms']:,.0f}", f"{figures[ratio]:.2f}×" if ratio else "1", *judged)
+    result.caption = f"{bench.views} views; with bf16 scores the target is in bf16 in the loss too"
     return result
