@@ -1,12 +1,6 @@
 """Pretraining end to end on a small data set: what it leaves behind, resume to the bit, ranks, health, mistakes."""
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,48 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs_of_training import rows, weights
 
 from jobs import cli
 from jobs.pretrain import pretrain
-from jobs.run import checkpoint, trainer
-from jobs.run.config import PretrainConfig, from_plain, load_config, save_config, to_plain
-from jobs.run.folder import RunFolder
+from jobs.run import checkpoint
+from jobs.run.config import PretrainConfig, from_plain, load_config, to_plain
 from jobs.run.failure import TrainingFailedError
-from jobs.run.log import open_log
+from jobs.run.folder import RunFolder
 from jobs.run.metrics import read_metrics
 from jobs.run.presets import PRESETS, preset
 from models.objectives import Length, build_objective
 from models.objectives.moby import MoBY
 from shards.errors import InputError
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    content = checkpoint.load_newest(RunFolder(run).checkpoints)
-    return {name: value for name, value in content["objective"].items() if torch.is_tensor(value)}
-
-
-def rows(run: Path) -> dict[str, np.ndarray]:
-    """All log rows in the order of positions."""
-    parts = list(open_log(RunFolder(run).log).chunks(1000))
-    found = {}
-    for name in ("position_B", "step_B", "ids_B", "sources_B", "epochs_B", "losses_BP", "choice_B"):
-        found[name] = np.concatenate([getattr(part, name) for part in parts])
-    found["blur"] = np.concatenate([part.params.blur for part in parts])
-    found["top"] = np.concatenate([part.params.top for part in parts])
-    return found
-
-
-def same_run(first: Path, second: Path) -> None:
-    one, two = weights(first), weights(second)
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one), [n for n in one if not torch.equal(one[n], two[n])]
-    same_log(first, second)
-
-
-def same_log(first: Path, second: Path) -> None:
-    one, two = rows(first), rows(second)
-    for name in one:
-        np.testing.assert_array_equal(one[name], two[name], err_msg=name)
 
 
 def test_a_run_leaves_everything_behind(tiny: PretrainConfig, tmp_path: Path) -> None:
@@ -87,111 +52,6 @@ def test_the_log_opens_in_xarray(tiny: PretrainConfig, tmp_path: Path) -> None:
     pretrain(replace(tiny, steps=1), tmp_path / "run")
     with xarray.open_zarr(tmp_path / "run" / "log.zarr" / "rank-00000", consolidated=False) as log:
         assert log["blur"].dims == ("row", "view") and log["loss"].dims == ("row", "pair") and log.sizes["row"] == 16
-
-
-@pytest.mark.parametrize("stopped_at", [1, 3, 5])
-def test_a_signal_writes_a_checkpoint_and_resume_is_exact(
-    tiny: PretrainConfig, tmp_path: Path, stopped_at: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pretrain(tiny, tmp_path / "whole")
-    step, taken = trainer.train_step, 0
-
-    def interrupted_step(*arguments):
-        nonlocal taken
-        result = step(*arguments)
-        taken += 1
-        if taken == stopped_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return result
-
-    monkeypatch.setattr(trainer, "train_step", interrupted_step)
-    assert pretrain(tiny, tmp_path / "parts") == "interrupted"
-    monkeypatch.undo()
-    assert RunFolder(tmp_path / "parts").read_state() | {"updated": 0} == {
-        "state": "interrupted",
-        "updated": 0,
-        "step": stopped_at,
-        "steps": 6,
-        "images_per_second": RunFolder(tmp_path / "parts").read_state()["images_per_second"],
-    }
-    assert pretrain(tiny, tmp_path / "parts", resume=True) == "finished"
-    same_run(tmp_path / "whole", tmp_path / "parts")
-    steps = [line["step"] for line in read_metrics(tmp_path / "parts" / "metrics.jsonl") if "train/loss" in line]
-    assert steps == sorted(set(steps))
-
-
-def launch(run: Path, config: Path, ranks: int, resume: bool) -> list[str]:
-    """The command that trains in processes of its own."""
-    worker = [str(Path(__file__).with_name("train_worker.py")), str(config), str(run), "resume" if resume else "new"]
-    if ranks == 1:
-        return [sys.executable, *worker]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *worker]
-
-
-def finish(run: Path, config: Path, ranks: int) -> None:
-    resume = (run / "config.json").is_file() and any(checkpoint.entries(RunFolder(run).checkpoints))
-    done = subprocess.run(launch(run, config, ranks, resume), capture_output=True, text=True, check=False, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def kill_and_resume(config: PretrainConfig, folder: Path, ranks: int, kills: int, longest: float) -> None:
-    """Kills a run with SIGKILL at random moments, resuming it each time, and compares with an unbroken one."""
-    save_config(config, folder / "config.json")
-    finish(folder / "whole", folder / "config.json", ranks)
-    chance, broken, done = random.Random(ranks), folder / "broken", 0
-    while done < kills:
-        resume = (broken / "config.json").is_file() and any(checkpoint.entries(RunFolder(broken).checkpoints))
-        if RunFolder(broken).read_state().get("state") == "finished":
-            for path in sorted(broken.rglob("*"), reverse=True):
-                path.unlink() if path.is_file() else path.rmdir()
-            broken.rmdir()
-            resume = False
-        process = subprocess.Popen(
-            launch(broken, folder / "config.json", ranks, resume),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        time.sleep(chance.uniform(0.3, 1.0) * longest)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            done += 1
-        process.wait()
-    finish(broken, folder / "config.json", ranks)
-    same_run(folder / "whole", broken)
-    positions = rows(broken)["position_B"]
-    np.testing.assert_array_equal(positions, np.arange(len(positions)))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize(("ranks", "kills"), [(1, 20), (2, 10)])
-def test_killed_at_any_moment_a_run_resumes_to_the_bit(
-    tiny: PretrainConfig, tmp_path: Path, ranks: int, kills: int
-) -> None:
-    kill_and_resume(replace(tiny, steps=120), tmp_path, ranks, kills, 14.0)
-
-
-@pytest.mark.timeout(240)
-def test_killed_once_a_run_resumes_to_the_bit(tiny: PretrainConfig, tmp_path: Path) -> None:
-    kill_and_resume(replace(tiny, steps=40), tmp_path, 1, 1, 8.0)
-
-
-@pytest.mark.timeout(240)
-def test_two_ranks_learn_what_one_learns(without_chance: PretrainConfig, tmp_path: Path) -> None:
-    """Same order, same log rows, same losses to float tolerance at world sizes 1 and 2, resumed across them too."""
-    save_config(without_chance, tmp_path / "config.json")
-    for ranks in (1, 2):
-        finish(tmp_path / f"ranks{ranks}", tmp_path / "config.json", ranks)
-    one, two = rows(tmp_path / "ranks1"), rows(tmp_path / "ranks2")
-    for name in ("position_B", "step_B", "ids_B", "sources_B", "epochs_B", "blur", "top"):
-        np.testing.assert_array_equal(one[name], two[name], err_msg=name)
-    np.testing.assert_allclose(one["losses_BP"], two["losses_BP"], rtol=2e-3)
-    losses = [
-        [line["train/loss"] for line in read_metrics(tmp_path / f"ranks{n}" / "metrics.jsonl") if "train/loss" in line]
-        for n in (1, 2)
-    ]
-    np.testing.assert_allclose(*losses, rtol=1e-3)
 
 
 def test_accumulation_adds_up(without_chance: PretrainConfig, tmp_path: Path) -> None:

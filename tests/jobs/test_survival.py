@@ -1,0 +1,291 @@
+"""Runs that survive: kills, signals, damaged checkpoints, full disks, lost ranks, other world sizes."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs_of_training import WORKER, finish, rows, same_rows, same_run, start, torchrun, two_ranks
+
+from jobs import cli
+from jobs.pretrain import pretrain
+from jobs.run import checkpoint, trainer
+from jobs.run.config import PretrainConfig, save_config
+from jobs.run.failure import TrainingFailedError
+from jobs.run.folder import RunFolder
+from jobs.run.metrics import read_metrics
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the worker: sums depend on how they are split."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def in_step(monkeypatch: pytest.MonkeyPatch, number: int, action) -> None:
+    """Does something right after a step."""
+    step = trainer.train_step
+
+    def watched(t, batch):
+        result = step(t, batch)
+        if t.step == number:
+            action()
+        return result
+
+    monkeypatch.setattr(trainer, "train_step", watched)
+
+
+def stop_at(config: PretrainConfig, run: Path, number: int) -> None:
+    """A run that a signal interrupts."""
+    with pytest.MonkeyPatch.context() as patch:
+        in_step(patch, number, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert pretrain(config, run) == "interrupted"
+
+
+@pytest.mark.parametrize("stopped_at", [1, 4])
+def test_a_signal_writes_a_checkpoint_and_resume_is_exact(
+    tiny: PretrainConfig, tmp_path: Path, stopped_at: int
+) -> None:
+    pretrain(tiny, tmp_path / "whole")
+    stop_at(tiny, tmp_path / "parts", stopped_at)
+    state = RunFolder(tmp_path / "parts").read_state()
+    assert (state["state"], state["step"], state["steps"]) == ("interrupted", stopped_at, 6)
+    assert pretrain(tiny, tmp_path / "parts", resume=True) == "finished"
+    same_run(tmp_path / "whole", tmp_path / "parts")
+    for line in ("train/loss", "health/rankme"):
+        steps = [entry["step"] for entry in read_metrics(tmp_path / "parts" / "metrics.jsonl") if line in entry]
+        assert steps == sorted(set(steps)) and steps[-1] == 6
+    curves = [entry["step"] for entry in read_metrics(tmp_path / "parts" / "curves.jsonl")]
+    assert curves == [3, 6]
+
+
+@pytest.mark.parametrize("part", ["pt", "json"])
+def test_a_corrupt_newest_checkpoint_is_named_and_the_one_before_taken(
+    tiny: PretrainConfig, tmp_path: Path, part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain(tiny, tmp_path / "whole")
+    stop_at(tiny, tmp_path / "parts", 4)
+    damaged = tmp_path / "parts" / "checkpoints" / f"step-00000004.{part}"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    damaged.write_bytes(content)
+    capsys.readouterr()
+    assert pretrain(tiny, tmp_path / "parts", resume=True) == "finished"
+    said = capsys.readouterr().err.replace("\n", "")
+    assert damaged.name in said and "damaged" in said
+    same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MB of its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(disk)], capture_output=True, check=False
+    )
+    if made.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+# TensorBoard's own thread, which meets the full disk first, prints that too.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("loggers", [(), ("json", "tensorboard")])
+def test_a_full_disk_stops_the_run_with_one_line_and_a_usable_checkpoint(
+    tiny: PretrainConfig, tmp_path: Path, small_disk: Path, loggers: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = replace(tiny, monitor=replace(tiny.monitor, loggers=loggers, every=1), steps=8)
+    pretrain(tiny, tmp_path / "whole")
+    run, ballast = small_disk / "run", small_disk / "ballast"
+
+    def fill() -> None:
+        with ballast.open("wb", buffering=0) as file:
+            while True:
+                try:
+                    file.write(bytes(4096))
+                except OSError:
+                    return
+
+    in_step(monkeypatch, 3, fill)
+    with pytest.raises(
+        TrainingFailedError, match=r"No space left on device.*0\.0 GB free.*make room; .*--resume"
+    ) as it:
+        pretrain(tiny, run)
+    assert "\n" not in str(it.value)
+    monkeypatch.undo()
+    assert checkpoint.load_newest(RunFolder(run).checkpoints)["step"] == 2
+    assert not [path.name for path in RunFolder(run).checkpoints.iterdir() if ".pt." in path.name]
+    ballast.unlink()
+    assert pretrain(tiny, run, resume=True) == "finished"
+    same_run(tmp_path / "whole", run)
+
+
+def test_training_that_cannot_go_on_is_one_line_and_exit_code_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> str:
+        raise TrainingFailedError("step 3: the loss is nan")
+
+    monkeypatch.setattr("jobs.pretrain.pretrain", fail)
+    assert cli.run(["pretrain", "synby-vit-tiny", "--run", "R", "--data.real", "S"]) == 1
+    assert capsys.readouterr().err == "hardviews: step 3: the loss is nan\n"
+
+
+@pytest.mark.timeout(300)
+def test_many_ranks_do_what_one_does_and_a_run_goes_on_at_another_world_size(
+    without_chance: PretrainConfig, tmp_path: Path
+) -> None:
+    """Same order and log rows, same losses to float tolerance, at world sizes 1 and 2 and across them."""
+    # BatchNorm in the backbone too: statistics of all ranks, and none from selection.
+    backbone = replace(without_chance.backbone, batchnorm_mlp=True)
+    config, file = replace(without_chance, backbone=backbone), str(tmp_path / "config.json")
+    save_config(config, Path(file))
+    stop_at(config, tmp_path / "one-two", 3)
+    jobs = {"two": "new", "parts": "new:3", "two-one": "new:4", "one-two": "resume"}
+    arguments = [word for name, how in jobs.items() for word in (file, str(tmp_path / name), how)]
+    ranks = two_ranks(*arguments, file, str(tmp_path / "parts"), "resume")
+    pretrain(config, tmp_path / "one")
+    finish(ranks, 200)
+    # Only 32 positions are kept of the 64 that two ranks wrote, of each rank's rows half.
+    for name in ("step-00000004.pt", "step-00000004.json"):
+        (tmp_path / "two-one" / "checkpoints" / name).unlink()
+    assert pretrain(config, tmp_path / "two-one", resume=True) == "finished"
+    same_run(tmp_path / "two", tmp_path / "parts")
+    for name in ("two", "two-one", "one-two"):
+        same_rows(tmp_path / "one", tmp_path / name, exact=False)
+    lines = [
+        [entry for entry in read_metrics(tmp_path / n / "metrics.jsonl") if "train/loss" in entry]
+        for n in ("one", "two")
+    ]
+    for name in ("train/loss", "train/grad_norm", "train/proxy", "monitor/bank_knn", "selection/gain/real"):
+        found, wanted = ([entry.get(name, np.nan) for entry in entries] for entries in lines)
+        np.testing.assert_allclose(found, wanted, rtol=2e-2 if name == "selection/gain/real" else 2e-3, err_msg=name)
+
+
+def children(pid: int) -> list[int]:
+    """Process ids of a process's children."""
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
+    return [int(word) for word in found.stdout.split()]
+
+
+def trains(run: Path, process: subprocess.Popen[str], steps: int = 2) -> None:
+    """Waits until a run has taken some steps."""
+    while process.poll() is None and RunFolder(run).read_state().get("step", 0) < steps:
+        time.sleep(0.05)
+    assert process.poll() is None, process.stdout and process.stdout.read()[-3000:]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)], ids=["killed", "hangs"]
+)
+def test_a_lost_rank_ends_the_job_within_a_minute_with_the_reason(
+    tiny: PretrainConfig, tmp_path: Path, how: signal.Signals
+) -> None:
+    save_config(replace(tiny, steps=100_000), tmp_path / "config.json")
+    process = start(torchrun(str(tmp_path / "config.json"), str(tmp_path / "run"), "new"))
+    try:
+        trains(tmp_path / "run", process)
+        began = time.monotonic()
+        os.kill(children(process.pid)[1], how)
+        said, _ = process.communicate(timeout=120)
+        assert time.monotonic() - began < 60
+        assert process.returncode != 0
+        if how == signal.SIGKILL:
+            assert "Signal 9 (SIGKILL)" in said and "another process of this job is gone" in said
+        else:
+            assert "rank 1 has given no sign of life" in said
+        assert checkpoint.load_newest(RunFolder(tmp_path / "run").checkpoints)["step"] >= 2
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_torchrun_passes_a_signal_on_and_all_ranks_stop_behind_a_checkpoint(
+    tiny: PretrainConfig, tmp_path: Path
+) -> None:
+    save_config(replace(tiny, steps=100_000), tmp_path / "config.json")
+    process = start(torchrun(str(tmp_path / "config.json"), str(tmp_path / "run"), "new"))
+    trains(tmp_path / "run", process)
+    process.terminate()
+    process.communicate(timeout=60)
+    state = RunFolder(tmp_path / "run").read_state()
+    assert state["state"] == "interrupted"
+    assert checkpoint.load_newest(RunFolder(tmp_path / "run").checkpoints)["step"] == state["step"]
+    assert len(rows(tmp_path / "run")["position_B"]) == 16 * state["step"]
+
+
+def kill_and_resume(config: PretrainConfig, folder: Path, ranks: int, kills: int, longest: float) -> None:
+    """Kills a run with SIGKILL at random moments, resuming it each time, and compares with an unbroken one.
+
+    A moment lies up to `longest` seconds behind the begin of opening the run, however long Python takes to start.
+    """
+    file, broken, chance, done = folder / "config.json", folder / "broken", random.Random(ranks), 0
+    save_config(config, file)
+    command = torchrun if ranks == 2 else lambda *arguments: [sys.executable, WORKER, *arguments]
+
+    finish([start(command(str(file), str(folder / "whole"), "new"))], 600)
+    while done < kills:
+        resume = bool((broken / "config.json").is_file() and checkpoint.entries(RunFolder(broken).checkpoints))
+        if RunFolder(broken).read_state().get("state") == "finished":
+            shutil.rmtree(broken)
+            resume = False
+        before = opened(broken)
+        process = start(command(str(file), str(broken), "resume" if resume else "new"))
+        while process.poll() is None and opened(broken) == before:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, longest))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            done += 1
+        said, _ = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), said[-3000:]
+    last = "resume" if checkpoint.entries(RunFolder(broken).checkpoints) else "new"
+    finish([start(command(str(file), str(broken), last))], 600)
+    same_run(folder / "whole", broken)
+
+
+def opened(run: Path) -> int:
+    """Changes when a process has begun to open the run: it writes config.json then."""
+    file = run / "config.json"
+    return file.stat().st_mtime_ns if file.is_file() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("ranks", "kills"), [(1, 20), (2, 10)])
+def test_killed_at_any_moment_a_run_resumes_to_the_bit(
+    tiny: PretrainConfig, tmp_path: Path, ranks: int, kills: int
+) -> None:
+    kill_and_resume(replace(tiny, steps=120), tmp_path, ranks, kills, 4.0)
+
+
+@pytest.mark.timeout(240)
+def test_killed_once_a_run_resumes_to_the_bit(tiny: PretrainConfig, tmp_path: Path) -> None:
+    """In processes of their own only what is killed."""
+    config = replace(tiny, steps=10)
+    pretrain(config, tmp_path / "whole")
+    save_config(config, tmp_path / "config.json")
+    process = start([sys.executable, WORKER, str(tmp_path / "config.json"), str(tmp_path / "run"), "new"])
+    trains(tmp_path / "run", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert RunFolder(tmp_path / "run").read_state()["state"] == "running"
+    assert pretrain(config, tmp_path / "run", resume=True) == "finished"
+    same_run(tmp_path / "whole", tmp_path / "run")
