@@ -69,7 +69,7 @@ class GenerateConfig:
     shard_samples: int = 1000
     """Images per shard."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the pipeline runs; auto takes cuda where this machine has it."""
+    """Where the pipeline runs; auto takes cuda where this machine has it, also when Ray's workers differ from it."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of the weights; auto is bf16 on cuda and fp32 on the CPU."""
     engine: Literal["local", "ray"] = "local"
@@ -176,7 +176,8 @@ def train_into(folder: Path, shards: str, settings: TrainSettings, device: str) 
         check_trained(folder, facts)
         console.print(f"{folder} holds the pipeline of an earlier training with these settings")
         return
-    images, labels = read_images(manifest, settings.side, settings.images)
+    with progress("reading images", min(len(manifest), settings.images), "images") as bar:
+        images, labels = read_images(manifest, settings.side, settings.images, bar.advance)
     sizes = manifest.columns(np.arange(min(len(manifest), 1000)))
     size = int(np.median(np.minimum(sizes.height, sizes.width)))
     with progress("training the pipeline", 100, "%") as bar:

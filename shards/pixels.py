@@ -4,6 +4,7 @@ Letters: n images, S pixels a side.
 """
 
 import io
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -12,12 +13,15 @@ from shards.files import fetcher
 from shards.manifest import Manifest
 
 
-def read_images(manifest: Manifest, side: int, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def read_images(
+    manifest: Manifest, side: int, limit: int | None = None, on_images: Callable[[int], None] = lambda count: None
+) -> tuple[np.ndarray, np.ndarray]:
     """Images as uint8 [n, S, S, 3] (centre square, reduced by area) and labels as int32 [n], −1 where unknown.
 
     Args:
         side: S.
         limit: at most so many images, evenly spread over the data set; None for all.
+        on_images: called with the number of images read from each shard.
     """
     count = len(manifest) if limit is None else min(limit, len(manifest))
     rows = np.arange(count) * len(manifest) // max(count, 1)
@@ -26,11 +30,14 @@ def read_images(manifest: Manifest, side: int, limit: int | None = None) -> tupl
     fetch = fetcher(manifest.root)
     for shard in np.unique(columns.shard):
         tar = memoryview(fetch(manifest.shards[shard]))
-        for row in np.flatnonzero(columns.shard == shard):
+        chosen = np.flatnonzero(columns.shard == shard)
+        for row in chosen:
             content = tar[columns.offset[row] : columns.offset[row] + columns.size[row]]
             with Image.open(io.BytesIO(content)) as image:
+                image.draft("RGB", (4 * side, 4 * side))  # large JPEGs decode at a reduced scale
                 square = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BOX)
             images[row] = np.asarray(square)
+        on_images(len(chosen))
     return images, columns.label
 
 

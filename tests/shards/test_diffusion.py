@@ -290,3 +290,16 @@ def change_index(folder: Path, **values: object) -> None:
     """Changes entries of a pipeline's model_index.json."""
     path = folder / "model_index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_images_repeat_on_a_gpu(precision: str, saved: Path) -> None:
+    draw = sampler(diffusion.load(saved, "cuda", precision))
+    labels, seeds = [0, 1, 0, 1], [1, 2, 3, 4]
+    first, _ = draw(labels, seeds)
+    assert np.array_equal(draw(labels, seeds)[0], first)
+    alone, _ = draw([0], [3])
+    assert np.abs(alone[0].astype(int) - first[2]).max() <= 1
+    assert first.std() > 10

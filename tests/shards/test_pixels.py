@@ -25,7 +25,9 @@ def test_images_are_read_square_in_the_order_of_rows(tmp_path: Path) -> None:
     assert labels.tolist() == columns.label.tolist()
     for image, number in zip(images, numbers, strict=True):
         assert (image == np.array([number * 40, 0, 9])).all()
-    some, _ = read_images(manifest, 5, limit=3)
+    seen: list[int] = []
+    some, _ = read_images(manifest, 5, limit=3, on_images=seen.append)
+    assert seen == [2, 1]
     assert np.array_equal(some, images[[0, 2, 4]])
     assert len(read_images(manifest, 5, limit=99)[0]) == 6
 
@@ -47,3 +49,13 @@ def test_confirmed_counts_the_nearest_class() -> None:
     made[1:] = 190
     assert confirmed(made, np.array([0, 1, 1, 0]), real, labels) == 0.75
     assert confirmed(made, np.array([0, 1, 1, 1]), real, labels, neighbours=2) == 1.0
+
+
+def test_large_jpegs_keep_their_look(tmp_path: Path) -> None:
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    y, x = np.mgrid[0:400, 0:400]
+    pixels = np.stack([x * 0.6, y * 0.6, (x + y) * 0.3], -1).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "images" / "a" / "0.jpg", quality=95)
+    images, _ = read_images(build_at(f"imagefolder:{tmp_path / 'images'}", tmp_path / "real"), 4)
+    means = pixels.reshape(4, 100, 4, 100, 3).mean((1, 3))
+    assert np.abs(images[0] - means).max() <= 3
