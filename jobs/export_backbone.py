@@ -2,16 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
 from jobs.evaluation.card import model_card
 from jobs.evaluation.hub import check_onnx, check_timm_folder, write_onnx, write_timm_folder
 from jobs.reporting.rundata import read_run
-from jobs.run.checkpoint import load_backbone
+from jobs.run.checkpoint import Which, load_backbone
 from jobs.run.command import parse
 from jobs.run.folder import open_run
+from models.objectives import kept_encoder
 from shards.errors import InputError
 
 
@@ -25,8 +25,9 @@ class ExportBackboneConfig:
     """Folder to write: config.json, model.safetensors, README.md, and model.onnx if asked for."""
     step: int | None = None
     """Step of the checkpoint; None = the newest."""
-    which: Literal["target", "online"] = "target"
-    """Encoder: the momentum target (the online one where there is no target), or the online one."""
+    which: Which = "kept"
+    """Encoder: kept = the one the objective's paper evaluates (DINO and iBOT the momentum target, the others the online
+    encoder), or one by name."""
     onnx: bool = False
     """Write model.onnx too."""
     only_onnx: bool = False
@@ -45,11 +46,12 @@ def export_backbone(config: ExportBackboneConfig) -> list[str]:
     if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())) and not config.overwrite:
         raise InputError(f"out: {config.out} exists and is not empty; choose another --out or give --overwrite")
     model, settings = load_backbone(folder.path, which=config.which, step=config.step)
+    which = kept_encoder(settings.objective) if config.which == "kept" else config.which
     size = settings.backbone.image_size
     done = []
     if not config.only_onnx:
         write_timm_folder(settings.backbone, model, config.out)
-        (config.out / "README.md").write_text(model_card(read_run(folder.path), config.step, config.which))
+        (config.out / "README.md").write_text(model_card(read_run(folder.path), config.step, which))
         difference = check_timm_folder(model, size, config.out)
         done.append(f"{config.out}: timm loads it, features differ by at most {difference:.1g} of their deviation")
     if config.onnx or config.only_onnx:

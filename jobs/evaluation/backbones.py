@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import timm
 import torch
 
 from jobs.evaluation.frozen import IMAGENET_MEAN, IMAGENET_STD, Frozen, Pool
-from jobs.run.checkpoint import entries, load_backbone
+from jobs.run.checkpoint import Which, entries, load_backbone
 from jobs.run.config import load_config
 from jobs.run.folder import open_run
 from models.backbones import build_backbone
@@ -25,8 +25,9 @@ class ModelConfig:
     """Run folder whose checkpoint is evaluated; scores are kept in it."""
     step: int | None = None
     """Step of the checkpoint; None = the newest."""
-    which: Literal["target", "online"] = "target"
-    """Encoder of the checkpoint: the momentum target (the online one where there is no target), or the online one."""
+    which: Which = "kept"
+    """Encoder of the checkpoint: kept = the one the objective's paper evaluates (DINO and iBOT the momentum target,
+    the others the online encoder), or one by name; without a target, target means online."""
     timm: str = ""
     """Instead of a run: a timm model's name (weights from the local cache) or local-dir:DIR."""
     weights: Path | None = None

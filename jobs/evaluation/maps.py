@@ -21,7 +21,7 @@ from jobs.evaluation.gradcam import Score, grad_cam, prototype_score, self_score
 from jobs.evaluation.images import ImageSet, open_images
 from jobs.evaluation.loading import Loader, centre_crop
 from jobs.evaluation.splits import subset
-from jobs.run.checkpoint import entries
+from jobs.run.checkpoint import Which, entries
 from jobs.run.command import warn
 from jobs.run.folder import open_run
 from jobs.run.world import pick_device
@@ -46,7 +46,7 @@ class MapsConfig:
     """How many images where none are named."""
     steps: tuple[int, ...] = ()
     """Steps of the checkpoints; none = first, middle and last of those kept. An untrained column is always there."""
-    which: Literal["target", "online"] = "target"
+    which: Which = "kept"
     """Encoder of the checkpoints."""
     method: Literal["both", "attention", "grad-cam"] = "both"
     """Last layer's attention, mean over heads; or Grad-CAM of the similarity to the image's class."""
@@ -79,7 +79,7 @@ def spread(images: ImageSet, count: int) -> list[int]:
     return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int)).tolist()
 
 
-def checkpoint_models(run: Path, steps: Sequence[int], which: Literal["target", "online"]) -> list[tuple[str, Frozen]]:
+def checkpoint_models(run: Path, steps: Sequence[int], which: Which) -> list[tuple[str, Frozen]]:
     """The untrained backbone and each step's; steps that cannot be loaded are named in a warning.
 
     Raises:

@@ -173,8 +173,8 @@ def scores_file(kind: str, config: CommonConfig, facts: dict[str, Any]) -> Path 
     words = [kind, facts["source"] if facts["source"] != "run" else f"step-{step}", Path(config.test).name]
     if config.model.pool != "default":
         words.append(config.model.pool)
-    if facts.get("which") == "online":
-        words.append("online")
+    if facts.get("which", "kept") != "kept":
+        words.append(facts["which"])
     if isinstance(config, FewLabelsConfig) and config.shots:
         words.append(f"{config.shots}-shot")
     elif isinstance(config, FewLabelsConfig) and config.labels < 1:

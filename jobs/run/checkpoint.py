@@ -18,9 +18,11 @@ from jobs.run.command import warn
 from jobs.run.config import PretrainConfig, load_config
 from jobs.run.folder import open_run, write_json
 from models.backbones import build_backbone
+from models.objectives import kept_encoder
 from shards.errors import InputError
 
 SCHEMA_VERSION = 1
+Which = Literal["kept", "online", "target"]
 
 
 @dataclass(frozen=True)
@@ -129,12 +131,11 @@ def load_step(folder: Path, step: int | None) -> dict[str, Any]:
     raise InputError(f"step: {folder} has no checkpoint of step {step}; there are: {there}")
 
 
-def load_backbone(
-    run: str | Path, which: Literal["target", "online"] = "target", step: int | None = None
-) -> tuple[nn.Module, PretrainConfig]:
+def load_backbone(run: str | Path, which: Which = "kept", step: int | None = None) -> tuple[nn.Module, PretrainConfig]:
     """A run's backbone in evaluation mode on the CPU, and the run's configuration.
 
-    `which`: the momentum target (the online encoder where the objective has no target), or the online encoder.
+    `which`: the encoder that the objective's paper evaluates, the online one, or the momentum target (the online one
+    where the objective has none).
 
     Raises:
         InputError: no run, no such checkpoint, or one of another architecture than the run's config.json.
@@ -142,7 +143,7 @@ def load_backbone(
     folder = open_run(run)
     config = load_config(folder.config)
     weights = load_step(folder.checkpoints, step)["objective"]
-    prefix = f"{which}.backbone."
+    prefix = f"{kept_encoder(config.objective) if which == 'kept' else which}.backbone."
     if not any(name.startswith(prefix) for name in weights):
         prefix = "online.backbone."
     backbone = build_backbone(config.backbone, 0.0)

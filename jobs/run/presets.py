@@ -166,8 +166,9 @@ def hard(config: PretrainConfig) -> PretrainConfig:
 def small(config: PretrainConfig) -> PretrainConfig:
     """The same at a size that a CPU trains in minutes: narrower heads, a shorter queue, fewer epochs."""
     assert isinstance(config.objective, MoBYConfig)
-    objective = replace(config.objective, hidden=512, width=128, queue=2048)
-    return replace(config, objective=objective, epochs=20, batch=128)
+    objective = replace(config.objective, hidden=512, width=128, queue=1024, momentum=0.95)
+    optimizer = replace(config.optimizer, lr=2e-3, lr_batch=128)
+    return replace(config, objective=objective, optimizer=optimizer, epochs=20, batch=128)
 
 
 PRESETS: dict[str, Callable[[], PretrainConfig]] = {

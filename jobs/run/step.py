@@ -93,7 +93,7 @@ def choose(t: Training, batch: ViewBatch) -> Choice:
     if selection.scores(t.step):
         scores = t.objective.pair_losses(batch.scored, selection)
         return Choice(select(scores.losses_BP, selection.rule, barred_P), scores)
-    if selection.rule == "lowest-iou":
+    if selection.rule == "lowest-iou" and t.step % selection.every == 0:
         iou_BP = pair_iou(batch.params[:, :views])
         return Choice(select(torch.from_numpy(iou_BP).to(device), "lowest-iou", barred_P), None)
     drawn = uniform(t.config.seed, batch.epochs_B, batch.ids_B, [0], Purpose.CHOICE, len(pairs(views)))[:, 0]

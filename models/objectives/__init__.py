@@ -1,5 +1,7 @@
 """The objectives by name."""
 
+from typing import Literal
+
 from models.backbones import BackboneConfig
 from models.objectives.base import Length, Objective
 from models.objectives.byol import BYOL, BYOLConfig
@@ -38,3 +40,8 @@ def build_objective(config: ObjectiveConfig, backbone: BackboneConfig, length: L
             return objective(config, backbone, length)  # type: ignore[call-arg]
     known = ", ".join(f"{kind.__name__} ({name})" for name, (kind, _) in OBJECTIVES.items())
     raise ValueError(f"objective: {type(config).__name__} is no objective's config; known: {known}")
+
+
+def kept_encoder(config: ObjectiveConfig) -> Literal["online", "target"]:
+    """Which encoder's backbone the objective that a config belongs to keeps for evaluation."""
+    return next(objective for kind, objective in OBJECTIVES.values() if type(config) is kind).keeps

@@ -6,7 +6,7 @@ Shape suffixes: B images, N views, P pairs, 3HW pixels, D width.
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from timm.layers.drop import DropPath
@@ -113,6 +113,8 @@ class Objective(nn.Module):
 
     online: Encoder
     target: Encoder | None
+    # MoCo, MoBY, BYOL and those without a target evaluate the online encoder; DINO and iBOT the target.
+    keeps: ClassVar[Literal["online", "target"]] = "online"
 
     def __init__(self, length: Length) -> None:
         super().__init__()
@@ -132,8 +134,10 @@ class Objective(nn.Module):
 
     @property
     def backbone(self) -> nn.Module:
-        """The encoder to be kept: the target's where there is one, else the online one's."""
-        return (self.target or self.online).backbone
+        """The backbone to be kept and evaluated, of the encoder that `keeps` names."""
+        encoder = self.target if self.keeps == "target" else self.online
+        assert encoder is not None
+        return encoder.backbone
 
     def check(self, selection: SelectionConfig) -> None:
         """Says before training what scoring would say.

@@ -13,6 +13,7 @@ Shape suffixes: B images, G global views, L local views of which l train, V = G 
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -118,6 +119,7 @@ class DINO(Objective):
     """DINO."""
 
     target: Encoder  # pyright: ignore[reportIncompatibleVariableOverride]  # never None here
+    keeps: ClassVar[Literal["online", "target"]] = "target"
     centre_K: Tensor
 
     def __init__(self, config: DINOConfig, backbone: BackboneConfig, length: Length) -> None:
