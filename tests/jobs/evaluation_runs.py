@@ -50,7 +50,7 @@ def write_run(path: Path, config: BackboneConfig = TINY, data: DataConfig | None
                                batch=6, device="cpu"), run.config)  # fmt: skip
     for step in STEPS:
         weights = backbone_at(step, config).state_dict()
-        objective = {f"target.backbone.{name}": tensor for name, tensor in weights.items()}
+        objective = {f"online.backbone.{name}": tensor for name, tensor in weights.items()}
         checkpoint.save(run.checkpoints, step, {"objective": objective})
     return run
 
