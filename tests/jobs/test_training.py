@@ -1,0 +1,155 @@
+"""How a run computes: memory layouts, recomputed activations, compiled encoders, what monitors make of features."""
+
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from runs_of_training import same_run, weights
+
+from jobs.pretrain import pretrain
+from jobs.run.config import PretrainConfig
+from jobs.run.health import forward_flops
+from jobs.run.metrics import read_metrics
+from jobs.run.monitor import MemoryBank, feature_health
+from jobs.run.training import make_objective
+from models.backbones import BackboneConfig, build_backbone
+from models.objectives import Length
+from models.objectives.base import Chosen
+from shards.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def gradients(config: PretrainConfig) -> dict[str, torch.Tensor]:
+    """Of one loss on fixed pixels, drop path included."""
+    objective = make_objective(config, Length(10, 5.0)).train()
+    torch.manual_seed(1)
+    crops = torch.randn(8, 2, 3, 16, 16)
+    torch.manual_seed(2)
+    loss, _ = objective.loss(Chosen((crops,)))
+    loss.backward()
+    return {name: p.grad for name, p in objective.named_parameters() if p.grad is not None}
+
+
+def test_recomputed_activations_give_the_same_gradients(tiny: PretrainConfig) -> None:
+    tiny = replace(tiny, backbone=replace(tiny.backbone, depth=3, drop_path=0.3))
+    plain, recomputed = gradients(tiny), gradients(replace(tiny, checkpoint_activations=True))
+    assert plain.keys() == recomputed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(recomputed[name], gradient, msg=name)
+
+
+def test_activations_with_batchnorm_are_not_recomputed(tiny: PretrainConfig) -> None:
+    config = replace(tiny, backbone=replace(tiny.backbone, batchnorm_mlp=True), checkpoint_activations=True)
+    with pytest.raises(InputError, match="checkpoint_activations: not for vit_tiny"):
+        make_objective(config, Length(10, 5.0))
+
+
+def test_resnets_run_channels_last_and_resume_to_the_bit(tiny: PretrainConfig, tmp_path: Path) -> None:
+    config = replace(tiny, backbone=BackboneConfig("resnet10t", 16), steps=2, batch=4)
+    objective = make_objective(config, Length(10, 5.0)).eval()
+    for encoder in (objective.online, objective.target):
+        assert encoder is not None
+        layouts = {
+            p.is_contiguous(memory_format=torch.channels_last) for p in encoder.backbone.parameters() if p.ndim == 4
+        }
+        assert layouts == {True}
+    plain = build_backbone(config.backbone, 0.0).eval()
+    plain.load_state_dict(objective.online.backbone.state_dict())
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(objective.online.backbone(x), plain(x), rtol=1e-4, atol=1e-4)
+    pretrain(config, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    for file in (tmp_path / "again" / "checkpoints").glob("step-00000002.*"):
+        file.unlink()
+    assert pretrain(config, tmp_path / "again", resume=True) == "finished"
+    same_run(tmp_path / "whole", tmp_path / "again")
+
+
+@pytest.mark.slow
+def test_compiled_encoders_learn_what_plain_ones_do(without_chance: PretrainConfig, tmp_path: Path) -> None:
+    config = replace(without_chance, steps=2)
+    for how in ("off", "on"):
+        assert pretrain(replace(config, compile=how), tmp_path / how) == "finished"  # type: ignore[arg-type]
+    plain, compiled = weights(tmp_path / "off"), weights(tmp_path / "on")
+    assert plain.keys() == compiled.keys()
+    for name, value in plain.items():
+        if name.endswith("weight"):
+            torch.testing.assert_close(compiled[name], value, rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_flops_of_a_deit_s_are_the_published_ones() -> None:
+    """4.6 billion multiply-adds (Touvron et al. 2021, table 5)."""
+    backbone = build_backbone(BackboneConfig("deit_small_patch16_224"), 0.0)
+    assert forward_flops(backbone, 224, torch.device("cpu")) == pytest.approx(2 * 4.6e9, rel=0.03)
+
+
+def test_health_is_told_by_source_and_features_that_are_not_finite_do_not_stop_a_run() -> None:
+    torch.manual_seed(0)
+    collapsed, spread = torch.ones(8, 4), torch.randn(8, 4)
+    sources_B = torch.arange(2).repeat_interleave(8)
+    found = feature_health(torch.cat([collapsed, spread]), sources_B, ("real", "synthetic"))
+    assert found["health/feature_std/real"] < 1e-6 < 0.3 < found["health/feature_std/synthetic"]
+    assert found["health/rankme/real"] == pytest.approx(1, abs=0.01) and found["health/rankme/synthetic"] > 3
+    assert feature_health(torch.full((4, 4), torch.nan), torch.zeros(4), ("real",)) == {}
+
+
+def test_the_bank_votes_by_class_and_never_for_itself() -> None:
+    bank, ids_B, labels_B = MemoryBank(8, 2, 2), torch.arange(4), torch.tensor([0, 0, 1, 1])
+    features_BD = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
+    assert [int(n) for n in bank.score(ids_B, features_BD, labels_B)] == [0, 0]  # nobody is in it
+    bank.update(ids_B[:1], features_BD[:1], labels_B[:1])
+    assert [int(n) for n in bank.score(ids_B, features_BD, labels_B)] == [1, 3]
+    bank.update(ids_B, features_BD, labels_B)
+    assert [int(n) for n in bank.score(ids_B, features_BD, labels_B)] == [4, 4]
+
+
+def test_contrastive_tasks_are_analysed_on_health_steps(tiny: PretrainConfig, tmp_path: Path) -> None:
+    pretrain(tiny, tmp_path / "run")
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "contrast/proxy" in line]
+    assert [line["step"] for line in lines] == [3, 6]
+    names = {f"contrast/{name}" for name in ("proxy", "proxy_synthetic", "alignment", "uniformity", "false_negatives")}
+    assert names | {"contrast/proxy/real", "contrast/alignment/synthetic"} <= lines[-1].keys()
+    assert lines[-1]["contrast/proxy_synthetic"] <= lines[-1]["contrast/proxy"]
+    curve = read_metrics(tmp_path / "run" / "curves.jsonl")[-1]["matching_probabilities"]
+    assert curve["rank"][0] == 1 and curve["rank"][-1] == 50  # the queue's length
+    assert curve["value"] == sorted(curve["value"], reverse=True) and 0 < sum(curve["value"]) <= 1
+
+
+FAKE = """#!/bin/bash
+echo "$(basename "$0") $*" >> CALLS
+case "$(basename "$0") $1" in
+"scontrol show") echo node1; echo node2 ;;
+srun*) trap 'sleep 0.5; echo saved >> CALLS; exit 130' TERM; echo $$ > PID; for _ in $(seq 200); do sleep 0.1; done ;;
+scancel*) kill -TERM "$(cat PID)" ;;
+esac
+"""
+
+
+def test_the_slurm_example_requeues_itself_behind_its_checkpoint(tmp_path: Path) -> None:
+    for name in ("srun", "scontrol", "scancel", "hardviews"):
+        tool = tmp_path / name
+        tool.write_text(FAKE.replace("CALLS", str(tmp_path / "calls")).replace("PID", str(tmp_path / "pid")))
+        tool.chmod(0o755)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "step-00000002.json").touch()
+    names = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "RUN": str(tmp_path / "run")}
+    script = Path(__file__).parents[2] / "docs" / "slurm.sh"
+    job = subprocess.Popen(["bash", str(script)], env={"PATH": f"{tmp_path}:/usr/bin:/bin", **names})
+    while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
+        time.sleep(0.02)
+    job.terminate()
+    assert job.wait(30) == 130
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert "--resume" in calls[1] and calls[-2:] == ["saved", "scontrol requeue 7"]
