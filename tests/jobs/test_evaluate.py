@@ -169,7 +169,7 @@ def test_knn_command_keeps_its_scores(
     evaluate.main(["knn", *flags(run, train, test), "--k", "5", "20"])
     assert "knn-step-4-test.json" in capsys.readouterr().out.replace("\n", "")
     kept = scores(run, "knn-step-4-test")
-    assert kept["model"] == {"source": "run", "name": "one", "step": 4, "which": "target"}
+    assert kept["model"] == {"source": "run", "name": "one", "step": 4, "which": "kept"}
     assert kept["scores"]["top1"] > 0.6
     assert [row["k"] for row in kept["by_k"]] == [5, 20]
     assert np.array(kept["confusion"]).sum() == kept["test"]["images"] == 24
