@@ -14,24 +14,15 @@ Shape suffixes: B images, N views, P pairs, D width.
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.backbones import BackboneConfig, build_backbone, feature_width
+from models.backbones import BackboneConfig
 from models.contrast import Contrast, info_nce, queue_pair_losses
 from models.distributed import gather
 from models.heads import mlp, unit
-from models.momentum import follow, momentum_at
 from models.negatives import NegativesConfig
-from models.objectives.base import (
-    Chosen,
-    Encoder,
-    Length,
-    Metrics,
-    Objective,
-    check_positive,
-    momentum_encoder,
-    per_view,
-)
+from models.objectives.base import Chosen, Length, Metrics, check_positive
+from models.objectives.momentum import MomentumObjective
 from models.queue import Queue
 from models.selection import SelectionConfig
 
@@ -66,45 +57,29 @@ class MoBYConfig:
             )
 
 
-class MoBY(Objective):
+class MoBY(MomentumObjective):
     """MoBY and SynBY."""
 
-    target: Encoder  # pyright: ignore[reportIncompatibleVariableOverride]  # never None here
-
     def __init__(self, config: MoBYConfig, backbone: BackboneConfig, length: Length) -> None:
-        super().__init__(length)
+        def heads(features: int) -> tuple[nn.Module, nn.Module]:
+            return mlp(features, config.hidden, config.width), mlp(config.width, config.hidden, config.width)
+
+        super().__init__(backbone, length, heads, config.momentum)
         self.config = config
-        online = build_backbone(backbone, backbone.drop_path)
-        features = feature_width(online)
-        self.online = Encoder(
-            online,
-            mlp(features, config.hidden, config.width),
-            mlp(config.width, config.hidden, config.width),
-        )
-        self.target = momentum_encoder(self.online, backbone)  # pyright: ignore[reportIncompatibleVariableOverride]
         self.queue1, self.queue2 = Queue(config.queue, config.width), Queue(config.queue, config.width)
         self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def pair_table(self, features: dict[str, Tensor | None], selection: SelectionConfig) -> Tensor:
         """Plain InfoNCE of all pairs: synthetic negatives, which are redrawn for every loss, do not take part."""
-        assert features["target"] is not None
-        projected_NBD = per_view(self.target.projector, features["target"], selection)
-        if features["online"] is None:  # the target's view of the images through the online predictor
-            q_NBD = per_view(self.online.predict, projected_NBD.transpose(0, 1), selection)
-        else:
-            q_NBD = per_view(self.online.head, features["online"], selection)
         queues = self.queue1.rows_KD, self.queue2.rows_KD
-        return queue_pair_losses(unit(q_NBD), unit(projected_NBD), *queues, self.config.temperature)
+        return queue_pair_losses(*self.queries_and_keys(features, selection), *queues, self.config.temperature)
 
     def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
         x1, x2 = chosen.crops[0].unbind(1)
         features1, features2 = self.online.features(x1), self.online.features(x2)
         q1, q2 = unit(self.online.head(features1)), unit(self.online.head(features2))
         with torch.no_grad():
-            if chosen.features_B2D is None:
-                k1, k2 = unit(self.target(x1)), unit(self.target(x2))
-            else:
-                k1, k2 = (unit(self.target.head(f)) for f in chosen.features_B2D.unbind(1))
+            k1, k2 = self.keys(chosen)
         self.contrasts.clear()
         loss1, metrics1 = self._contrast(q1, k2, self.queue2, labels_B)
         loss2, metrics2 = self._contrast(q2, k1, self.queue1, labels_B)
@@ -133,8 +108,7 @@ class MoBY(Objective):
         return info_nce(q_BD, k_BD, queue.rows_KD, temperature, synthetic, barred)
 
     def after_step(self) -> None:
-        """Moves the target, then puts the step's keys of all ranks into the queues."""
-        follow(self.target, self.online, momentum_at(self.step, self.length.steps, self.config.momentum))
+        """Puts the step's keys of all ranks into the queues, and moves the target."""
         keys1, keys2, labels = (gather(torch.cat(parts)) for parts in zip(*self._pending, strict=True))
         self._pending.clear()
         self.queue1.push(keys1, labels)
