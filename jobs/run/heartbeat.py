@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 EVERY = 2.0
-PATIENCE = 25.0
+PATIENCE = 20.0
 
 
 class Heartbeat:
