@@ -1,0 +1,194 @@
+"""Pretraining with every objective, multi-crop included: what trains is what the log says; presets build and step."""
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from jobs.pretrain import pretrain
+from jobs.run import checkpoint, trainer
+from jobs.run.config import PretrainConfig, ViewsConfig
+from jobs.run.data import run_policy
+from jobs.run.folder import RunFolder
+from jobs.run.log import open_log
+from jobs.run.metrics import read_metrics
+from jobs.run.presets import PRESETS, preset
+from models.backbones import BackboneConfig
+from models.negatives import NONE
+from models.objectives import (
+    OBJECTIVES,
+    BYOLConfig,
+    DINOConfig,
+    IBOTConfig,
+    Length,
+    MoBYConfig,
+    MoCoV3Config,
+    SimCLRConfig,
+    SimSiamConfig,
+    SwAVConfig,
+    build_objective,
+)
+from models.selection import SelectionConfig, pairs
+from shards.errors import InputError
+
+LOCAL = 3
+SMALL = {
+    "moby": MoBYConfig(NONE, queue=32, hidden=16, width=12),
+    "moco_v3": MoCoV3Config(hidden=16, width=12),
+    "simclr": SimCLRConfig(hidden=16, width=12),
+    "simsiam": SimSiamConfig(width=16, bottleneck=8),
+    "byol": BYOLConfig(hidden=16, width=12),
+    "swav": SwAVConfig(prototypes=10, hidden=16, width=12),
+    "dino": DINOConfig(outputs=24, hidden=16, bottleneck=12, local_views=LOCAL),
+    "ibot": IBOTConfig(outputs=24, hidden=16, bottleneck=12, local_views=LOCAL),
+}
+
+
+def of(tiny: PretrainConfig, name: str, **changes: object) -> PretrainConfig:
+    """Two steps of an objective; DINO and iBOT with 3 of 5 local views."""
+    views = ViewsConfig("dino", local_views=5, local_size=8) if name in ("dino", "ibot") else tiny.views
+    return replace(tiny, objective=SMALL[name], views=views, steps=2, **changes)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_pretrains_and_its_log_marks_what_trained(
+    name: str, tiny: PretrainConfig, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert pretrain(of(tiny, name), run) == "finished"
+    (part,) = open_log(RunFolder(run).log).chunks(1000)
+    assert part.losses_BP.shape == (32, 6) and np.isfinite(part.losses_BP).all()
+    np.testing.assert_array_equal(part.choice_B, part.losses_BP.argmax(1))
+    multi_crop = name in ("dino", "ibot")
+    assert part.chosen_BN.shape == (32, 9 if multi_crop else 4)
+    wanted = np.zeros((32, 4), np.bool_)
+    np.put_along_axis(wanted, np.array(pairs(4))[part.choice_B], True, 1)
+    np.testing.assert_array_equal(part.chosen_BN[:, :4], wanted)
+    if multi_crop:
+        np.testing.assert_array_equal(part.chosen_BN[:, 4:].sum(1), np.full(32, LOCAL))
+        assert (part.chosen_BN[:, 4:].sum(0) > 0).sum() > LOCAL  # not the first ones of every image
+    assert np.isfinite(
+        [line["train/loss"] for line in read_metrics(RunFolder(run).metrics) if "train/loss" in line]
+    ).all()
+
+
+@pytest.mark.parametrize("name", ["dino", "ibot"])
+def test_multi_crop_with_a_random_pair_parts_and_smaller_scored_views(
+    name: str, tiny: PretrainConfig, tmp_path: Path
+) -> None:
+    small = replace(tiny.backbone, patch_size=4)
+    scored = of(tiny, name, backbone=small, accumulate=2, selection=SelectionConfig(resolution=8, encoder="target"))
+    plain = of(tiny, name, selection=SelectionConfig(views=2, rule="random"))
+    for number, config in enumerate((scored, plain)):
+        run = tmp_path / str(number)
+        assert pretrain(config, run) == "finished"
+        (part,) = open_log(RunFolder(run).log).chunks(1000)
+        np.testing.assert_array_equal(part.chosen_BN.sum(1), np.full(32, 2 + LOCAL))
+    np.testing.assert_array_equal(part.chosen_BN, np.tile([True] * 5 + [False] * 2, (32, 1)))  # draws are alike
+
+
+@pytest.mark.parametrize("name", ["swav", "ibot"])
+def test_an_interrupted_run_goes_on_to_the_bit(
+    name: str, tiny: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prototypes, centres and the mask token come from the checkpoint, masks from the step."""
+    config, step = replace(of(tiny, name), steps=3), trainer.train_step
+    pretrain(config, tmp_path / "whole")
+
+    def interrupted(*arguments):
+        result = step(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(trainer, "train_step", interrupted)
+    assert pretrain(config, tmp_path / "parts") == "interrupted"
+    monkeypatch.undo()
+    assert pretrain(config, tmp_path / "parts", resume=True) == "finished"
+    one, two = (
+        checkpoint.load_newest(RunFolder(tmp_path / run).checkpoints)["objective"] for run in ("whole", "parts")
+    )
+    tensors = [part for part, value in one.items() if torch.is_tensor(value)]
+    assert one.keys() == two.keys() and all(torch.equal(one[part], two[part]) for part in tensors)
+    special = {"swav": {"prototypes_KD"}, "ibot": {"centre_K", "patch_centre_K", "mask_token_D"}}[name]
+    assert all(one[part].abs().sum() > 0 for part in special)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": SMALL["simclr"], "selection": SelectionConfig(encoder="target")}, "selection.encoder: target"),
+        ({"objective": SMALL["moby"], "selection": SelectionConfig(layer=3)}, "selection.layer: 3 blocks asked for"),
+        ({"objective": SMALL["dino"], "views": ViewsConfig("dino")}, "views.local_size: crops of 7 pixels are not"),
+        ({"selection": SelectionConfig(resolution=12)}, "selection.resolution: crops of 12 pixels are not tiled by"),
+        (
+            {"objective": SMALL["ibot"], "backbone": BackboneConfig("resnet10t", 16)},
+            "backbone.name: iBOT masks patches",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_said_before_training(
+    changes: dict[str, object], message: str, tiny: PretrainConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        pretrain(replace(tiny, **changes), tmp_path / "run")
+
+
+def shrunk(config: PretrainConfig) -> PretrainConfig:
+    """A preset's structure at a size for tests."""
+    backbone = config.backbone
+    if "resnet" in backbone.name:
+        backbone = replace(backbone, name="resnet10t", image_size=32)
+    elif "swin" in backbone.name:
+        backbone = replace(backbone, image_size=56)
+    else:
+        backbone = replace(backbone, image_size=32, patch_size=8, width=48, depth=1)
+    widths = {name: 16 for name in ("hidden", "width", "bottleneck") if hasattr(config.objective, name)}
+    widths |= {name: 32 for name in ("outputs", "prototypes") if hasattr(config.objective, name)}
+    local = {"local_size": 16} if config.views.policy == "dino" else {}
+    return replace(
+        config, backbone=backbone, objective=replace(config.objective, **widths), views=replace(config.views, **local)
+    )
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_every_preset_builds_and_takes_a_step(name: str) -> None:
+    config = shrunk(preset(name))
+    objective = build_objective(config.objective, config.backbone, Length(10, 1.0)).train()
+    crops = tuple(torch.randn(4, group.count, 3, group.size, group.size) for group in run_policy(config).groups)
+    scores = objective.pair_losses(crops, config.selection) if config.selection.scores(0) else None
+    choice = torch.zeros(4, dtype=torch.int64) if scores is None else scores.losses_BP.argmax(1)
+    assert (scores is not None) == ("hard" in name or name == "synby-vit-tiny")
+    chosen = objective.take(crops, choice, scores)
+    trained = 10 if name in ("dino-vit-s", "dino-hard-vit-s") else 2
+    assert sum(views.shape[1] for views in chosen.crops) == trained
+    loss, _ = objective.loss(chosen)
+    loss.backward()
+    objective.after_step()
+    assert torch.isfinite(loss)
+
+
+def test_presets_have_the_papers_values() -> None:
+    moco = preset("moco-v3-vit-s")
+    assert moco.backbone == BackboneConfig("vit_small_patch16_224", heads=12, fixed_patch=True, sincos=True)
+    assert (moco.optimizer.lr, moco.optimizer.lr_batch, moco.optimizer.weight_decay) == (1.5e-4, 256, 0.1)
+    assert (moco.optimizer.warmup_epochs, moco.batch, moco.epochs) == (40, 4096, 300)
+    assert [preset(f"{name}-vit-s").objective for name in ("simclr", "byol", "swav")] == [
+        SimCLRConfig(hidden=4096, width=256, layers=3),
+        BYOLConfig(),
+        SwAVConfig(head_norm=False),
+    ]
+    simsiam = preset("simsiam-rn50")
+    assert (simsiam.optimizer.lr, simsiam.optimizer.constant_predictor, simsiam.batch) == (0.05, True, 512)
+    dino = preset("dino-hard-vit-s")
+    assert [group.count for group in run_policy(dino).groups] == [4, 16]
+    assert [group.size for group in run_policy(dino).groups] == [224, 96]
+    assert dino.objective == DINOConfig() and dino.optimizer.clip_norm == 3.0
+    assert len(run_policy(preset("ibot-hard-vit-s")).groups) == 1  # HVP trains iBOT on global views only
+    mochi = preset("mochi-rn50").objective
+    assert isinstance(mochi, MoBYConfig) and mochi.queue == 16_384
+    assert (mochi.negatives.hardest, mochi.negatives.mixing, mochi.negatives.interpolation) == (1024, 512, 256)
+    assert mochi.negatives.total == 768 and mochi.negatives.active(10, 200) and not mochi.negatives.active(9, 200)

@@ -1,0 +1,44 @@
+"""Many ranks choose, lose and learn what one rank does on the whole batch, whatever the objective."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from models.objectives import OBJECTIVES
+
+from .objective_ranks import NAMES, step
+
+SCRIPT = Path(__file__).parent / "objective_ranks.py"
+
+
+def launch(folder: Path, world: int) -> list[dict]:
+    commands = [[sys.executable, str(SCRIPT), str(rank), str(world), str(folder)] for rank in range(world)]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    for process in processes:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_selections_losses_and_gradients_are_those_of_one_rank(world, tmp_path):
+    """Were SimCLR's gather to keep local gradients only, their average would be too small by the world size."""
+    assert set(NAMES) == OBJECTIVES.keys()
+    ranks = launch(tmp_path, world)
+    for name in NAMES:
+        alone, found = step(name, 0, 1), [rank[name] for rank in ranks]
+        losses = torch.cat([rank["losses"] for rank in found])
+        torch.testing.assert_close(losses, alone["losses"], rtol=1e-4, atol=1e-4, msg=name)
+        assert torch.equal(torch.cat([rank["choice"] for rank in found]), alone["choice"]), name
+        for rank in found:
+            torch.testing.assert_close(rank["loss"], alone["loss"], rtol=1e-4, atol=1e-4, msg=name)
+            for group in ("gradients", "buffers"):
+                assert rank[group].keys() == alone[group].keys()
+                for part, value in alone[group].items():
+                    difference = (rank[group][part] - value).float().norm()
+                    assert difference <= 2e-4 * value.float().norm() + 2e-4, f"{name} {group} {part}: {difference}"
+        assert torch.stack([g.norm() for g in alone["gradients"].values()]).norm() > 1e-2, name  # no rounding
