@@ -167,7 +167,8 @@ def train_into(folder: Path, shards: str, settings: TrainSettings, device: str) 
     Raises:
         InputError: the folder holds something else.
     """
-    from shards.diffusion import save, train
+    from shards.diffusion import save
+    from shards.diffusion_training import train
 
     manifest = open_manifest(shards)
     data = hashlib.sha256("".join(entry.sha256 for entry in manifest.entries).encode()).hexdigest()

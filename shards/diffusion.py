@@ -5,14 +5,11 @@ transformers are loaded from it: nothing unpickled, no code of a repository run.
 Letters: n images, B of them in a batch, C classes, S pixels a side.
 """
 
-import difflib
 import hashlib
 import inspect
 import json
 import re
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +19,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from shards.class_names import class_text, find_class, imagenet_classes
 from shards.errors import InputError
 from shards.files import clear
-from shards.synthetic import Request, TrainSettings
+from shards.synthetic import Request
 
 try:
     import diffusers
@@ -37,20 +35,17 @@ except ImportError as error:
     raise InputError(f"diffusers cannot be imported ({error}); `pip install 'hardviews[generate]'`") from error
 
 TIMESTEPS = 1000
-DROPPED_CLASSES = 0.1  # share of training images shown without class, for classifier-free guidance
 SMALLEST_SIDE = 8
-EMA_POWER = 17  # weights averaged over about the last 5 % of training, however long (Karras et al. 2024, section 3.1)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
 # What a pipeline does follows from these files alone.
 HASHED = (".json", ".txt", ".model", ".safetensors")
 # Schedulers that draw nothing while they step; DiTPipeline hands its generator to none.
 DRAWLESS = ("DDIMScheduler", "DPMSolverMultistepScheduler", "PNDMScheduler", "UniPCMultistepScheduler")
-# The name of from_pretrained's argument for them changed.
+# from_pretrained's argument for the precision has been renamed.
 PRECISION_NAME = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Condition = int | str
-Report = Callable[[float, int, float], None]  # share of the training that is done, steps so far, loss
 
 
 class ClassPipeline(DiffusionPipeline):
@@ -159,82 +154,6 @@ def small_pipeline(side: int, width: int, channels: int, classes: Sequence[str],
         rescale_betas_zero_snr=True,
     )
     return ClassPipeline(unet, scheduler, list(classes), size)
-
-
-def train(
-    images: np.ndarray,
-    labels: np.ndarray,
-    classes: Sequence[str],
-    settings: TrainSettings,
-    *,
-    size: int = 0,
-    device: str = "cpu",
-    report: Report | None = None,
-) -> ClassPipeline:
-    """Trains a small pipeline; the same arguments with `steps` alone as the limit give the same weights on a CPU.
-
-    Args:
-        images: uint8 [n, H, W, 3], reduced to `settings.side` pixels a side.
-        labels: int [n] in 0 … C−1, −1 where unknown.
-        size: pixels a side of the images that the pipeline will give; 0 for `settings.side`.
-        report: called after every step.
-
-    Raises:
-        InputError: no images, no limit, or settings the network cannot have.
-    """
-    if not len(images):
-        raise InputError("--train-on: there are no images to train on")
-    if settings.steps is None and settings.seconds is None:
-        raise InputError("--train.steps and --train.seconds: both None; one has to end the training")
-    draws = torch.Generator().manual_seed(settings.seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        gray = bool((images[..., :1] == images).all())
-        pipeline = small_pipeline(settings.side, settings.width, 1 if gray else 3, classes, size)
-    pixels = reduce(images[..., :1] if gray else images, settings.side)
-    known = torch.as_tensor(np.where(labels < 0, len(classes), labels))
-    network: Any = pipeline.unet.to(device).train()
-    averaged = [parameter.detach().clone() for parameter in network.parameters()]
-    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
-    began, step, done = time.monotonic(), 0, 0.0
-    while done < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * min(1, (step + 1) / 50) * (0.5 + 0.5 * float(np.cos(np.pi * done)))
-        chosen = torch.randint(len(pixels), (settings.batch,), generator=draws)
-        clean = pixels[chosen].to(device)
-        shown = known[chosen].masked_fill(torch.rand(settings.batch, generator=draws) < DROPPED_CLASSES, len(classes))
-        noise = torch.randn(clean.shape, generator=draws).to(device)
-        moments = torch.randint(TIMESTEPS, (settings.batch,), generator=draws).to(device)
-        noisy = pipeline.scheduler.add_noise(clean, noise, moments)
-        velocity = pipeline.scheduler.get_velocity(clean, noise, moments)
-        loss = F.mse_loss(network(noisy, moments, shown.to(device)).sample, velocity)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        with torch.no_grad():
-            for mean, parameter in zip(averaged, network.parameters(), strict=True):
-                mean.lerp_(parameter, 1 - (1 - 1 / step) ** EMA_POWER)
-        done = max(
-            step / settings.steps if settings.steps else 0,
-            (time.monotonic() - began) / settings.seconds if settings.seconds else 0,
-        )
-        if report is not None:
-            report(min(done, 1), step, loss.item())
-    for parameter, mean in zip(network.parameters(), averaged, strict=True):
-        parameter.data.copy_(mean)
-    network.eval()
-    return pipeline
-
-
-def reduce(images: np.ndarray, side: int) -> torch.Tensor:
-    """uint8 [n, H, W, 1 or 3] → float [n, 1 or 3, side, side] in −1…1, by area."""
-    parts = [
-        F.interpolate(part.permute(0, 3, 1, 2).float(), size=(side, side), mode="area") / 127.5 - 1
-        for part in torch.as_tensor(images).split(1024)
-    ]
-    return torch.cat(parts)
 
 
 def save(pipeline: ClassPipeline, folder: Path, facts: dict[str, Any]) -> None:
@@ -368,46 +287,6 @@ def conditions(pipeline: DiffusionPipeline, classes: Sequence[str], prompt: str)
 def without_default(parameters: Any) -> list[str]:
     """Names of the parameters that a call has to give."""
     return [name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty]
-
-
-def find_class(name: str, known: dict[str, int]) -> int:
-    """The number of a class by its name, that name in lower case with blanks, or its number as text."""
-    for spelling in (name, name.lower(), name.lower().replace("_", " ")):
-        if spelling in known:
-            return known[spelling]
-    if name.isdecimal() and int(name) in known.values():
-        return int(name)
-    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5) or sorted(known)[:8]
-    raise InputError(
-        f"--like: the pipeline has no class {name!r}; among its {len(set(known.values()))} are {', '.join(near)}; "
-        "map names with --class-names FILE.json"
-    )
-
-
-def imagenet_classes() -> dict[str, int]:
-    """Numbers of ImageNet's 1,000 classes by WordNet id and by those of their words that mean one class alone."""
-    known = imagenet()
-    words = [
-        (word.strip().lower(), index)
-        for index, words in enumerate(known.label_descriptions())
-        for word in words.split(",")
-    ]
-    uses = Counter(word for word, _ in words)
-    named = {word: index for word, index in words if uses[word] == 1}
-    return named | {name: index for index, name in enumerate(known.label_names())}
-
-
-def class_text(name: str) -> str:
-    """A class name as a prompt takes it: ImageNet's WordNet ids as their first word, underscores as blanks."""
-    if re.fullmatch(r"n\d{8}", name) and name in imagenet().label_names():
-        name = imagenet().label_name_to_description(name).split(",")[0]
-    return name.replace("_", " ")
-
-
-def imagenet() -> Any:
-    from timm.data.imagenet_info import ImageNetInfo
-
-    return ImageNetInfo()
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Pipelines: training, saving, loading without code or pickles, and images that depend on their own seed alone."""
 
+import importlib.util
 import json
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import tiny_pipelines
 import torch
 
 from shards import diffusion
+from shards.diffusion_training import train
 from shards.errors import InputError
 from shards.synthetic import TrainSettings
 
@@ -38,7 +40,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def trained() -> diffusion.ClassPipeline:
-    return diffusion.train(*two_classes(), CLASSES, TINY, size=16)
+    return train(*two_classes(), CLASSES, TINY, size=16)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,7 @@ def test_training_learns_the_classes(trained: diffusion.ClassPipeline) -> None:
 def test_steps_alone_make_training_repeatable() -> None:
     short = TrainSettings(side=8, width=8, batch=4, steps=2, seconds=None)
     state = torch.random.get_rng_state()
-    first, second = (diffusion.train(*two_classes(8), CLASSES, short) for _ in range(2))
+    first, second = (train(*two_classes(8), CLASSES, short) for _ in range(2))
     assert torch.equal(state, torch.random.get_rng_state())
     for one, other in zip(first.unet.parameters(), second.unet.parameters(), strict=True):
         assert torch.equal(one, other)
@@ -81,7 +83,7 @@ def test_steps_alone_make_training_repeatable() -> None:
 def test_the_time_limit_ends_training_and_progress_reaches_one() -> None:
     seen: list[tuple[float, int]] = []
     settings = TrainSettings(side=8, width=8, batch=2, steps=None, seconds=0.3)
-    diffusion.train(*two_classes(8), CLASSES, settings, report=lambda done, step, loss: seen.append((done, step)))
+    train(*two_classes(8), CLASSES, settings, report=lambda done, step, loss: seen.append((done, step)))
     shares = [done for done, _ in seen]
     assert shares == sorted(shares)
     assert shares[-1] == 1
@@ -95,12 +97,12 @@ def test_the_time_limit_ends_training_and_progress_reaches_one() -> None:
 def test_wrong_training_settings_are_named(change: dict[str, int], named: str) -> None:
     settings = TrainSettings(**({"steps": 1} | change))
     with pytest.raises(InputError, match=named):
-        diffusion.train(*two_classes(4), CLASSES, settings)
+        train(*two_classes(4), CLASSES, settings)
 
 
 def test_training_needs_images() -> None:
     with pytest.raises(InputError, match="no images"):
-        diffusion.train(np.zeros((0, 8, 8, 3), np.uint8), np.zeros(0, int), CLASSES, TINY)
+        train(np.zeros((0, 8, 8, 3), np.uint8), np.zeros(0, int), CLASSES, TINY)
 
 
 @pytest.mark.parametrize(("side", "levels"), [(8, 2), (12, 3), (16, 3), (32, 4)])
@@ -274,6 +276,15 @@ def test_a_hub_that_does_not_answer_is_one_line() -> None:
     with pytest.raises(InputError, match="no such folder, and the hub does not give it") as raised:
         diffusion.locate("nobody/nothing-of-that-name")
     assert "\n" not in str(raised.value)
+
+
+def test_without_diffusers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)  # makes its import fail
+    spec = importlib.util.spec_from_file_location("diffusion_again", diffusion.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    with pytest.raises(InputError, match=r"pip install 'hardviews\[generate\]'"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def copied(folder: Path, target: Path) -> Path:
