@@ -54,7 +54,7 @@ def of(tiny: PretrainConfig, name: str, **changes: object) -> PretrainConfig:
     return replace(tiny, objective=SMALL[name], views=views, steps=2, **changes)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", sorted(OBJECTIVES.keys() - {"moby"}))  # which test_pretrain.py trains
 def test_every_objective_pretrains_and_its_log_marks_what_trained(
     name: str, tiny: PretrainConfig, tmp_path: Path
 ) -> None:
@@ -83,20 +83,21 @@ def test_multi_crop_with_a_random_pair_parts_and_smaller_scored_views(
     small = replace(tiny.backbone, patch_size=4)
     scored = of(tiny, name, backbone=small, accumulate=2, selection=SelectionConfig(resolution=8, encoder="target"))
     plain = of(tiny, name, selection=SelectionConfig(views=2, rule="random"))
+    marks = []
     for number, config in enumerate((scored, plain)):
         run = tmp_path / str(number)
         assert pretrain(config, run) == "finished"
         (part,) = open_log(RunFolder(run).log).chunks(1000)
-        np.testing.assert_array_equal(part.chosen_BN.sum(1), np.full(32, 2 + LOCAL))
-    np.testing.assert_array_equal(part.chosen_BN, np.tile([True] * 5 + [False] * 2, (32, 1)))  # draws are alike
+        marks.append(part.chosen_BN)
+        np.testing.assert_array_equal(marks[-1].sum(1), np.full(32, 2 + LOCAL))
+    np.testing.assert_array_equal(marks[1], np.tile([True] * 5 + [False] * 2, (32, 1)))  # draws are alike
 
 
-@pytest.mark.parametrize("name", ["swav", "ibot"])
 def test_an_interrupted_run_goes_on_to_the_bit(
-    name: str, tiny: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prototypes, centres and the mask token come from the checkpoint, masks from the step."""
-    config, step = replace(of(tiny, name), steps=3), trainer.train_step
+    """Centres and the mask token come from the checkpoint, masks from the step."""
+    config, step = of(tiny, "ibot"), trainer.train_step
     pretrain(config, tmp_path / "whole")
 
     def interrupted(*arguments):
@@ -113,8 +114,7 @@ def test_an_interrupted_run_goes_on_to_the_bit(
     )
     tensors = [part for part, value in one.items() if torch.is_tensor(value)]
     assert one.keys() == two.keys() and all(torch.equal(one[part], two[part]) for part in tensors)
-    special = {"swav": {"prototypes_KD"}, "ibot": {"centre_K", "patch_centre_K", "mask_token_D"}}[name]
-    assert all(one[part].abs().sum() > 0 for part in special)
+    assert all(one[part].abs().sum() > 0 for part in ("centre_K", "patch_centre_K", "mask_token_D"))
 
 
 @pytest.mark.parametrize(
