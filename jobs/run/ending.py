@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from jobs.run.failure import TrainingFailedError
 
+BROKEN = ("gloo", "connection closed by peer", "connection reset by peer", "broken pipe")
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -57,8 +58,8 @@ def rank_lost(error: BaseException) -> str | None:
 
     NCCL and the rendezvous store raise torch's own classes, gloo a RuntimeError that names it.
     """
-    lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
-    if not lost:
+    said = str(error).lower() if isinstance(error, RuntimeError) else ""
+    if not isinstance(error, dist.DistError) and not any(words in said for words in BROKEN):
         return None
     detail = " ".join(str(error).split("\n", 1)[0].split())
     return f"run: another process of this job is gone ({detail}); the first one to fail says why"

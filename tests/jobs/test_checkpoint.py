@@ -26,7 +26,7 @@ def test_newest_comes_back(tmp_path: Path) -> None:
     assert torch.equal(loaded["model"]["weight"], torch.full((64, 64), 20.0))
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "marker"])
 def test_damaged_newest_is_named_and_the_one_before_taken(tmp_path: Path, damage: str, capsys) -> None:
     checkpoint.save(tmp_path, 10, content(10))
     path = checkpoint.save(tmp_path, 20, content(20))
@@ -34,6 +34,9 @@ def test_damaged_newest_is_named_and_the_one_before_taken(tmp_path: Path, damage
     if damage == "flip":
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
+    elif damage == "marker":
+        path = path.with_suffix(".json")
+        path.write_text('{"step": 2')
     elif damage == "cut":
         path.write_bytes(data[:-100])
     else:

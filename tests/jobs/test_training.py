@@ -11,6 +11,7 @@ import pytest
 import torch
 from runs_of_training import same_run, weights
 
+from jobs.benches import run as bench_run
 from jobs.pretrain import pretrain
 from jobs.run.config import PretrainConfig
 from jobs.run.health import forward_flops
@@ -125,6 +126,14 @@ def test_contrastive_tasks_are_analysed_on_health_steps(tiny: PretrainConfig, tm
     curve = read_metrics(tmp_path / "run" / "curves.jsonl")[-1]["matching_probabilities"]
     assert curve["rank"][0] == 1 and curve["rank"][-1] == 50  # the queue's length
     assert curve["value"] == sorted(curve["value"], reverse=True) and 0 < sum(curve["value"]) <= 1
+
+
+def test_the_run_benchmark_tells_what_watching_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_run, "CYCLE", 3)
+    monkeypatch.setattr(bench_run, "WARM", 1)
+    found = bench_run.measure(bench_run.RunBench(batch=8, cycles=1, threads=1))
+    assert 0 < found["added_ms"] < found["watched_ms"]
+    assert found["overhead"] == pytest.approx(found["added_ms"] / found["bare_ms"])
 
 
 FAKE = """#!/bin/bash
