@@ -216,7 +216,7 @@ def test_a_lost_rank_ends_the_job_within_a_minute_with_the_reason(
 def test_what_a_broken_connection_means_is_said(tmp_path: Path, words: str) -> None:
     with pytest.raises(TrainingFailedError, match="another process of this job is gone"), explained(tmp_path):
         raise RuntimeError(words)
-    with pytest.raises(RuntimeError, match="^shapes differ$"), explained(tmp_path):
+    with pytest.raises(RuntimeError, match="shapes differ"), explained(tmp_path):
         raise RuntimeError("shapes differ")
 
 
