@@ -3,14 +3,19 @@
 import dataclasses
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from report_runs import hard_views, make_run
 
+from jobs.analyse import analyse
+from jobs.pretrain import pretrain
+from jobs.report import write_report
 from jobs.reporting.gallery import gallery
 from jobs.reporting.page import page
 from jobs.reporting.rundata import read_run
+from jobs.run.config import PretrainConfig
 
 WIDE, PHONE = (1280, 900), (375, 740)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -81,6 +86,19 @@ def test_no_console_message_no_request_and_every_picture_drawn(browser: Any, add
     )
     assert len(lines) >= 5
     assert all(width > 100 for width in lines)
+
+
+def test_the_report_of_a_real_run_draws_every_picture(browser: Any, tiny: PretrainConfig, tmp_path: Path) -> None:
+    pretrain(tiny, tmp_path / "run")
+    analyse(tmp_path / "run", pictures=False)
+    report = write_report([tmp_path / "run"], tmp_path / "report.html", images=4)
+    open_at(browser, report.as_uri(), WIDE)
+    assert browser.get_log("browser") == []
+    pictures = browser.execute_script(
+        "return Promise.all([...document.images].map(i => i.decode().then(() => i.naturalWidth, () => 0)))"
+    )
+    assert len(pictures) >= 4 * (1 + tiny.selection.views)  # each image of the gallery and its views
+    assert all(pictures)
 
 
 def test_tabs_switch_runs_by_click_and_by_arrow_keys(browser: Any, address: str) -> None:
