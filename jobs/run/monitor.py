@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from jobs.evaluation.features import extract_features
 from jobs.evaluation.images import label_table, open_images
-from jobs.evaluation.knn import knn_scores
+from jobs.evaluation.knn import HEADLINE, TEMPERATURE, knn_scores
 from jobs.run.config import PretrainConfig
 from jobs.run.data import Data
 from jobs.run.health import forward_flops, gradient_norms, peak_flops
@@ -40,8 +40,6 @@ if TYPE_CHECKING:  # these hold a monitor themselves
     from jobs.run.step import StepResult
     from jobs.run.training import Training
 
-TEMPERATURE = 0.07
-NEIGHBOURS = 20
 CURVE_POINTS = 64
 # Parts of a step on the progress line; TensorBoard has all that the timer knows.
 PHASES = ("data", "selection", "forward", "backward", "optimizer", "log")
@@ -71,7 +69,7 @@ class MemoryBank(nn.Module):
         similarity_BM[:, self.labels_M < 0] = -torch.inf
         own_B1 = (ids_B % len(self.labels_M))[:, None]
         similarity_BM.scatter_(1, own_B1, -torch.inf)
-        top = similarity_BM.topk(min(NEIGHBOURS, similarity_BM.shape[1]), dim=1)
+        top = similarity_BM.topk(min(HEADLINE, similarity_BM.shape[1]), dim=1)
         votes_BC = torch.zeros(len(ids_B), self.classes, device=ids_B.device)
         voters = self.labels_M[top.indices].clamp_min(0)
         votes_BC.scatter_add_(1, voters, (top.values / TEMPERATURE).exp())
