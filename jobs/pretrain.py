@@ -1,5 +1,6 @@
 """`hardviews pretrain PRESET`: streams shards, chooses hard views, trains, logs every choice."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,4 +60,5 @@ def main(argv: Sequence[str]) -> None:
     state = pretrain(arguments.config, arguments.run, resume=arguments.resume, overwrite=arguments.overwrite)
     if state == "interrupted":
         raise SystemExit(130)
-    print(f"finished: {arguments.run}")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"finished: {arguments.run}")

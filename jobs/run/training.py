@@ -1,6 +1,7 @@
 """A run in memory: what belongs to it, how it is opened, saved and taken up again."""
 
 import dataclasses
+import inspect
 import json
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -84,17 +85,11 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
     data = open_data(config)
     stack.callback(data.reader.close)
     length = run_length(config, data.order)
-    objective = make_objective(config, length).to(world.device)
+    objective = make_objective(config, length, world.device)
     compile_encoders(config, objective, world.device)
+    learner: nn.Module = LossModule(objective)
     if world.size > 1:
-        learner: nn.Module = DistributedDataParallel(
-            LossModule(objective),
-            device_ids=[world.device] if world.device.type == "cuda" else None,
-            broadcast_buffers=False,  # queues and statistics are equal on all ranks by what is gathered into them
-            find_unused_parameters=False,
-        )
-    else:
-        learner = LossModule(objective)
+        learner = averaged(learner, world.device)
     optimizer = build_optimizer(config.optimizer, objective)
     schedule = Schedule(config.optimizer, config.batch, length.steps, length.steps_per_epoch)
     monitor = open_monitor(config, world, data, objective)
@@ -151,15 +146,15 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
     return training
 
 
-def make_objective(config: PretrainConfig, length: Length) -> Objective:
-    """The objective with weights that are a function of the seed, in training mode.
+def make_objective(config: PretrainConfig, length: Length, device: torch.device) -> Objective:
+    """The objective with weights that are a function of the seed, in training mode on its device.
 
     Raises:
         InputError: values that do not fit; the message has field, value and remedy.
     """
     torch.manual_seed(config.seed)
     try:
-        objective = build_objective(config.objective, config.backbone, length)
+        objective = build_objective(config.objective, config.backbone, length).to(device)
         objective.check(config.selection)
     except ValueError as error:
         raise InputError(str(error)) from error
@@ -170,6 +165,15 @@ def make_objective(config: PretrainConfig, length: Length) -> Objective:
         if encoder is not None and isinstance(encoder.backbone, ResNet):
             encoder.backbone.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return objective
+
+
+def averaged(learner: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """The learner with gradients averaged over ranks. Its buffers are left alone: queues and statistics are equal on
+    all ranks by what is gathered into them."""
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # from torch 2.13 on
+    buffers: dict[str, Any] = {name: False}
+    return DistributedDataParallel(learner, device_ids=[device] if device.type == "cuda" else None, **buffers)
 
 
 def checkpoint_activations(encoder: Encoder, name: str) -> None:

@@ -7,6 +7,7 @@ arguments each, and meet at the next port of PORTS; `new:K` stops the run after 
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ def stop_after(steps: int) -> None:
 
 
 def main() -> None:
+    warnings.simplefilter("error")  # as under pytest
     torch.set_num_threads(1)
     for number in range(1, len(sys.argv), 3):
         config, run, how = sys.argv[number : number + 3]
