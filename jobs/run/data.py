@@ -105,10 +105,13 @@ def open_stream(
     """This rank's batches from `step` on.
 
     Raises:
-        InputError: the batch does not divide among the ranks.
+        InputError: the batch does not divide among the ranks and the parts of each.
     """
-    if config.batch % world.size:
-        raise InputError(f"batch: {config.batch} images do not divide among {world.size} processes; take a multiple")
+    if config.batch % (parts := world.size * config.accumulate):
+        raise InputError(
+            f"batch: {config.batch} images do not divide into {parts} equal parts ({world.size} processes, "
+            f"accumulate {config.accumulate}); take a multiple of {parts}"
+        )
     data.reader.follow(data.order, step * config.batch)
     return ViewStream(
         data.reader,

@@ -145,7 +145,8 @@ class Monitor:
 
     def _use_bank(self, bank: MemoryBank, t: Training, batch: ViewBatch, features_BD: Tensor, due: bool) -> None:
         """Updates the bank with the images of all ranks; scores them where a line is due, before they are in it."""
-        ids, labels = (torch.from_numpy(v.astype(np.int64)).to(features_BD.device) for v in last_rows(batch, t))
+        rows = (batch.ids_B, batch.labels_B)
+        ids, labels = (torch.from_numpy(v.astype(np.int64)).to(features_BD.device) for v in rows)
         gathered = (gather(ids), gather(features_BD), gather(labels))
         if due:
             self._add("monitor/bank_knn", *bank.score(*gathered))
@@ -181,10 +182,11 @@ class Monitor:
         features_BD, curves = t.objective.seen_features_BD, {}
         scalars = {f"grad/{layer}": float(norm) for layer, norm in gradient_norms(t.objective).items()}
         if features_BD is not None:
-            sources_B = torch.from_numpy(batch.sources_B[-len(features_BD) :].astype(np.int64)).to(features_BD.device)
+            sources_B = torch.from_numpy(batch.sources_B.astype(np.int64)).to(features_BD.device)
             scalars |= feature_health(gather(features_BD), gather(sources_B), t.data.sources)
             if self.loggers is not None and t.objective.contrasts:
-                means, curves = contrast_report(t.objective.contrasts, sources_B, t.data.sources)
+                last_B = sources_B[-len(t.objective.contrasts[0].q_BD) :]  # with gradient accumulation, the last part
+                means, curves = contrast_report(t.objective.contrasts, last_B, t.data.sources)
                 scalars |= {f"contrast/{name}": float(value) for name, value in means.items() if not value.isnan()}
         t.objective.contrasts.clear()
         if self.loggers is not None:
@@ -212,13 +214,6 @@ def open_monitor(config: PretrainConfig, world: World, data: Data, objective: Ob
         rows = min(config.monitor.bank, len(data.reader))
         bank = MemoryBank(rows, feature_width(objective.backbone), classes).to(world.device)
     return Monitor(config, world, bank)
-
-
-def last_rows(batch: ViewBatch, t: Training) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and labels of the images whose features the objective holds: with gradient accumulation, of the last part."""
-    assert t.objective.seen_features_BD is not None
-    count = len(t.objective.seen_features_BD)
-    return batch.ids_B[-count:], batch.labels_B[-count:]
 
 
 def note(scalars: dict[str, float]) -> str:

@@ -3,7 +3,6 @@
 Shape suffixes: B images of this rank, N views, P pairs.
 """
 
-import itertools
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +56,7 @@ def train_step(t: Training, batch: ViewBatch) -> StepResult:
     set_step(t.optimizer, t.schedule, t.step)
     t.optimizer.zero_grad(set_to_none=True)
     t.objective.watching = t.monitor.watches(t.step + 1)
-    losses, choices, selection = [], [], t.config.selection
+    losses, choices, seen, selection = [], [], [], t.config.selection
     parts = split(batch, t.config.accumulate)
     for part in parts:
         with t.timer.phase("selection"), autocast(t):
@@ -73,6 +72,9 @@ def train_step(t: Training, batch: ViewBatch) -> StepResult:
                 t.metrics |= t.objective.audit(part.crops, choice.choice_B, selection)
         losses.append(loss.detach())
         choices.append(Choice(choice.choice_B, choice.scores, chosen.views_BM))
+        if t.objective.seen_features_BD is not None:
+            seen.append(t.objective.seen_features_BD)
+    t.objective.seen_features_BD = torch.cat(seen) if seen else None
     with t.timer.phase("optimizer"):
         norm = clip_and_norm(t.learned, t.config.optimizer.clip_norm)
         loss, norm = t.world.mean(torch.stack([torch.stack(losses).mean(), norm])).tolist()
@@ -138,11 +140,11 @@ def record(t: Training, batch: ViewBatch, choices: list[Choice]) -> tuple[np.nda
 
 
 def split(batch: ViewBatch, parts: int) -> list[ViewBatch]:
-    """The batch in `parts` runs of rows, for gradient accumulation."""
+    """The batch in `parts` runs of as many rows, for gradient accumulation."""
     if parts == 1:
         return [batch]
-    bounds = np.linspace(0, len(batch), parts + 1).round().astype(int)
-    return [batch.rows(slice(int(a), int(b))) for a, b in itertools.pairwise(bounds)]
+    rows = len(batch) // parts
+    return [batch.rows(slice(start, start + rows)) for start in range(0, len(batch), rows)]
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

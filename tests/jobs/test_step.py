@@ -1,0 +1,63 @@
+"""One training step: gradient accumulation."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from runs_of_training import finish, same_rows, two_ranks, weights
+
+from jobs.pretrain import pretrain
+from jobs.run.config import PretrainConfig, ViewsConfig, save_config
+from jobs.run.folder import RunFolder
+from jobs.run.metrics import read_metrics
+from jobs.run.optim import OptimizerConfig
+from models.objectives import DINOConfig
+
+
+@pytest.fixture
+def uncoupled(tiny: PretrainConfig) -> PretrainConfig:
+    """Three steps of an objective in which an image's loss knows nothing of the others of its batch, and of an optimizer
+    that is linear in the gradient: Adam's steps depend on the sign of gradients that are nearly 0."""
+    return replace(
+        tiny,
+        objective=DINOConfig(outputs=24, hidden=16, bottleneck=12, local_views=2, freeze_epochs=0),
+        views=ViewsConfig("dino", local_views=3, local_size=8),
+        backbone=replace(tiny.backbone, drop_path=0.0),
+        optimizer=OptimizerConfig("sgd", lr=0.5, lr_batch=0, warmup_epochs=0, clip_norm=0.3),
+        monitor=replace(tiny.monitor, every=1),
+        steps=3,
+    )
+
+
+def curve(run: Path, name: str) -> list[float]:
+    """A metric's value at every step."""
+    return [line[name] for line in read_metrics(RunFolder(run).metrics) if name in line]
+
+
+@pytest.mark.timeout(300)
+def test_parts_of_a_batch_learn_what_the_whole_does(
+    uncoupled: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradient norms, losses, weights, centre, momentum and bank, at world sizes 1 and 2."""
+    arguments = []
+    for parts in (2, 4):
+        file = tmp_path / f"{parts}.json"
+        save_config(replace(uncoupled, accumulate=parts), file)
+        arguments += [str(file), str(tmp_path / f"ranks{parts}"), "new"]
+    ranks = two_ranks(*arguments)
+    steps, step = [], torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda *given: steps.append(1) or step(*given))
+    for parts in (1, 2, 4):
+        pretrain(replace(uncoupled, accumulate=parts), tmp_path / f"parts{parts}")
+    assert len(steps) == 3 * 3  # runs × steps, however many parts
+    finish(ranks, 200)
+    whole = tmp_path / "parts1"
+    learned = weights(whole)
+    for name in ("parts2", "parts4", "ranks2", "ranks4"):
+        run = tmp_path / name
+        same_rows(whole, run, exact=False)
+        for metric in ("train/loss", "train/grad_norm", "monitor/bank_knn"):
+            assert curve(run, metric) == pytest.approx(curve(whole, metric), rel=1e-4), (name, metric)
+        for part, value in weights(run).items():
+            torch.testing.assert_close(value, learned[part], rtol=1e-4, atol=1e-6, msg=f"{name}: {part}")
