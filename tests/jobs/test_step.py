@@ -17,8 +17,8 @@ from models.objectives import DINOConfig
 
 @pytest.fixture
 def uncoupled(tiny: PretrainConfig) -> PretrainConfig:
-    """Three steps of an objective in which an image's loss knows nothing of the others of its batch, and of an optimizer
-    that is linear in the gradient: Adam's steps depend on the sign of gradients that are nearly 0."""
+    """Three steps in which an image's loss knows nothing of the others of its batch, by an optimizer that is linear in
+    the gradient: Adam's steps depend on the sign of gradients that are nearly 0."""
     return replace(
         tiny,
         objective=DINOConfig(outputs=24, hidden=16, bottleneck=12, local_views=2, freeze_epochs=0),
