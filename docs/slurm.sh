@@ -31,11 +31,12 @@ fi
 
 # --shutdown-timeout: how long torchrun waits for ranks that got a signal; its own 30 s may be less than a step and a
 # checkpoint take. --max-restarts=0: a job that lost a rank ends, with the reason, rather than restarting in place.
+# --: without it torchrun takes --run for one of its own flags.
 srun --kill-on-bad-exit=1 torchrun \
     --nnodes="$SLURM_NNODES" --nproc-per-node="${SLURM_GPUS_ON_NODE:-1}" \
     --rdzv-backend=c10d --rdzv-endpoint="$head:29500" --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" \
     --max-restarts=0 --shutdown-timeout=240 \
-    "$(which hardviews)" pretrain synby-hard-deit-s --run "$run" --data.real "$shards" $how &
+    -- "$(which hardviews)" pretrain synby-hard-deit-s --run "$run" --data.real "$shards" $how &
 step=$!
 
 stopped=
