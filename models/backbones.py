@@ -37,9 +37,9 @@ class BackboneConfig:
     """Stochastic depth rate of the online encoder (0 to 1)."""
     target_drop_path: float = 0.0
     """Stochastic depth rate of the target encoder (0 to 1)."""
-    target_precision: Literal["same", "bf16"] = "same"
-    """Arithmetic of the target's backbone: as in training, or bf16. With bf16 in both, selection's target features are
-    by definition those of the loss, which then uses them again."""
+    target_precision: Literal["same", "auto", "bf16"] = "same"
+    """Arithmetic of the target's backbone: as in training, bf16, or auto = bf16 where the device has units for it.
+    With the same in scoring, selection's target features are by definition those of the loss, which uses them again."""
     pool: str = ""
     """How a ViT's tokens become one feature: token (class token) or avg (mean of patches); empty = the model's own."""
     fixed_patch: bool = False
@@ -62,8 +62,10 @@ class BackboneConfig:
                 f"backbone.patch_size: {self.patch_size} does not divide the image size {self.image_size}; "
                 f"take a divisor of it"
             )
-        if self.target_precision not in ("same", "bf16"):
-            raise ValueError(f"backbone.target_precision: {self.target_precision!r} is unknown; take same or bf16")
+        if self.target_precision not in ("same", "auto", "bf16"):
+            raise ValueError(
+                f"backbone.target_precision: {self.target_precision!r} is unknown; take same, auto or bf16"
+            )
         if self.pool not in ("", "token", "avg"):
             raise ValueError(f"backbone.pool: {self.pool!r} is unknown; take token, avg or nothing")
 

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from models.precision import PRECISIONS, Precision
+
 Rule = Literal["hardest", "easiest", "random", "lowest-iou"]
-CHOICES = {"encoder": ("online", "target"), "precision": ("same", "bf16"), "batchnorm": ("view", "joint", "running")}
+CHOICES = {"encoder": ("online", "target"), "precision": PRECISIONS, "batchnorm": ("view", "joint", "running")}
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,10 @@ class SelectionConfig:
     pass through the online predictor: no online forward, and the features serve the loss again."""
     every: int = 1
     """Select on every k-th step; on the others a random pair trains."""
-    precision: Literal["same", "bf16"] = "same"
-    """Arithmetic of the scoring forwards: as in training, or bf16."""
+    precision: Precision = "same"
+    """Number format of the scoring forwards: as in training; bf16, which is many times slower than fp32 on a processor
+    without units for it; auto = bf16 where there are such units, else as in training; int8 or fp8 in the backbone's
+    linear layers, where the hardware has it."""
     resolution: int | None = None
     """Side of the views while scoring (pixels); None = as in training."""
     layer: int | None = None
@@ -43,6 +47,10 @@ class SelectionConfig:
     images at once, or the running ones. Running statistics never change here."""
     cross_policy: bool = False
     """Only pairs of views from different policies (one of T, one of T′) compete."""
+    reuse: bool = True
+    """Keep what the online backbone's linear layers give for all views until the pair is chosen, so that the loss does
+    not compute it again. Only where that is exact: scores in the arithmetic of training, no drop path, no BatchNorm in
+    the backbone, not compiled. Costs memory: some 9 widths for a token, block and view."""
     audit_every: int = 0
     """Steps between comparisons of a cheaper choice with the full one (agreement, regret); 0 = never."""
 
@@ -72,9 +80,8 @@ class SelectionConfig:
     @property
     def full(self) -> "SelectionConfig":
         """The same rule without any of the savings: what `audit` compares with."""
-        return replace(
-            self, encoder="online", every=1, precision="same", resolution=None, layer=None, static_colour=False
-        )
+        without = SelectionConfig(self.views, self.rule, batchnorm=self.batchnorm, cross_policy=self.cross_policy)
+        return replace(without, reuse=False)  # nothing trains on it
 
 
 @cache

@@ -69,8 +69,8 @@ class StepBench:
 # Side → how its pairs are scored. `precise` has no savings but the shared forwards; `full` scores in bf16.
 SELECTIONS = {
     "precise": SelectionConfig(),
-    "full": SelectionConfig(precision="bf16"),
-    "target": SelectionConfig(encoder="target", precision="bf16"),
+    "full": SelectionConfig(precision="auto"),
+    "target": SelectionConfig(encoder="target", precision="auto"),
 }
 
 
@@ -80,7 +80,7 @@ class Learner:
     def __init__(self, bench: StepBench, negatives: NegativesConfig, *, target_bf16: bool = False) -> None:
         torch.manual_seed(0)
         shape = BackboneConfig(bench.backbone, bench.size, bench.patch, depth=bench.depth)
-        backbone = replace(shape, target_precision="bf16" if target_bf16 else "same")
+        backbone = replace(shape, target_precision="auto" if target_bf16 else "same")
         objective = build_objective(MoBYConfig(negatives), backbone, LONG)
         assert isinstance(objective, MoBY)
         self.moby = objective.to(bench.device).train()

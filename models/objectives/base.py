@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from models.backbones import BackboneConfig, build_backbone
 from models.contrast import Contrast
+from models.known import KnownOutputs, known_outputs
 from models.momentum import target_of
+from models.precision import Precision, arithmetic, check_units, resolved
 from models.selection import SelectionConfig, audit, first_blocks, take_pair, without_side_effects
 
 Metrics = dict[str, Tensor]
@@ -40,17 +42,22 @@ class Scores:
     """Loss of every candidate pair of the competing views."""
     features_BND: Tensor | None = None
     """The target backbone's features of the views, where they are exactly what the loss would compute again."""
+    known: KnownOutputs | None = None
+    """What the online backbone's linear layers gave for the views, where the loss would compute it again."""
     local_BPL: Tensor | None = None
     """Multi-crop: for each pair, the numbers of the local views that go with it (its hardest ones)."""
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What trains: the chosen pair's crops and, where selection computed them, the target's features."""
+    """What trains: the chosen pair's crops and what selection computed of them that the loss can use again."""
 
     crops: tuple[Tensor, ...]
     """[B, 2, 3, H, W]; multi-crop: then the local views [B, L, 3, h, w]."""
     features_B2D: Tensor | None = None
+    """The target backbone's features."""
+    known: tuple[list[Tensor], list[Tensor]] | None = None
+    """Outputs of the online backbone's linear layers for the first and the second views."""
     views_BM: Tensor | None = None
     """Multi-crop: numbers of all chosen views, over all groups side by side; None where it is just the pair."""
 
@@ -58,7 +65,8 @@ class Chosen:
 class Encoder(nn.Module):
     """Backbone and heads: pixels → features → projection (→ prediction, where there is a predictor).
 
-    `precision` is the backbone's own arithmetic: `same` as what surrounds it, or bf16.
+    `precision` is the backbone's own arithmetic: `same` as what surrounds it, bf16, or `auto`, which is bf16 where the
+    device multiplies in it.
     """
 
     def __init__(
@@ -66,13 +74,13 @@ class Encoder(nn.Module):
         backbone: nn.Module,
         projector: nn.Module,
         predictor: nn.Module | None = None,
-        precision: Literal["same", "bf16"] = "same",
+        precision: Precision = "same",
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.projector = projector
         self.predictor = predictor
-        self.precision = precision
+        self.precision: Precision = precision
 
     def forward(self, x_B3HW: Tensor) -> Tensor:
         """[B, D]: the last head's output, not normalised."""
@@ -80,7 +88,7 @@ class Encoder(nn.Module):
 
     def features(self, x_B3HW: Tensor) -> Tensor:
         """[B, D]: what the backbone makes of pixels."""
-        if self.precision == "same" or in_bf16(x_B3HW.device):
+        if resolved(self.precision, x_B3HW.device) == "same" or in_bf16(x_B3HW.device):
             return self.backbone(x_B3HW)
         with bf16(x_B3HW.device):
             return self.backbone(x_B3HW).float()
@@ -143,10 +151,12 @@ class Objective(nn.Module):
         """Says before training what scoring would say.
 
         Raises:
-            ValueError: the selection asks for an encoder or layer that the objective does not have.
+            ValueError: the selection asks for an encoder or layer that the objective does not have, or a number format
+                that its device does not have.
         """
         if selection.encoder == "target" and self.target is None:
             raise ValueError("selection.encoder: target asked of an objective without a target encoder; take online")
+        check_units(selection.precision, next(self.parameters()).device)
         with first_blocks(self.online.backbone, selection.layer):
             pass
 
@@ -158,15 +168,18 @@ class Objective(nn.Module):
         """
         views_BNCHW = crops[0]
         device = views_BNCHW.device
-        reused = self.reuses_features(selection, in_bf16(device))
-        arithmetic = bf16(device) if selection.precision == "bf16" else nullcontext()
-        with without_side_effects(self, selection.batchnorm == "running"), arithmetic:
-            features = self.score_features(views_BNCHW, selection)
+        reused = self.reuses_features(selection, device)
+        known = KnownOutputs(*views_BNCHW.shape[:2]) if self.reuses_outputs(selection, device) else None
+        with without_side_effects(self, selection.batchnorm == "running"), self.arithmetic(selection, device):
+            features = self.score_features(views_BNCHW, selection, known)
             losses_BP = self.pair_table(features, selection)
-        return Scores(losses_BP.float(), features["target"] if reused else None)
+        return Scores(losses_BP.float(), features["target"] if reused else None, known)
 
-    def score_features(self, views_BNCHW: Tensor, selection: SelectionConfig) -> dict[str, Tensor | None]:
-        """Backbone features [B, N, D] of all views from the encoders that scoring needs: `online`, `target`."""
+    def score_features(
+        self, views_BNCHW: Tensor, selection: SelectionConfig, known: KnownOutputs | None = None
+    ) -> dict[str, Tensor | None]:
+        """Backbone features [B, N, D] of all views from the encoders that scoring needs: `online`, `target`.
+        `known` collects what the online backbone's linear layers give."""
         self.check(selection)
         wanted = {"target": self.target, "online": self.online if selection.encoder == "online" else None}
         found: dict[str, Tensor | None] = {}
@@ -174,21 +187,29 @@ class Objective(nn.Module):
             if encoder is None:
                 found[name] = None
             else:
-                with first_blocks(encoder.backbone, selection.layer):
+                recording = known.record(encoder.backbone) if known and name == "online" else nullcontext()
+                with first_blocks(encoder.backbone, selection.layer), recording:
                     found[name] = all_views(encoder, views_BNCHW, selection)
         return found
 
-    def reuses_features(self, selection: SelectionConfig, in_bf16: bool = False) -> bool:
-        """Whether the target's features from scoring are by definition what the loss would compute.
+    def arithmetic(self, selection: SelectionConfig, device: torch.device) -> AbstractContextManager[None]:
+        """The number format of scoring, for both backbones."""
+        encoders = [encoder.backbone for encoder in (self.online, self.target) if encoder is not None]
+        return arithmetic(selection.precision, device, *encoders)
 
-        That is: the same views, layer and arithmetic (`in_bf16` tells the training's), no drop path, and no BatchNorm
-        in the backbone, whose statistics would depend on which views are together. The heads, which have BatchNorm,
-        run again on the chosen views' features.
-        """
-        if self.target is None or selection.resolution is not None or selection.layer is not None:
+    def reuses_features(self, selection: SelectionConfig, device: torch.device) -> bool:
+        """Whether the target's features from scoring are by definition what the loss would compute."""
+        return self.target is not None and scores_as_trained(self.target, selection, device)
+
+    def reuses_outputs(self, selection: SelectionConfig, device: torch.device) -> bool:
+        """Whether the outputs of the online backbone's linear layers while scoring are what the loss would compute, and
+        are to be kept. A compiled backbone has no layers that could be told, one that recomputes its activations is
+        short of memory."""
+        backbone = self.online.backbone
+        if not selection.reuse or selection.encoder != "online" or getattr(backbone, "grad_checkpointing", False):
             return False
-        same = selection.precision == "same" or in_bf16 or self.target.precision == "bf16"
-        return same and not selection.static_colour and not has_batchnorm(self.target) and not has_drop(self.target)
+        compiled = backbone._compiled_call_impl is not None  # pyright: ignore[reportPrivateUsage]
+        return not compiled and scores_as_trained(self.online, selection, device)
 
     def audit(self, crops: tuple[Tensor, ...], choice_B: Tensor, selection: SelectionConfig) -> Metrics:
         """How often a cheaper choice agrees with the full one, and its regret; see `selection.audit`. No side effects.
@@ -204,11 +225,25 @@ class Objective(nn.Module):
 
     def take(self, crops: tuple[Tensor, ...], choice_B: Tensor, scores: Scores | None) -> Chosen:
         """The chosen pair's crops of every image, in one gather, and the features that the loss may use again."""
-        reused = scores.features_BND if scores is not None else None
+        features = scores.features_BND if scores is not None else None
+        known = scores.known if scores is not None else None
         return Chosen(
             (take_pair(crops[0], choice_B), *crops[1:]),
-            None if reused is None else take_pair(reused, choice_B),
+            None if features is None else take_pair(features, choice_B),
+            None if known is None else known.take(choice_B),
         )
+
+    def pair_features(self, chosen: Chosen) -> tuple[Tensor, Tensor]:
+        """The online backbone's features [B, D] of the pair's first and second views, with their graph."""
+        first, second = (
+            self._features(x_BCHW, None if chosen.known is None else chosen.known[number])
+            for number, x_BCHW in enumerate(chosen.crops[0].unbind(1))
+        )
+        return first, second
+
+    def _features(self, x_BCHW: Tensor, known: list[Tensor] | None) -> Tensor:
+        with nullcontext() if known is None else known_outputs(self.online.backbone, known):
+            return self.online.features(x_BCHW)
 
     def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
         """Scalar loss with its graph, and scalar metrics. What a subclass defines."""
@@ -243,6 +278,20 @@ def all_views(encoder: Encoder, views_BNCHW: Tensor, selection: SelectionConfig)
     if selection.batchnorm == "view" and has_batchnorm(encoder):
         return torch.stack([encoder.features(views_BCHW) for views_BCHW in views_BNCHW.unbind(1)], 1)
     return encoder.features(views_BNCHW.flatten(0, 1)).unflatten(0, views_BNCHW.shape[:2])
+
+
+def scores_as_trained(encoder: Encoder, selection: SelectionConfig, device: torch.device) -> bool:
+    """Whether scoring makes of a view what training makes of it in this backbone.
+
+    That is: the same views, layer and arithmetic (around this call is the training's), no drop path, and no BatchNorm,
+    whose statistics would depend on which views are together. The heads, which have BatchNorm, run again.
+    """
+    if selection.resolution is not None or selection.layer is not None or selection.static_colour:
+        return False
+    precision = resolved(selection.precision, device)
+    own = resolved(encoder.precision, device)
+    same = precision == "same" or (precision == "bf16" and (in_bf16(device) or own == "bf16"))
+    return same and not has_batchnorm(encoder) and not has_drop(encoder)
 
 
 def has_batchnorm(encoder: Encoder) -> bool:

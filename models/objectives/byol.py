@@ -53,8 +53,7 @@ class BYOL(MomentumObjective):
         return (4 - 2 * cosine_NNB[a, b] - 2 * cosine_NNB[b, a]).T
 
     def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
-        x1, x2 = chosen.crops[0].unbind(1)
-        features1, features2 = self.online.features(x1), self.online.features(x2)
+        features1, features2 = self.pair_features(chosen)
         q1, q2 = unit(self.online.head(features1)), unit(self.online.head(features2))
         with torch.no_grad():
             k1, k2 = self.keys(chosen)

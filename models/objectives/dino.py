@@ -11,7 +11,6 @@ pair of global views the l local views with the largest cross entropy against th
 Shape suffixes: B images, G global views, L local views of which l train, V = G + L, P pairs of global views, K outputs.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -30,10 +29,8 @@ from models.objectives.base import (
     Objective,
     Scores,
     all_views,
-    bf16,
     check_positive,
     fp32,
-    in_bf16,
     momentum_encoder,
 )
 from models.selection import SelectionConfig, first_blocks, pair_index, take_pair, without_side_effects
@@ -149,11 +146,10 @@ class DINO(Objective):
     def pair_losses(self, crops: tuple[Tensor, ...], selection: SelectionConfig) -> Scores:
         """Losses of all pairs of global views, each with the local views that are hardest for it."""
         device = crops[0].device
-        reused = self.reuses_features(selection, in_bf16(device))
-        arithmetic = bf16(device) if selection.precision == "bf16" else nullcontext()
+        reused = self.reuses_features(selection, device)
         student = self.target if selection.encoder == "target" else self.online
         scored = crops if self.config.local_views else crops[:1]
-        with without_side_effects(self, selection.batchnorm == "running"), arithmetic:
+        with without_side_effects(self, selection.batchnorm == "running"), self.arithmetic(selection, device):
             with first_blocks(self.target.backbone, selection.layer):
                 features_BGD = all_views(self.target, crops[0], selection)
             teacher_BGK = self.teach(self.target.head(features_BGD))
@@ -172,7 +168,7 @@ class DINO(Objective):
             candidates=self.config.candidates,
             seed=self.step,
         )
-        return Scores(table_BP, features_BGD if reused else None, local_BPL)
+        return Scores(table_BP, features_BGD if reused else None, local_BPL=local_BPL)
 
     def take(self, crops: tuple[Tensor, ...], choice_B: Tensor, scores: Scores | None) -> Chosen:
         """The chosen global pair with its hardest local views, or where nothing was scored, with the first ones."""
@@ -181,14 +177,14 @@ class DINO(Objective):
         pair = take_pair(crops[0], choice_B)
         features = None if scores is None or scores.features_BND is None else take_pair(scores.features_BND, choice_B)
         if len(crops) == 1 or self.config.local_views == 0:
-            return Chosen((pair,), features, pair_B2)
+            return Chosen((pair,), features, views_BM=pair_B2)
         if scores is None or scores.local_BPL is None:
             count = min(self.config.local_views, crops[1].shape[1])
             local_BL = torch.arange(count, device=choice_B.device).expand(len(choice_B), -1)
         else:
             local_BL = scores.local_BPL[rows_B1[:, 0], choice_B]
         views_BM = torch.cat([pair_B2, local_BL + crops[0].shape[1]], 1)
-        return Chosen((pair, crops[1][rows_B1, local_BL]), features, views_BM)
+        return Chosen((pair, crops[1][rows_B1, local_BL]), features, views_BM=views_BM)
 
     def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
         teacher_B2K = self.targets(chosen)

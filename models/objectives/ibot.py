@@ -130,7 +130,7 @@ class IBOT(DINO):
         self._online_tap, self._target_tap = Tap(online, self.mask_token_D), Tap(target)
         self._pending_patches: list[Tensor] = []
 
-    def reuses_features(self, selection: SelectionConfig, in_bf16: bool = False) -> bool:
+    def reuses_features(self, selection: SelectionConfig, device: torch.device) -> bool:
         """Never: the loss wants patch tokens too, which scoring does not keep."""
         return False
 

@@ -75,8 +75,7 @@ class MoBY(MomentumObjective):
         return queue_pair_losses(*self.queries_and_keys(features, selection), *queues, self.config.temperature)
 
     def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
-        x1, x2 = chosen.crops[0].unbind(1)
-        features1, features2 = self.online.features(x1), self.online.features(x2)
+        features1, features2 = self.pair_features(chosen)
         q1, q2 = unit(self.online.head(features1)), unit(self.online.head(features2))
         with torch.no_grad():
             k1, k2 = self.keys(chosen)

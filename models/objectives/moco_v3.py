@@ -60,8 +60,7 @@ class MoCoV3(MomentumObjective):
         return 2 * self.config.temperature * batch_pair_losses(q_NBD, k_NBD, self.config.temperature)
 
     def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
-        x1, x2 = chosen.crops[0].unbind(1)
-        features1, features2 = self.online.features(x1), self.online.features(x2)
+        features1, features2 = self.pair_features(chosen)
         q1, q2 = unit(self.online.head(features1)), unit(self.online.head(features2))
         with torch.no_grad():
             k1, k2 = (gather(k) for k in self.keys(chosen))

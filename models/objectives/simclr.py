@@ -51,8 +51,7 @@ class SimCLR(Objective):
         return nt_xent_pair_losses(z_NBD, self.config.temperature)
 
     def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
-        x1, x2 = chosen.crops[0].unbind(1)
-        features1, features2 = self.online.features(x1), self.online.features(x2)
+        features1, features2 = self.pair_features(chosen)
         z1, z2 = unit(self.online.head(features1)), unit(self.online.head(features2))
         # Gradients flow to other ranks' rows too: their average over ranks is then that of one large batch.
         all1, all2 = gather_with_gradient(z1), gather_with_gradient(z2)

@@ -48,8 +48,7 @@ class SimSiam(Objective):
         return -(cosine_NNB[a, b] + cosine_NNB[b, a]).T / 2
 
     def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
-        x1, x2 = chosen.crops[0].unbind(1)
-        features1, features2 = self.online.features(x1), self.online.features(x2)
+        features1, features2 = self.pair_features(chosen)
         z1, z2 = self.online.projector(features1), self.online.projector(features2)
         p1, p2 = self.online.predict(z1), self.online.predict(z2)
         self.seen_features_BD = features1.detach()

@@ -93,8 +93,7 @@ class SwAV(Objective):
         return sinkhorn(s_BK.detach(), self.config.epsilon, self.config.iterations)
 
     def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
-        x1, x2 = chosen.crops[0].unbind(1)
-        features1, features2 = self.online.features(x1), self.online.features(x2)
+        features1, features2 = self.pair_features(chosen)
         s1, s2 = self.scores(self.online.head(features1)), self.scores(self.online.head(features2))
         c1, c2 = self.codes(s1), self.codes(s2)
         self.seen_features_BD = features1.detach()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs_of_training import same_run, weights
+from torch.distributed.run import get_args_parser
 
 from jobs.benches import run as bench_run
 from jobs.pretrain import pretrain
@@ -34,7 +35,7 @@ def one_thread() -> Iterator[None]:
 
 def gradients(config: PretrainConfig) -> dict[str, torch.Tensor]:
     """Of one loss on fixed pixels, drop path included."""
-    objective = make_objective(config, Length(10, 5.0)).train()
+    objective = make_objective(config, Length(10, 5.0), torch.device("cpu")).train()
     torch.manual_seed(1)
     crops = torch.randn(8, 2, 3, 16, 16)
     torch.manual_seed(2)
@@ -54,12 +55,12 @@ def test_recomputed_activations_give_the_same_gradients(tiny: PretrainConfig) ->
 def test_activations_with_batchnorm_are_not_recomputed(tiny: PretrainConfig) -> None:
     config = replace(tiny, backbone=replace(tiny.backbone, batchnorm_mlp=True), checkpoint_activations=True)
     with pytest.raises(InputError, match="checkpoint_activations: not for vit_tiny"):
-        make_objective(config, Length(10, 5.0))
+        make_objective(config, Length(10, 5.0), torch.device("cpu"))
 
 
 def test_resnets_run_channels_last_and_resume_to_the_bit(tiny: PretrainConfig, tmp_path: Path) -> None:
     config = replace(tiny, backbone=BackboneConfig("resnet10t", 16), steps=2, batch=4)
-    objective = make_objective(config, Length(10, 5.0)).eval()
+    objective = make_objective(config, Length(10, 5.0), torch.device("cpu")).eval()
     for encoder in (objective.online, objective.target):
         assert encoder is not None
         layouts = {
@@ -161,4 +162,9 @@ def test_the_slurm_example_requeues_itself_behind_its_checkpoint(tmp_path: Path)
     job.terminate()
     assert job.wait(30) == 130
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert "--resume" in calls[1] and calls[-2:] == ["saved", "scontrol requeue 7"]
+    assert calls[-2:] == ["saved", "scontrol requeue 7"]
+    words = calls[1].split()
+    torchrun = get_args_parser().parse_args(words[words.index("torchrun") + 1 :])
+    assert (torchrun.training_script, torchrun.nnodes) == (str(tmp_path / "hardviews"), "2")
+    assert torchrun.training_script_args[:2] == ["pretrain", "synby-hard-deit-s"]
+    assert "--resume" in torchrun.training_script_args

@@ -67,7 +67,7 @@ def test_the_pair_is_taken_in_one_gather(count):
         ({"views": 1}, "selection.views: 1 leaves no pair to choose; give 2 or more"),
         ({"rule": "worst"}, "selection.rule: 'worst' is unknown; known: hardest, easiest, random, lowest-iou"),
         ({"encoder": "both"}, "selection.encoder: 'both' is unknown; known: online, target"),
-        ({"precision": "fp4"}, "selection.precision: 'fp4' is unknown; known: same, bf16"),
+        ({"precision": "fp4"}, "selection.precision: 'fp4' is unknown; known: same, auto, bf16, int8, fp8"),
         ({"batchnorm": "none"}, "selection.batchnorm: 'none' is unknown; known: view, joint, running"),
         ({"every": 0}, "selection.every: 0 must be at least 1"),
         ({"resolution": 0}, "selection.resolution: 0 must be at least 1"),
@@ -85,7 +85,7 @@ def test_when_pairs_are_scored_and_audited():
     assert [SelectionConfig(audit_every=2).audits(step) for step in range(3)] == [True, False, True]
     assert not SelectionConfig().audits(0)
     cheap = SelectionConfig(views=6, encoder="target", precision="bf16", resolution=8, layer=1, every=2)
-    assert cheap.full == SelectionConfig(views=6)
+    assert cheap.full == SelectionConfig(views=6, reuse=False)
 
 
 def state_of(objective):

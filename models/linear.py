@@ -1,0 +1,20 @@
+"""Running the linear layers of a module another way for a while."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from torch import Tensor, nn
+
+
+@contextmanager
+def linear_forward(module: nn.Module, forward: Callable[[nn.Linear, Tensor], Tensor]) -> Iterator[None]:
+    """Inside, every linear layer of the module runs `forward(layer, input)`."""
+    layers = [part for part in module.modules() if type(part) is nn.Linear]
+    try:
+        for layer in layers:
+            layer.forward = partial(forward, layer)
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward

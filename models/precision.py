@@ -1,0 +1,100 @@
+"""Number formats of forwards without gradient: bf16 by autocast; int8 and fp8 in a backbone's linear layers.
+
+int8 and fp8 scale each row of the input and each row of the weights by its own largest value, drawn anew in every
+forward, because the weights move with every step (dynamic symmetric quantisation).
+
+Shape suffixes: R rows of an input, D its width, E outputs.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from models.linear import linear_forward
+
+Precision = Literal["same", "auto", "bf16", "int8", "fp8"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+
+
+def resolved(precision: Precision, device: torch.device) -> Precision:
+    """`auto` made definite: bf16 where the device multiplies in it, else as in training."""
+    if precision != "auto":
+        return precision
+    return "bf16" if has_units(device, "bf16") else "same"
+
+
+def has_units(device: torch.device, precision: str) -> bool:
+    """Whether the device multiplies in a number format itself, rather than by emulation, which is slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= {"bf16": (8, 0), "int8": (7, 5), "fp8": (9, 0)}[precision]
+    cpu = torch.cpu
+    tiles = cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
+    if precision == "bf16":
+        return tiles or cpu._is_avx512_bf16_supported()  # pyright: ignore[reportPrivateUsage]
+    return precision == "int8" and (tiles or cpu._is_vnni_supported())  # pyright: ignore[reportPrivateUsage]
+
+
+def check_units(precision: Precision, device: torch.device) -> None:
+    """
+    Raises:
+        ValueError: int8 or fp8 asked of a device that has no units for it.
+    """
+    if precision in ("int8", "fp8") and not has_units(device, precision):
+        raise ValueError(
+            f"selection.precision: this {device.type} device does not multiply in {precision}; take auto, which is "
+            f"{resolved('auto', device)} here"
+        )
+
+
+@contextmanager
+def arithmetic(precision: Precision, device: torch.device, *backbones: nn.Module) -> Iterator[None]:
+    """Inside, forwards are in this number format: bf16 wherever autocast takes it, int8 and fp8 in the linear layers of
+    these backbones alone. Without gradient."""
+    with ExitStack() as stack:
+        precision = resolved(precision, device)
+        if precision == "bf16":
+            stack.enter_context(torch.autocast(device.type, torch.bfloat16))
+        elif precision != "same":
+            forward = int8_linear if precision == "int8" else fp8_linear
+            for backbone in backbones:
+                stack.enter_context(linear_forward(backbone, forward))
+        yield
+
+
+def int8_linear(linear: nn.Linear, x: Tensor) -> Tensor:
+    """x Wᵀ + b by whole numbers from −127 to 127."""
+    rows_RD, rows_scale_R1 = _scaled(x.flatten(0, -2), 127)
+    weight_ED, weight_scale_E1 = _scaled(linear.weight, 127)
+    rows, weight = rows_RD.round().to(torch.int8), weight_ED.round().to(torch.int8)
+    products_RE = torch._int_mm(rows, weight.T)  # pyright: ignore[reportPrivateImportUsage]
+    return _finished(linear, x, products_RE.float() * rows_scale_R1 * weight_scale_E1.T)
+
+
+def fp8_linear(linear: nn.Linear, x: Tensor) -> Tensor:
+    """x Wᵀ + b by floats of 4 bits of exponent and 3 of mantissa, which reach up to 448."""
+    rows_RD, rows_scale_R1 = _scaled(x.flatten(0, -2), 448)
+    weight_ED, weight_scale_E1 = _scaled(linear.weight, 448)
+    products_RE = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+        rows_RD.to(torch.float8_e4m3fn),
+        weight_ED.to(torch.float8_e4m3fn).T,
+        scale_a=rows_scale_R1,
+        scale_b=weight_scale_E1.T.contiguous(),
+        out_dtype=torch.bfloat16,
+    )
+    return _finished(linear, x, products_RE)
+
+
+def _scaled(rows: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+    """Rows divided so that each one's largest value is `largest`, and the divisors [·, 1]."""
+    rows = rows.float()
+    scale = (rows.abs().amax(1, keepdim=True) / largest).clamp_min(1e-12)
+    return rows / scale, scale
+
+
+def _finished(linear: nn.Linear, x: Tensor, products_RE: Tensor) -> Tensor:
+    if linear.bias is not None:
+        products_RE = products_RE + linear.bias
+    return products_RE.to(x.dtype).unflatten(0, x.shape[:-1])
