@@ -146,7 +146,8 @@ def views_graph(batch: int, groups: Sequence[tuple[int, int]], device: torch.dev
 
     @pipeline_def(batch_size=batch, num_threads=threads, device_id=device_id, prefetch_queue_depth=1)
     def graph() -> Any:
-        data = fn.external_source(name="data", dtype=types.UINT8, ndim=1)
+        # The caller holds on to the bytes until the run is over.
+        data = fn.external_source(name="data", dtype=types.UINT8, ndim=1, no_copy=True)
         image = fn.decoders.image(
             data,
             output_type=types.RGB,

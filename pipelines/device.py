@@ -1,16 +1,19 @@
 """Batches made on a device: one DALI graph decodes, slices and resizes, torch colours what it leaves there.
 
-One thread draws and reads ahead while another runs the graph on a stream of its own, so neither the training step nor
-the disk waits for the other. The same code runs on the CPU, on DALI's CPU operators.
+A few batches are in the making at once, each in a thread with a graph of its own: while one is read, another is
+decoded and a third is coloured, and neither disk nor cores nor GPU wait for each other or for the training step. What
+torch does runs on one stream beside the training's. The same code runs on the CPU, on DALI's CPU operators.
 
 Shape suffixes: B images of a batch, n views of a group, V views in a row, S side of a view in pixels.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,9 +29,14 @@ from pipelines.photometric_device import fused_on_device
 from pipelines.replace import Replacer, read_rows, undecodable
 from shards.errors import InputError
 
+_LANES = 3  # batches in the making: one is read, one decoded, one coloured
+
 
 class DeviceProducer:
-    """Makes batches of at most `batch` rows, of `dtype`, on `device`; `threads` are the graph's on the CPU."""
+    """Makes batches of at most `batch` rows, of `dtype`, on `device`; `threads` are the graphs' on the CPU.
+
+    `compiled`: colour runs through torch.compile where the device is a GPU.
+    """
 
     def __init__(
         self,
@@ -40,26 +48,27 @@ class DeviceProducer:
         dtype: torch.dtype,
         colour: str,
         threads: int,
+        compiled: bool,
     ) -> None:
         self.clock = Clock(STAGES)
         self._reader, self._recipe = reader, recipe
         self._device, self._dtype = device, dtype
-        self._colour = device_colour(colour)
+        self._colour = device_colour(colour, compiled and device.type == "cuda")
+        self._colouring = threading.Lock()  # torch compiles in one thread at a time
         # Selection at the trained size shares the crops.
         self._cropped = list({output.key: output for output in recipe.outputs}.values())
-        self._graph = DaliViews(batch, [(output.count, output.size) for output in self._cropped], device, threads)
+        groups = [(output.count, output.size) for output in self._cropped]
+        self._open_graph = partial(DaliViews, batch, groups, device, max(1, threads // _LANES))
+        self._local = threading.local()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="hardviews-read")
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="hardviews-views")
+        self._pool = ThreadPoolExecutor(_LANES, thread_name_prefix="hardviews-views")
 
     def submit(self, plan: Callable[[], Rows]) -> Future[ViewBatch]:
         """Promises the batch of the rows (at most `batch`) that `plan` draws; it runs in a thread of ours."""
-        read = self._ahead.submit(self._read, plan)
-        return self._pool.submit(lambda: self._make(*read.result()))
+        return self._pool.submit(self._make, plan)
 
     def close(self) -> None:
         """Drops what has not begun, waits for what has, and ends the threads."""
-        self._ahead.shutdown(wait=True, cancel_futures=True)
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _read(self, plan: Callable[[], Rows]) -> tuple[Rows, Replacer, dict[int, NDArray[np.uint8]]]:
@@ -79,14 +88,18 @@ class DeviceProducer:
                 data.update(found)
                 todo = replacer.replace(broken)
 
-    def _make(self, rows: Rows, replacer: Replacer, data: dict[int, NDArray[np.uint8]]) -> ViewBatch:
+    def _make(self, plan: Callable[[], Rows]) -> ViewBatch:
+        rows, replacer, data = self._read(plan)
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
             crops = self._crops(rows, replacer, data)
-            with self.clock("colour"):
+            with self._colouring, self.clock("colour"):
                 tensors = self._coloured(rows, dict(zip((o.key for o in self._cropped), crops, strict=True)))
-                if self._stream:
+            if self._stream:
+                with self.clock("colour"):
                     # The batch is whole when the promise is kept: whoever takes it needs no stream of ours.
-                    self._stream.synchronize()
+                    done = torch.cuda.Event(blocking=True)
+                    done.record()
+                    done.synchronize()
         rows.replaced = replacer.errors
         return finish(rows, tensors)
 
@@ -96,7 +109,7 @@ class DeviceProducer:
             params = [output.params(rows.params, None) for output in self._cropped]
             try:
                 with self.clock("decode"):
-                    return self._graph.crops([data[row] for row in range(len(rows))], params)
+                    return self._my_graph().crops([data[row] for row in range(len(rows))], params)
             except BrokenImagesError as error:
                 reasons = error.reasons
             broken = {row: undecodable(self._reader, rows, row, reason) for row, reason in reasons.items()}
@@ -113,8 +126,14 @@ class DeviceProducer:
             self._colour(crops_BnSS3.flatten(0, 1), params, tensors[-1].flatten(0, 1))
         return tensors
 
+    def _my_graph(self) -> DaliViews:
+        """This thread's graph, built when it is first needed."""
+        if not hasattr(self._local, "graph"):
+            self._local.graph = self._open_graph()
+        return self._local.graph
 
-def device_colour(name: str) -> Callable[[Tensor, ViewParams, Tensor], None]:
+
+def device_colour(name: str, compiled: bool) -> Callable[[Tensor, ViewParams, Tensor], None]:
     """The colour step on a device's crops: (uint8 [V, S, S, 3], parameters, [V, 3, S, S] to write).
 
     Raises:
@@ -126,4 +145,4 @@ def device_colour(name: str) -> Callable[[Tensor, ViewParams, Tensor], None]:
         return exact
     if name != "fused":
         raise InputError(f"views.colour: {name!r} is not known; choose one of {', '.join(COLOURS)}")
-    return fused_on_device
+    return partial(fused_on_device, compiled=compiled)

@@ -26,8 +26,11 @@ def replay(
     dtype: torch.dtype = torch.float32,
     colour: str = "fused",
     backend: str = "auto",
+    compiled: bool = True,
 ) -> ViewBatch:
     """The views of logged rows, bit for bit those of training on the same backend, device and dtype.
+
+    `compiled` is training's: whether a GPU's colour ran through torch.compile.
 
     Only ids, sizes and parameters enter; the batch's other facts (position, sources, epochs, labels) are left empty.
 
@@ -45,6 +48,7 @@ def replay(
         dtype=dtype,
         colour=colour,
         threads=cores(),
+        compiled=compiled,
     )
     try:
         batch = producer.submit(lambda: rows).result()

@@ -49,6 +49,7 @@ class ViewStream:
             that is a GPU and DALI is installed.
         threads: of the CPU; 0 for all cores that this process may use.
         prefetch: batches that are made ahead. Memory is bounded by prefetch + 1 batches.
+        compiled: whether colour on a GPU runs through torch.compile, which pays off within some hundred batches.
         selection: how selection's crops differ, if they do.
         quarantine: called, in order and in the consumer's thread, with what was wrong with each replaced sample.
         max_failure_share: of all samples so far, from 0 to 1, that may be broken.
@@ -74,6 +75,7 @@ class ViewStream:
         backend: str = "auto",
         threads: int = 0,
         prefetch: int = 2,
+        compiled: bool = True,
         selection: Selection = Selection(),  # noqa: B008 (frozen)
         quarantine: Callable[[SampleError], None] | None = None,
         max_failure_share: float = 0.05,
@@ -99,6 +101,7 @@ class ViewStream:
             dtype=dtype,
             colour=colour,
             threads=threads or cores(),
+            compiled=compiled,
         )
         self._pending: deque[Future[ViewBatch]] = deque()
         self._submitted = position
@@ -161,6 +164,7 @@ def open_producer(
     dtype: torch.dtype,
     colour: str,
     threads: int,
+    compiled: bool,
 ) -> HostProducer | DeviceProducer:
     """The producer for a backend; `auto` takes the device's own graph where that is a GPU and DALI is installed.
 
@@ -170,8 +174,18 @@ def open_producer(
     if backend not in BACKENDS:
         raise InputError(f"views.backend: {backend!r} is not known; choose one of {', '.join(BACKENDS)}")
     on_device = backend == "device" or (backend == "auto" and device.type == "cuda" and HAS_DALI)
-    producer = DeviceProducer if on_device else HostProducer
-    return producer(reader, recipe, batch=batch, device=device, dtype=dtype, colour=colour, threads=threads)
+    if on_device:
+        return DeviceProducer(
+            reader,
+            recipe,
+            batch=batch,
+            device=device,
+            dtype=dtype,
+            colour=colour,
+            threads=threads,
+            compiled=compiled,
+        )
+    return HostProducer(reader, recipe, batch=batch, device=device, dtype=dtype, colour=colour, threads=threads)
 
 
 def cores() -> int:

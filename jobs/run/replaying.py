@@ -142,6 +142,7 @@ def replay_rows(
         rows.params,
         device=pick_device(config.device if device == "auto" else device),
         colour=config.views.colour,
+        compiled=config.compile != "off",
     )
     drawn_B = same_draws(recipe, rows.ids_B, rows.epochs_B, rows.sizes_B2, rows.position_B, rows.params)
     return Replayed(
