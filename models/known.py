@@ -30,9 +30,9 @@ class _Known(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        (slope,) = slopes
+        (slope,) = grad_outputs
         rows = slope.flatten(0, -2)
         to_x, to_weight, to_bias, _ = ctx.needs_input_grad
         return (

@@ -13,7 +13,7 @@ def linear_forward(module: nn.Module, forward: Callable[[nn.Linear, Tensor], Ten
     layers = [part for part in module.modules() if type(part) is nn.Linear]
     try:
         for layer in layers:
-            layer.forward = partial(forward, layer)
+            layer.forward = partial(forward, layer)  # pyright: ignore[reportAttributeAccessIssue]
         yield
     finally:
         for layer in layers:
