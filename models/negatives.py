@@ -16,9 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-# Elements of gathered rows that are held at once where their inner products are needed. On a CPU a block has to stay
-# in the second-level cache (measured at B = 512, L = 128, D = 256: 15 ms, against 74 ms in blocks of 4 million).
-BLOCK_ELEMENTS = {"cpu": 1 << 15, "cuda": 1 << 22}
+# Elements of gathered rows that are held at once where their inner products are needed: on a CPU few enough to stay in
+# its caches, enough to make little of what a call costs (measured with B = 512, L = 128, D = 256: 31 ms of one core in
+# blocks of 2¹⁵, 13 in those of 2¹⁸, 16 in those of 2²⁰).
+BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 22}
 SMALLEST = 1e-12
 KINDS: tuple[str, ...] = ("interpolation", "extrapolation", "mixing", "noise", "perturbation", "adversarial")
 
@@ -189,8 +190,10 @@ def synthetic_similarities(
         return along("perturbation", config.delta, c_n)
 
     def adversarial() -> Tensor:
-        direction = _adversarial_dot if config.gradient == "dot" else _adversarial_cosine
-        return direction(config.eta, q_BD, n, live["adversarial"], index["adversarial"])
+        similar_BL, index_BL = live["adversarial"], index["adversarial"]
+        if config.gradient == "dot":
+            return _adversarial_dot(config.eta, q_BD, n, similar_BL, index_BL)
+        return _AdversarialCosine.apply(q_BD, similar_BL, n, index_BL, config.eta)  # type: ignore[return-value]
 
     formulas: dict[str, Callable[[], Tensor]] = {
         "interpolation": lambda: along("interpolation", draws.alpha_BL, 1 - draws.alpha_BL),
@@ -204,52 +207,62 @@ def synthetic_similarities(
 
 
 def _adversarial_dot(eta: float, q_BD: Tensor, n_KD: Tensor, live_BL: Tensor, index_BL: Tensor) -> Tensor:
-    """v = n + η·sign(q): one sign vector per query, so all inner products are one more matrix product."""
+    """v = n + η·sign(q): one sign vector per query."""
     sign_BD = q_BD.detach().sign()
-    n_sign_BL = (sign_BD @ n_KD.T).gather(1, index_BL)
-    square = 1 + 2 * eta * n_sign_BL + eta**2 * sign_BD.square().sum(1, keepdim=True)
+    products = [torch.bmm(sign_bD[:, None], n_bLD.mT)[:, 0] for sign_bD, n_bLD in gathered(n_KD, sign_BD, index_BL)]
+    square = 1 + 2 * eta * torch.cat(products) + eta**2 * sign_BD.square().sum(1, keepdim=True)
     return (live_BL + eta * (q_BD * sign_BD).sum(1, keepdim=True)) * inverse_root(square)
 
 
-def _adversarial_cosine(eta: float, q_BD: Tensor, n_KD: Tensor, live_BL: Tensor, index_BL: Tensor) -> Tensor:
-    """v = n + η·sign(q − (q·n)n): a sign vector per negative, whose products are summed block by block."""
-    fixed_BL = live_BL.detach()
-    products = [
-        torch.stack([torch.linalg.vecdot(sign, n_KD[i]), sign.square().sum(-1)])
-        for sign, i in _signs(q_BD.detach(), n_KD, fixed_BL, index_BL)
-    ]
-    n_sign_BL, sign_sign_BL = torch.cat(products, 1)
-    q_sign_BL = _SignProduct.apply(q_BD, n_KD, fixed_BL, index_BL)
-    return (live_BL + eta * q_sign_BL) * inverse_root(1 + 2 * eta * n_sign_BL + eta**2 * sign_sign_BL)
-
-
-class _SignProduct(torch.autograd.Function):
-    """q·sign(q − (q·n)n) for gathered n; the signs, constants of the gradient, are made again in the backward pass."""
+class _AdversarialCosine(torch.autograd.Function):
+    """q·s for v = n + η·sign(q − (q·n)n): a sign vector per negative, made block by block, and again for the gradient
+    instead of being kept."""
 
     @staticmethod
-    def forward(ctx: Any, q_BD: Tensor, n_KD: Tensor, fixed_BL: Tensor, index_BL: Tensor) -> Tensor:
-        ctx.save_for_backward(q_BD, n_KD, fixed_BL, index_BL)
-        signs = (sign for sign, _ in _signs(q_BD, n_KD, fixed_BL, index_BL))
-        size = _rows_at_once(n_KD, index_BL)
-        return torch.cat([torch.einsum("bld,bd->bl", sign, q) for sign, q in zip(signs, q_BD.split(size), strict=True)])
+    def forward(ctx: Any, q_BD: Tensor, live_BL: Tensor, n_KD: Tensor, index_BL: Tensor, eta: float) -> Tensor:
+        products, lengths = [], []
+        for q_bD, n_bLD, sign_bLD in _signs(q_BD, live_BL, n_KD, index_BL):
+            v_bLD = torch.add(n_bLD, sign_bLD, alpha=eta, out=n_bLD)
+            products.append(torch.bmm(q_bD[:, None], v_bLD.mT)[:, 0])
+            lengths.append(torch.linalg.vector_norm(v_bLD, dim=-1))
+        length_BL = torch.cat(lengths).clamp_min(SMALLEST)
+        ctx.save_for_backward(q_BD, live_BL, n_KD, index_BL, length_BL)
+        ctx.eta = eta
+        return torch.cat(products) / length_BL
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        saved = ctx.saved_tensors
-        parts = gradients[0].split(_rows_at_once(saved[1], saved[3]))
-        signs = (sign for sign, _ in _signs(*saved))
-        gradient_BD = torch.cat([torch.einsum("bl,bld->bd", g, s) for g, s in zip(parts, signs, strict=True)])
-        return gradient_BD, None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q_BD, live_BL, n_KD, index_BL, length_BL = ctx.saved_tensors
+        weight_BL = gradients[0] / length_BL
+        blocks = _signs(q_BD, live_BL, n_KD, index_BL)
+        weights = weight_BL.split(_queries_at_once(n_KD, index_BL))
+        sums = [
+            torch.bmm(w_bL[:, None], sign_bLD)[:, 0] for w_bL, (_, _, sign_bLD) in zip(weights, blocks, strict=True)
+        ]
+        return ctx.eta * torch.cat(sums), weight_BL, None, None, None
 
 
-def _signs(q_BD: Tensor, n_KD: Tensor, fixed_BL: Tensor, index_BL: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """sign(q − (q·n)n) [b, L, D] and the index [b, L] of n, for runs of b queries."""
-    size = _rows_at_once(n_KD, index_BL)
-    for q_bD, fixed_bL, index_bL in zip(q_BD.split(size), fixed_BL.split(size), index_BL.split(size), strict=True):
-        yield (q_bD[:, None] - fixed_bL[..., None] * n_KD[index_bL]).sign(), index_bL
+def _signs(q_BD: Tensor, live_BL: Tensor, n_KD: Tensor, index_BL: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Runs of b queries with their negatives n and sign(q − (q·n)n), [b, L, D], in memory that the next run reuses."""
+    size = _queries_at_once(n_KD, index_BL)
+    signs_bLD = n_KD.new_empty(min(size, len(q_BD)), index_BL.shape[1], n_KD.shape[1])
+    for live_bL, (q_bD, n_bLD) in zip(live_BL.split(size), gathered(n_KD, q_BD, index_BL), strict=True):
+        sign_bLD = signs_bLD[: len(q_bD)]
+        torch.addcmul(q_bD[:, None], live_bL[..., None], n_bLD, value=-1, out=sign_bLD).sign_()
+        yield q_bD, n_bLD, sign_bLD
 
 
-def _rows_at_once(n_KD: Tensor, index_BL: Tensor) -> int:
+def gathered(rows_KD: Tensor, of_BD: Tensor, index_BL: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Runs of b rows of `of_BD` with the rows [b, L, D] that they point at, in memory that the next run reuses."""
+    size, width = _queries_at_once(rows_KD, index_BL), rows_KD.shape[1]
+    memory_bLD = rows_KD.new_empty(min(size, len(of_BD)), index_BL.shape[1], width)
+    for of_bD, index_bL in zip(of_BD.split(size), index_BL.split(size), strict=True):
+        found_bLD = memory_bLD[: len(of_bD)]
+        torch.index_select(rows_KD, 0, index_bL.flatten(), out=found_bLD.view(-1, width))
+        yield of_bD, found_bLD
+
+
+def _queries_at_once(n_KD: Tensor, index_BL: Tensor) -> int:
     return max(1, _block_elements(n_KD) // (index_BL.shape[1] * n_KD.shape[1]))
 
 
@@ -259,15 +272,16 @@ def inverse_root(square: Tensor) -> Tensor:
 
 
 def row_products(rows_KD: Tensor, first_BL: Tensor, second_BL: Tensor) -> Tensor:
-    """[B, L]: inner products of gathered pairs of rows, a block of pairs at a time."""
-    flat = zip(blocks(first_BL.flatten(), rows_KD), blocks(second_BL.flatten(), rows_KD), strict=True)
-    parts = [rows_KD.index_select(0, a).mul_(rows_KD.index_select(0, b)).sum(1) for a, b in flat]
-    return torch.cat(parts).view_as(first_BL) if parts else rows_KD.new_zeros(first_BL.shape)
-
-
-def blocks(index: Tensor, rows_KD: Tensor) -> tuple[Tensor, ...]:
-    """Runs of an index whose gathered rows fit into a block."""
-    return index.split(max(1, _block_elements(rows_KD) // rows_KD.shape[1]))
+    """[B, L]: inner products of gathered pairs of rows, a block of pairs at a time in memory that is used again."""
+    width = rows_KD.shape[1]
+    size = max(1, _block_elements(rows_KD) // width)
+    left_lD, right_lD = rows_KD.new_empty(2, min(size, first_BL.numel()), width)
+    parts = []
+    for a_l, b_l in zip(first_BL.flatten().split(size), second_BL.flatten().split(size), strict=True):
+        one = torch.index_select(rows_KD, 0, a_l, out=left_lD[: len(a_l)])
+        other = torch.index_select(rows_KD, 0, b_l, out=right_lD[: len(b_l)])
+        parts.append(one.mul_(other).sum(1))
+    return torch.cat(parts).view_as(first_BL)
 
 
 def _block_elements(like: Tensor) -> int:
