@@ -10,6 +10,8 @@ import tyro
 
 from jobs.run.command import parse
 from jobs.run.config import PretrainConfig, load_config
+from jobs.run.ending import record_failure
+from jobs.run.failure import RankLostError
 from jobs.run.folder import RunFolder
 from jobs.run.presets import PRESETS, preset
 from jobs.run.trainer import train
@@ -37,7 +39,7 @@ def pretrain(config: PretrainConfig, run: Path, *, resume: bool = False, overwri
         InputError: a folder, value or file that does not fit.
     """
     folder = RunFolder(run)
-    with open_world(config.device) as world:
+    with open_world(config.device, last_words=lambda why: record_failure(folder, RankLostError(why))) as world:
         if world.leads:
             folder.create(resume=resume, overwrite=overwrite)
         world.barrier()

@@ -52,6 +52,8 @@ class RunState:
     """Last sign of life, in Unix seconds."""
     metrics: dict[str, float]
     """Last finite values."""
+    reason: str | None = None
+    """Why it failed."""
 
 
 def find_runs(folder: Path) -> Iterator[RunFolder]:
@@ -108,6 +110,7 @@ def read_state(run: RunFolder, root: Path, metrics: Sequence[str], now: float) -
         images_per_second=values.get(SPEED, said.get("images_per_second")),
         updated=updated,
         metrics={name: values[name] for name in metrics if name in values},
+        reason=said.get("reason"),
     )
 
 
@@ -158,7 +161,11 @@ def run(config: RunsConfig) -> None:
     if config.json:
         print(json.dumps([asdict(state) for state in states]))
     else:
-        Console().print(table_of(states, config.metrics, time.time()))
+        out = Console()
+        out.print(table_of(states, config.metrics, time.time()))
+        for state in states:
+            if state.reason:
+                out.print(f"{state.run}: {state.reason}", highlight=False, markup=False, soft_wrap=True)
 
 
 def main(argv: list[str]) -> None:

@@ -1,14 +1,16 @@
 """A run's way out: what the outside world did to it, in one line."""
 
 import errno
+import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch.distributed as dist
 
-from jobs.run.failure import TrainingFailedError
+from jobs.run.failure import RankLostError, TrainingFailedError
+from jobs.run.folder import RunFolder
 
 BROKEN = ("gloo", "connection closed by peer", "connection reset by peer", "broken pipe")
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -27,11 +29,29 @@ def explained(folder: Path) -> Iterator[None]:
         if isinstance(error, TrainingFailedError):
             raise
         causes = list(chain(error))
-        found = [disk_full(cause, folder) for cause in causes] + [rank_lost(cause) for cause in causes]
-        reason = next(filter(None, found), None)
-        if reason is None:
-            raise
-        raise TrainingFailedError(f"{reason}; go on with --resume") from error
+        if full := first(disk_full(cause, folder) for cause in causes):
+            raise TrainingFailedError(f"{full}; go on with --resume") from error
+        if lost := first(rank_lost(cause) for cause in causes):
+            raise RankLostError(f"{lost}; go on with --resume") from error
+        raise
+
+
+def first(found: Iterable[str | None]) -> str | None:
+    """The first text among what was found."""
+    return next(filter(None, found), None)
+
+
+def record_failure(folder: RunFolder, error: TrainingFailedError) -> None:
+    """Writes down that a run failed and why, unless the process that failed first has done so.
+
+    On a full disk the recorded state stays what it was.
+    """
+    with suppress(OSError):
+        said = folder.read_state()
+        if isinstance(error, RankLostError) and said.get("state") == "failed":
+            return
+        facts = {name: value for name, value in said.items() if name not in ("state", "updated", "reason")}
+        folder.write_state("failed", **facts, reason=str(error))
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
@@ -61,5 +81,6 @@ def rank_lost(error: BaseException) -> str | None:
     said = str(error).lower() if isinstance(error, RuntimeError) else ""
     if not isinstance(error, dist.DistError) and not any(words in said for words in BROKEN):
         return None
-    detail = " ".join(str(error).split("\n", 1)[0].split())
+    # gloo puts its source file in front and advice behind
+    detail = re.sub(r"^\[\S+\] ", "", " ".join(str(error).split("\n", 1)[0].split())).split(". ")[0]
     return f"run: another process of this job is gone ({detail}); the first one to fail says why"

@@ -3,12 +3,11 @@
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from contextlib import ExitStack, contextmanager
 
 from jobs.run.command import Bar, progress, warn
 from jobs.run.config import PretrainConfig
-from jobs.run.ending import explained
+from jobs.run.ending import explained, record_failure
 from jobs.run.failure import TrainingFailedError
 from jobs.run.folder import RunFolder
 from jobs.run.step import train_step
@@ -27,25 +26,22 @@ def train(config: PretrainConfig, folder: RunFolder, world: World, *, resume: bo
         TrainingFailedError: too many steps in a row were not finite, the disk is full, another rank is gone; the folder
             keeps the last good checkpoint.
     """
-    try:
-        with explained(folder.path):
-            return run(config, folder, world, resume)
-    except TrainingFailedError as error:
-        with suppress(OSError):  # on a full disk the state stays what it was
-            folder.write_state("failed", **without_time(folder.read_state()), reason=str(error))
-        raise
+    with ExitStack() as signals:  # are heard until all else is closed
+        try:
+            with explained(folder.path):
+                return run(config, folder, world, signals, resume)
+        except TrainingFailedError as error:
+            record_failure(folder, error)
+            if world.size > 1:
+                let_speak()
+            raise
 
 
-def without_time(state: dict[str, Any]) -> dict[str, Any]:
-    """The facts of a recorded state."""
-    return {name: value for name, value in state.items() if name not in ("state", "updated", "reason")}
-
-
-def run(config: PretrainConfig, folder: RunFolder, world: World, resume: bool) -> str:
-    """Opens everything, trains, closes everything."""
+def run(config: PretrainConfig, folder: RunFolder, world: World, signals: ExitStack, resume: bool) -> str:
+    """Opens everything, trains, closes everything but `signals`."""
     with ExitStack() as stack:
         t = open_training(config, folder, world, stack, resume)
-        stop = stack.enter_context(stop_signals())
+        stop = signals.enter_context(stop_signals())
         bar = stack.enter_context(step_bar(t))
         if t.step == 0:
             t.monitor.evaluate(t)
@@ -104,7 +100,15 @@ def stop_signals() -> Iterator[threading.Event]:
         yield stop
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) is note:
+                signal.signal(number, handler)
+
+
+def let_speak() -> None:
+    """Ignores SIGTERM from now on: torchrun ends a job's processes as soon as one is gone, and the others still have
+    to say why they end. Those that cannot, it kills after its --shutdown-timeout."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextmanager

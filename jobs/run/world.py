@@ -3,9 +3,10 @@
 import datetime
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -65,11 +66,14 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 @contextmanager
-def open_world(device: str = "auto", timeout_s: float = 3600) -> Iterator[World]:
+def open_world(
+    device: str = "auto", timeout_s: float = 3600, last_words: Callable[[str], None] | None = None
+) -> Iterator[World]:
     """Joins the process group that torchrun's environment describes: NCCL on GPUs, gloo on CPUs.
 
     Collectives wait up to `timeout_s` seconds, as long as an evaluation on the leading rank may take; a rank that is
-    gone is noticed long before, by its broken connection or by its missing heartbeat.
+    gone is noticed long before, by its broken connection or by its missing heartbeat. Where a missing heartbeat ends
+    this process, `last_words` is called with the reason.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     place = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")))
@@ -83,7 +87,7 @@ def open_world(device: str = "auto", timeout_s: float = 3600) -> Iterator[World]
         timeout=datetime.timedelta(seconds=timeout_s),
         device_id=place if place.type == "cuda" else None,
     )
-    alive = heartbeat.connect(rank, size, give_up)
+    alive = heartbeat.connect(rank, size, partial(give_up, last_words))
     try:
         yield World(rank, size, place)
         alive.close()
@@ -93,7 +97,10 @@ def open_world(device: str = "auto", timeout_s: float = 3600) -> Iterator[World]
         dist.destroy_process_group()
 
 
-def give_up(reason: str) -> None:
+def give_up(last_words: Callable[[str], None] | None, reason: str) -> None:
     """Ends this process, whose main thread waits in a collective for a rank that will not come."""
-    print(f"hardviews: run: {reason}; the job ends here, go on with --resume", file=sys.stderr, flush=True)
+    reason = f"run: {reason}; the job ends here, go on with --resume"
+    print(f"hardviews: {reason}", file=sys.stderr, flush=True)
+    if last_words is not None:
+        last_words(reason)
     os._exit(1)

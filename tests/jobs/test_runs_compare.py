@@ -98,6 +98,10 @@ def test_the_list_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     out = capsys.readouterr().out
     assert "interrupted" in out
     assert "4 / 9" in out
+    reason = "run: another process of this job is gone [1]; the first one to fail says why"
+    make_run(tmp_path / "two", [], {"state": "failed", "step": 3, "reason": reason})
+    assert cli.run(["runs", str(tmp_path)]) == 0
+    assert f"two: {reason}\n" in capsys.readouterr().out
     assert cli.run(["runs", str(tmp_path / "nothing")]) == 2
     assert "does not exist" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()

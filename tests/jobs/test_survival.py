@@ -20,8 +20,8 @@ from jobs import cli
 from jobs.pretrain import pretrain
 from jobs.run import checkpoint, trainer
 from jobs.run.config import PretrainConfig, save_config
-from jobs.run.ending import explained
-from jobs.run.failure import TrainingFailedError
+from jobs.run.ending import explained, record_failure
+from jobs.run.failure import RankLostError, TrainingFailedError
 from jobs.run.folder import RunFolder
 from jobs.run.metrics import read_metrics
 
@@ -198,24 +198,41 @@ def test_a_lost_rank_ends_the_job_within_a_minute_with_the_reason(
     try:
         trains(tmp_path / "run", process)
         began = time.monotonic()
-        os.kill(children(process.pid)[1], how)
+        first, second = children(process.pid)
+        os.kill(first if how == signal.SIGKILL else second, how)
         said, _ = process.communicate(timeout=120)
         assert time.monotonic() - began < 60
         assert process.returncode != 0
         if how == signal.SIGKILL:
             assert "Signal 9 (SIGKILL)" in said, said[-3000:]
+            reason = "another process of this job is gone"
         else:
-            assert "rank 1 has given no sign of life" in said
+            reason = "rank 1 has given no sign of life"
+        state = RunFolder(tmp_path / "run").read_state()
+        assert state["reason"] in said, said[-3000:]
+        assert state["state"] == "failed" and reason in state["reason"] and "\n" not in state["reason"]
         assert checkpoint.load_newest(RunFolder(tmp_path / "run").checkpoints)["step"] >= 2
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
+def test_the_process_that_fails_first_says_why(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_state("running", step=3)
+    for error in (RankLostError("gone"), TrainingFailedError("the loss is nan"), RankLostError("gone")):
+        record_failure(folder, error)
+    said = folder.read_state()
+    assert (said["state"], said["step"], said["reason"]) == ("failed", 3, "the loss is nan")
+
+
 @pytest.mark.parametrize("words", ["[gloo/transport/tcp/pair.cc:537] Read error", "Connection reset by peer"])
 def test_what_a_broken_connection_means_is_said(tmp_path: Path, words: str) -> None:
-    with pytest.raises(TrainingFailedError, match="another process of this job is gone"), explained(tmp_path):
-        raise RuntimeError(words)
+    with (
+        pytest.raises(RankLostError, match=r"another process of this job is gone \([CR][a-z ]+\);"),
+        explained(tmp_path),
+    ):
+        raise RuntimeError(f"{words}. This is typically caused by\nsomething")
     with pytest.raises(RuntimeError, match="shapes differ"), explained(tmp_path):
         raise RuntimeError("shapes differ")
 
