@@ -1,6 +1,8 @@
 """Where numbers go: one logger interface, JSON lines and TensorBoard by default, W&B and MLflow as extras."""
 
 import json
+import os
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -34,19 +36,40 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Event files; a resumed run purges what lies behind its first step."""
+    """Event files, one event a step; a resumed run purges what lies behind its first step.
+
+    Written here rather than by torch's SummaryWriter, whose thread meets a full disk with a traceback of its own and
+    whose caller hears of it later.
+    """
 
     def __init__(self, folder: RunFolder, step: int, config: Mapping[str, Any]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        # protobuf makes these classes on import
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._writer = SummaryWriter(str(folder.tensorboard), purge_step=step + 1 if step else None)
+        folder.tensorboard.mkdir(parents=True, exist_ok=True)
+        # Readers take files in the order of their names, and those alone that have `tfevents` in them.
+        name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (folder.tensorboard / name).open("wb")
+        self._records = RecordWriter(self._file)
+        self._write(Event(file_version="brain.Event:2"))
+        if step:
+            self._write(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
+        from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._write(Event(step=step, summary=Summary(value=values)))
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._records.write(event.SerializeToString())
+        self._file.flush()
 
 
 class WandB:

@@ -71,13 +71,16 @@ def test_every_logger_takes_scalars_without_a_network(
     assert found[name]()
 
 
-def test_tensorboard_reads_back(tmp_path: Path) -> None:
+def test_tensorboard_reads_back_and_a_resumed_run_replaces_what_it_repeats(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = RunFolder(tmp_path / "run")
     folder.create(resume=False, overwrite=False)
-    loggers = Loggers(["tensorboard"], folder, 0, {})
-    loggers.log(7, {"train/loss": 0.25})
-    loggers.close()
+    for resumed, steps in ((0, (7, 8, 9)), (7, (8, 10))):
+        loggers = Loggers(["tensorboard"], folder, resumed, {})
+        for step in steps:
+            loggers.log(step, {"train/loss": step + resumed / 2, "knn/top1": 0.5})
+        loggers.close()
     events = EventAccumulator(str(folder.tensorboard)).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(7, 0.25)]
+    assert events.Tags()["scalars"] == ["train/loss", "knn/top1"]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(7, 7), (8, 11.5), (10, 13.5)]
