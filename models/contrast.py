@@ -5,7 +5,8 @@ Always in fp32, whatever surrounds it: under a temperature of 0.2 a similarity r
 Shape suffixes: B images, K negatives, N views, P pairs, D width.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,8 @@ from models.selection import pair_index
 
 @dataclass(frozen=True)
 class Contrast:
-    """One contrastive task of a step, without gradient: what `models.probes` analyses."""
+    """A contrastive task: tell the key of each query from its negatives. What objectives learn, and what
+    `models.probes` analyses."""
 
     q_BD: Tensor
     k_BD: Tensor
@@ -30,7 +32,34 @@ class Contrast:
     negative_labels_K: Tensor | None = None
     """Classes of the negatives; below 0 unknown."""
     barred_BK: Tensor | None = None
-    """Negatives that a query leaves out (the oracle run; its own rows of an in-batch set)."""
+    """Negatives that a query leaves out (its own rows of an in-batch set; those of its class in the oracle run)."""
+
+    def detached(self) -> "Contrast":
+        """The same without graph, for good: what is written to a queue later does not show here."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{n: v.detach().clone() for n, v in parts.items() if isinstance(v, Tensor)})
+
+
+def same_class(labels_B: Tensor | None, negative_labels_K: Tensor | None) -> Tensor:
+    """bool [B, K]: which negatives have the query's class: what MoCHi's oracle (section 3.2 there) leaves out. Those
+    below 0, unknown, are nobody's.
+
+    Raises:
+        ValueError: there are no labels.
+    """
+    if labels_B is None or negative_labels_K is None:
+        raise ValueError(
+            "objective.oracle: it leaves out negatives of the query's class, and no labels are given; "
+            "take labelled images or set it to false"
+        )
+    return (labels_B[:, None] == negative_labels_K) & (labels_B[:, None] >= 0)
+
+
+def learn(tasks: Sequence[Contrast]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum of the tasks' losses, and the means of their metrics; see `info_nce`."""
+    found = [info_nce(t.q_BD, t.k_BD, t.negatives_KD, t.temperature, t.synthetic, t.barred_BK) for t in tasks]
+    metrics = {name: torch.stack([parts[name] for _, parts in found]).mean() for name in found[0][1]}
+    return torch.stack([loss for loss, _ in found]).sum(), metrics
 
 
 def info_nce(
@@ -43,8 +72,9 @@ def info_nce(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Equation 1 of SynBY: mean over the batch of −log softmax of the positive; and the proxy task's accuracy.
 
-    `q_BD`, `k_BD` and `negatives_KD` are unit rows in fp32. With `synthetic`, its negatives are appended. `barred_BK`
-    marks negatives that are left out (the oracle of MoCHi, section 3.2).
+    `q_BD`, `k_BD` and `negatives_KD` are unit rows in fp32; the gradient goes to all that have a graph. With
+    `synthetic`, its negatives are appended; they are constants, whatever they are made from. `barred_BK` marks
+    negatives that are left out, and from which no synthetic ones are made.
     Metrics: `proxy` and, with synthetic negatives, `proxy_synthetic`: share of keys ranked above all negatives.
     """
     with torch.autocast(q_BD.device.type, enabled=False):
@@ -60,20 +90,25 @@ def _info_nce(
     barred_BK: Tensor | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     similarity_BK = q_BD @ negatives_KD.T
-    if barred_BK is not None:
-        similarity_BK = similarity_BK.masked_fill(barred_BK, -1.0)  # nor are they mined, being the least similar
     positive_B1 = (q_BD * k_BD).sum(1, keepdim=True)
-    parts = [positive_B1, similarity_BK if barred_BK is None else similarity_BK.masked_fill(barred_BK, -torch.inf)]
-    ranked_B1 = positive_B1 > similarity_BK.max(1, keepdim=True).values
+    parts = [positive_B1, without(similarity_BK, barred_BK)]
+    ranked_B1 = positive_B1 > parts[1].max(1, keepdim=True).values
     metrics = {"proxy": ranked_B1.float().mean()}
     if synthetic is not None:
-        draws = draw(synthetic, similarity_BK, q_BD.shape[1])
-        parts.append(synthetic_similarities(synthetic, q_BD, negatives_KD, similarity_BK, draws))
-        ranked_B1 = ranked_B1 & (positive_B1 > parts[-1].max(1, keepdim=True).values)
+        fixed_BK = q_BD @ negatives_KD.detach().T if negatives_KD.requires_grad else similarity_BK
+        draws = draw(synthetic, fixed_BK, q_BD.shape[1], barred_BK)
+        made_BL = synthetic_similarities(synthetic, q_BD, negatives_KD, fixed_BK, draws)
+        parts.append(without(made_BL, None if barred_BK is None else barred_BK.all(1, keepdim=True)))
+        ranked_B1 = ranked_B1 & (positive_B1 > parts[2].max(1, keepdim=True).values)
         metrics["proxy_synthetic"] = ranked_B1.float().mean()
     logits = torch.cat(parts, 1) / temperature
     target_B = torch.zeros(len(q_BD), dtype=torch.int64, device=q_BD.device)
     return F.cross_entropy(logits, target_B), metrics
+
+
+def without(similarity: Tensor, barred: Tensor | None) -> Tensor:
+    """Similarities, below all others where barred."""
+    return similarity if barred is None else similarity.masked_fill(barred, -torch.inf)
 
 
 def queue_pair_losses(q_NBD: Tensor, k_NBD: Tensor, first_KD: Tensor, second_KD: Tensor, temperature: float) -> Tensor:

@@ -2,15 +2,17 @@
 
 Always in fp32, whatever surrounds it: under a temperature of 0.2 a similarity rounded to bf16 is off by up to 2 %.
 
-Shape suffixes: B images of this rank, G of all ranks, N views, P pairs, D width.
+Shape suffixes: B images of this rank, G of all ranks, S sets of them, K = S·G negatives, N views, P pairs, D width.
 """
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from models.contrast import Contrast, same_class
 from models.distributed import gather, rank
-from models.negatives import NegativesConfig, draw, synthetic_similarities
+from models.negatives import NegativesConfig
 from models.selection import pair_index
 
 
@@ -19,24 +21,44 @@ def own_rows(batch: int, device: torch.device) -> Tensor:
     return torch.arange(batch, device=device) + rank() * batch
 
 
-def batch_nce(
-    q_BD: Tensor, k_GD: Tensor, temperature: float, synthetic: NegativesConfig | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """MoCo v3, algorithm 1: cross entropy of each query among the keys of all images; its own key is the target.
+def batch_contrast(
+    q_BD: Tensor,
+    k_BD: Tensor,
+    sets_SGD: Sequence[Tensor],
+    temperature: float,
+    synthetic: NegativesConfig | None = None,
+    labels_B: Tensor | None = None,
+    *,
+    labelled: bool = False,
+    oracle: bool = False,
+) -> Contrast:
+    """The task of telling an image's key from all other images' rows in S sets of unit rows of all ranks' images.
 
-    Synthetic negatives are made from the other images' keys; an image's own key is never mined.
-    Metrics: `proxy`, the share of queries that rank their own key first.
+    `labelled` asks for the other images' classes; `oracle` leaves out those of the query's class.
+
+    Raises:
+        ValueError: the oracle has no labels, or synthetic negatives are made from more than the other images' rows.
     """
-    with torch.autocast(q_BD.device.type, enabled=False):
-        similarity_BG = q_BD @ k_GD.T
-        own_B = own_rows(len(q_BD), q_BD.device)
-        logits = [similarity_BG]
-        if synthetic is not None:
-            mined_BG = similarity_BG.scatter(1, own_B[:, None], -2.0)  # below every cosine
-            draws = draw(synthetic, mined_BG, q_BD.shape[1])
-            logits.append(synthetic_similarities(synthetic, q_BD, k_GD, similarity_BG, draws))
-        proxy = (similarity_BG.argmax(1) == own_B).float().mean()
-        return F.cross_entropy(torch.cat(logits, 1) / temperature, own_B), {"proxy": proxy}
+    rows_KD = torch.cat(list(sets_SGD))
+    images, sets = len(sets_SGD[0]), len(sets_SGD)
+    own_BG = own_rows(len(q_BD), q_BD.device)[:, None] == torch.arange(images, device=q_BD.device)
+    barred_BK = own_BG.repeat(1, sets)
+    labels_K = gather(labels_B).repeat(sets) if labels_B is not None and (labelled or oracle) else None
+    if oracle:
+        barred_BK |= same_class(labels_B, labels_K)
+    return Contrast(q_BD, k_BD, rows_KD, temperature, synthetic, labels_B, labels_K, barred_BK)
+
+
+def check_others(negatives: NegativesConfig, sets_SGD: Sequence[Tensor]) -> None:
+    """Raises:
+    ValueError: synthetic negatives are made from more rows than the other images have.
+    """
+    others = sum(len(rows_GD) - 1 for rows_GD in sets_SGD)
+    if negatives.total and negatives.hardest > others:
+        raise ValueError(
+            f"objective.negatives.hardest: {negatives.hardest} is more than the {others} negatives that the other "
+            f"images of a batch of {len(sets_SGD[0])} give; lower it or raise batch"
+        )
 
 
 def batch_pair_losses(q_NBD: Tensor, k_NBD: Tensor, temperature: float) -> Tensor:
@@ -52,24 +74,11 @@ def batch_pair_losses(q_NBD: Tensor, k_NBD: Tensor, temperature: float) -> Tenso
         return (rest_NNB[a, b] - positive_NNB[a, b] + rest_NNB[b, a] - positive_NNB[b, a]).T
 
 
-def nt_xent(z1_BD: Tensor, z2_BD: Tensor, all1_GD: Tensor, all2_GD: Tensor, temperature: float) -> Tensor:
-    """[B]: SimCLR's NT-Xent (equation 1 there) of both views of each image of this rank, their mean.
-
-    A view's negatives are both views of all other images, of all ranks.
-    """
-    with torch.autocast(z1_BD.device.type, enabled=False):
-        own_B = own_rows(len(z1_BD), z1_BD.device)
-        losses = []
-        for z, same, other in ((z1_BD, all1_GD, all2_GD), (z2_BD, all2_GD, all1_GD)):
-            cross_BG = z @ other.T / temperature
-            within_BG = (z @ same.T / temperature).scatter(1, own_B[:, None], -torch.inf)
-            logits = torch.cat([cross_BG, within_BG], 1)
-            losses.append(F.cross_entropy(logits, own_B, reduction="none"))
-        return (losses[0] + losses[1]) / 2
-
-
 def nt_xent_pair_losses(z_NBD: Tensor, temperature: float) -> Tensor:
-    """[B, P]: `nt_xent` of every pair of views: what is within a view is shared by all its pairs."""
+    """[B, P]: SimCLR's NT-Xent (equation 1 there) of each image, the mean of both directions, for every pair of views.
+
+    A view's negatives are both views of all other images, of all ranks; what is within a view is shared by its pairs.
+    """
     with torch.autocast(z_NBD.device.type, enabled=False):
         all_NGD = torch.stack([gather(z_BD) for z_BD in z_NBD])
         own_B = own_rows(z_NBD.shape[1], z_NBD.device)

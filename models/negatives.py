@@ -124,23 +124,38 @@ class Draws:
     has the distribution of the formula, and no [B, L, D] of noise exists."""
 
 
-def draw(config: NegativesConfig, similarity_BK: Tensor, width: int) -> Draws:
+def check_hardest(config: NegativesConfig, negatives: int) -> None:
+    """Raises:
+    ValueError: synthetic negatives are made from more hardest ones than there are negatives.
+    """
+    if config.total and config.hardest > negatives:
+        raise ValueError(
+            f"negatives.hardest: {config.hardest} is more than the {negatives} negatives there are; "
+            f"lower it, or give more negatives"
+        )
+
+
+def draw(config: NegativesConfig, similarity_BK: Tensor, width: int, barred_BK: Tensor | None = None) -> Draws:
     """Picks among each query's N hardest and draws coefficients, from torch's global generator.
+
+    Negatives that `barred_BK` marks are not picked: a query with fewer than N others picks from those, and one without
+    any gets synthetic negatives of barred ones, which the caller has to leave out.
 
     Raises:
         ValueError: N is larger than the number of negatives.
     """
     batch, negatives = similarity_BK.shape
-    if config.hardest > negatives:
-        raise ValueError(
-            f"negatives.hardest: {config.hardest} is more than the {negatives} negatives there are; "
-            f"lower it, or give more negatives"
-        )
-    device = similarity_BK.device
-    hardest_BN = similarity_BK.detach().topk(config.hardest, dim=1, sorted=False).indices
+    check_hardest(config, negatives)
+    device, left_B1 = similarity_BK.device, config.hardest
+    similarity_BK = similarity_BK.detach()
+    if barred_BK is not None:
+        similarity_BK = similarity_BK.masked_fill(barred_BK, -torch.inf)
+        left_B1 = (~barred_BK).sum(1, keepdim=True).clamp(1, config.hardest)
+    # In order where some are barred: these then come last, behind those that may be picked.
+    hardest_BN = similarity_BK.topk(config.hardest, dim=1, sorted=barred_BK is not None).indices
 
     def pick(count: int) -> Tensor:
-        return hardest_BN.gather(1, torch.randint(config.hardest, (batch, count), device=device))
+        return hardest_BN.gather(1, (torch.rand(batch, count, device=device) * left_B1).long())
 
     def between(low: float, high: float, count: int) -> Tensor:
         return low + (high - low) * torch.rand(batch, count, device=device)

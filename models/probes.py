@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.contrast import Contrast
+from models.contrast import Contrast, same_class, without
 from models.negatives import KINDS, Draws, NegativesConfig, draw, synthetic_similarities
 
 CHUNK_ELEMENTS = 32_000_000  # similarities held at once: 128 MB in fp32
@@ -72,8 +72,9 @@ def uniformity(features_BD: Tensor) -> Tensor:
 
 @torch.no_grad()
 def matching_probabilities(task: Contrast, count: int = 1024) -> Tensor:
-    """[B, min(count, K)]: each query's largest matching probabilities, descending (MoCHi, figure 2a)."""
-    probabilities_BK = (similarities(task) / task.temperature).softmax(1)
+    """[B, min(count, K)]: each query's largest matching probabilities, descending (MoCHi, figure 2a); 0 behind the last
+    negative of a query that leaves some out."""
+    probabilities_BK = (similarities(task) / task.temperature).softmax(1).nan_to_num(0)
     return probabilities_BK.topk(min(count, probabilities_BK.shape[1]), dim=1).values
 
 
@@ -87,8 +88,8 @@ def task_statistics(task: Contrast, count: int = 1024) -> dict[str, Tensor]:
     - `false_components`, `false_pairs`: share of synthetic negatives with such a negative in them, and of mixings of
       two such negatives
 
-    Those with classes are NaN where the query's is unknown. Synthetic negatives are drawn anew, without moving torch's
-    global generator.
+    Those with classes are NaN where the query's is unknown or no negative is left. Synthetic negatives are drawn anew,
+    without moving torch's global generator.
     """
     similarity_BK = similarities(task)
     positive_B = (task.q_BD * task.k_BD).sum(1)
@@ -96,13 +97,16 @@ def task_statistics(task: Contrast, count: int = 1024) -> dict[str, Tensor]:
     found = {"proxy": ranked_B.float(), "alignment": (task.q_BD - task.k_BD).square().sum(1)}
     false_BK = false_negatives(task)
     if false_BK is not None:
-        nearest_BM = similarity_BK.topk(min(count, similarity_BK.shape[1]), dim=1).indices
-        found["false_negatives"] = false_BK.gather(1, nearest_BM).mean(1)
+        nearest = similarity_BK.topk(min(count, similarity_BK.shape[1]), dim=1)
+        there_BM = nearest.values > -torch.inf
+        found["false_negatives"] = (false_BK.gather(1, nearest.indices) * there_BM).sum(1) / there_BM.sum(1)
     if task.synthetic is not None and task.synthetic.total:
         with torch.random.fork_rng([task.q_BD.device] if task.q_BD.is_cuda else []):
-            drawn = draw(task.synthetic, similarity_BK, task.q_BD.shape[1])
-        synthetic_BL = synthetic_similarities(task.synthetic, task.q_BD, task.negatives_KD, similarity_BK, drawn)
-        found["proxy_synthetic"] = (ranked_B & (positive_B > synthetic_BL.max(1).values)).float()
+            drawn = draw(task.synthetic, similarity_BK, task.q_BD.shape[1], task.barred_BK)
+        all_BK = task.q_BD @ task.negatives_KD.T
+        made_BL = synthetic_similarities(task.synthetic, task.q_BD, task.negatives_KD, all_BK, drawn)
+        above_B = (positive_B > made_BL.max(1).values) | similarity_BK.isneginf().all(1)
+        found["proxy_synthetic"] = (ranked_B & above_B).float()
         if false_BK is not None:
             found |= _false_components(task.synthetic, false_BK, drawn)
     return found
@@ -119,18 +123,19 @@ def _false_components(config: NegativesConfig, false_BK: Tensor, drawn: Draws) -
 
 
 def similarities(task: Contrast) -> Tensor:
-    """[B, K]: of queries and negatives, −1 where a query leaves one out."""
-    similarity_BK = task.q_BD @ task.negatives_KD.T
-    return similarity_BK if task.barred_BK is None else similarity_BK.masked_fill(task.barred_BK, -1.0)
+    """[B, K]: of queries and negatives, −∞ where a query leaves one out."""
+    return without(task.q_BD @ task.negatives_KD.T, task.barred_BK)
 
 
 def false_negatives(task: Contrast) -> Tensor | None:
-    """float [B, K]: 1 where query and negative have the same class; rows of NaN where the query's is unknown; None
-    where no classes are known."""
+    """float [B, K]: 1 where query and negative have the same class; rows of NaN where the query's is unknown or all
+    negatives are left out; None where no classes are known."""
     if task.labels_B is None or task.negative_labels_K is None:
         return None
-    same_BK = (task.labels_B[:, None] == task.negative_labels_K).float()
-    return same_BK.masked_fill(task.labels_B[:, None] < 0, torch.nan)
+    unknown_B = task.labels_B < 0
+    if task.barred_BK is not None:
+        unknown_B = unknown_B | task.barred_BK.all(1)
+    return same_class(task.labels_B, task.negative_labels_K).float().masked_fill(unknown_B[:, None], torch.nan)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from models.backbones import BackboneConfig
-from models.contrast import Contrast, info_nce, queue_pair_losses
+from models.contrast import Contrast, learn, queue_pair_losses, same_class
 from models.distributed import gather
 from models.heads import mlp, unit
 from models.negatives import NegativesConfig
@@ -44,7 +44,8 @@ class MoBYConfig:
     width: int = 256
     """Width of the embedding."""
     oracle: bool = False
-    """Leave out negatives with the query's label (an upper bound for analyses; needs labels)."""
+    """Leave out negatives with the query's label, and make no synthetic ones of them (MoCHi, section 3.2: an upper
+    bound for analyses; needs labels). Pairs are chosen without knowing labels."""
 
     def __post_init__(self) -> None:
         check_positive(self, "temperature", "queue", "hidden", "width")
@@ -79,32 +80,22 @@ class MoBY(MomentumObjective):
         q1, q2 = unit(self.online.head(features1)), unit(self.online.head(features2))
         with torch.no_grad():
             k1, k2 = self.keys(chosen)
-        self.contrasts.clear()
-        loss1, metrics1 = self._contrast(q1, k2, self.queue2, labels_B)
-        loss2, metrics2 = self._contrast(q2, k1, self.queue1, labels_B)
+        tasks = [self._task(q1, k2, self.queue2, labels_B), self._task(q2, k1, self.queue1, labels_B)]
+        self.contrasts = [task.detached() for task in tasks] if self.watching else []
         self.keep_keys(k1, k2, labels_B)
         self.seen_features_BD = features1.detach()
-        metrics = {name: (value + metrics2[name]) / 2 for name, value in metrics1.items()}
-        return loss1 + loss2, metrics
+        return learn(tasks)
 
     def keep_keys(self, k1_BD: Tensor, k2_BD: Tensor, labels_B: Tensor | None = None) -> None:
         """Remembers the two views' keys (and classes, below 0 unknown) for the queues."""
         unknown_B = torch.full((len(k1_BD),), -1, device=k1_BD.device)
         self._pending.append((k1_BD, k2_BD, unknown_B if labels_B is None else labels_B))
 
-    def _contrast(self, q_BD: Tensor, k_BD: Tensor, queue: Queue, labels_B: Tensor | None) -> tuple[Tensor, Metrics]:
-        negatives = self.config.negatives
-        barred = None
-        if self.config.oracle and labels_B is not None:
-            barred = (labels_B[:, None] == queue.labels_K) & (labels_B[:, None] >= 0)
-        active = negatives.active(self.epoch, self.length.epochs)
-        synthetic = negatives if active else None
-        temperature = self.config.temperature
-        if self.watching:
-            rows, labels = queue.rows_KD.clone(), queue.labels_K.clone()
-            task = Contrast(q_BD.detach(), k_BD, rows, temperature, synthetic, labels_B, labels, barred)
-            self.contrasts.append(task)
-        return info_nce(q_BD, k_BD, queue.rows_KD, temperature, synthetic, barred)
+    def _task(self, q_BD: Tensor, k_BD: Tensor, queue: Queue, labels_B: Tensor | None) -> Contrast:
+        config, negatives = self.config, self.config.negatives
+        synthetic = negatives if negatives.active(self.epoch, self.length.epochs) else None
+        barred_BK = same_class(labels_B, queue.labels_K) if config.oracle else None
+        return Contrast(q_BD, k_BD, queue.rows_KD, config.temperature, synthetic, labels_B, queue.labels_K, barred_BK)
 
     def after_step(self) -> None:
         """Puts the step's keys of all ranks into the queues, and moves the target."""

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from models.backbones import BackboneConfig
+from models.contrast import Contrast, learn
 from models.distributed import gather
 from models.heads import mlp, unit
-from models.in_batch import batch_nce, batch_pair_losses
+from models.in_batch import batch_contrast, batch_pair_losses, check_others
 from models.negatives import NONE, NegativesConfig
 from models.objectives.base import Chosen, Length, Metrics, check_positive
 from models.objectives.momentum import MomentumObjective
@@ -37,6 +38,9 @@ class MoCoV3Config:
     """Width of the embedding."""
     negatives: NegativesConfig = NONE
     """Synthetic hard negatives; all counts 0 = none, as published."""
+    oracle: bool = False
+    """Leave out negatives with the query's label, and make no synthetic ones of them (MoCHi, section 3.2: an upper
+    bound for analyses; needs labels). Pairs are chosen without knowing labels."""
 
     def __post_init__(self) -> None:
         check_positive(self, "temperature", "hidden", "width")
@@ -63,11 +67,18 @@ class MoCoV3(MomentumObjective):
         features1, features2 = self.pair_features(chosen)
         q1, q2 = unit(self.online.head(features1)), unit(self.online.head(features2))
         with torch.no_grad():
-            k1, k2 = (gather(k) for k in self.keys(chosen))
-        config, negatives = self.config, self.config.negatives
-        synthetic = negatives if negatives.active(self.epoch, self.length.epochs) else None
-        loss1, metrics1 = batch_nce(q1, k2, config.temperature, synthetic)
-        loss2, metrics2 = batch_nce(q2, k1, config.temperature, synthetic)
+            k1, k2 = self.keys(chosen)
+        tasks = [self._task(q1, k2, labels_B), self._task(q2, k1, labels_B)]
+        self.contrasts = [task.detached() for task in tasks] if self.watching else []
         self.seen_features_BD = features1.detach()
-        metrics = {name: (value + metrics2[name]) / 2 for name, value in metrics1.items()}
-        return 2 * config.temperature * (loss1 + loss2), metrics
+        loss, metrics = learn(tasks)
+        return 2 * self.config.temperature * loss, metrics
+
+    def _task(self, q_BD: Tensor, k_BD: Tensor, labels_B: Tensor | None) -> Contrast:
+        config, sets = self.config, [gather(k_BD)]
+        check_others(config.negatives, sets)
+        synthetic = config.negatives if config.negatives.active(self.epoch, self.length.epochs) else None
+        labelled = self.watching or config.oracle
+        return batch_contrast(
+            q_BD, k_BD, sets, config.temperature, synthetic, labels_B, labelled=labelled, oracle=config.oracle
+        )

@@ -11,16 +11,18 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from models.backbones import BackboneConfig, build_backbone, feature_width
+from models.contrast import Contrast, learn
 from models.distributed import gather_with_gradient
 from models.heads import mlp, unit
-from models.in_batch import nt_xent, nt_xent_pair_losses
+from models.in_batch import batch_contrast, check_others, nt_xent_pair_losses
+from models.negatives import NONE, NegativesConfig
 from models.objectives.base import Chosen, Encoder, Length, Metrics, Objective, check_positive, per_view
 from models.selection import SelectionConfig
 
 
 @dataclass(frozen=True)
 class SimCLRConfig:
-    """SimCLR."""
+    """SimCLR; with counts of synthetic negatives above 0, those are made from the batch's embeddings."""
 
     temperature: float = 0.2
     """τ of the contrastive loss."""
@@ -30,6 +32,11 @@ class SimCLRConfig:
     """Width of the embedding."""
     layers: int = 2
     """Layers of the projector (3 in MoCo v3's comparison on ViTs)."""
+    negatives: NegativesConfig = NONE
+    """Synthetic hard negatives, made from both views of the other images; all counts 0 = none, as published."""
+    oracle: bool = False
+    """Leave out negatives with the view's label, and make no synthetic ones of them (MoCHi, section 3.2: an upper
+    bound for analyses; needs labels). Pairs are chosen without knowing labels."""
 
     def __post_init__(self) -> None:
         check_positive(self, "temperature", "hidden", "width", "layers")
@@ -55,6 +62,17 @@ class SimCLR(Objective):
         z1, z2 = unit(self.online.head(features1)), unit(self.online.head(features2))
         # Gradients flow to other ranks' rows too: their average over ranks is then that of one large batch.
         all1, all2 = gather_with_gradient(z1), gather_with_gradient(z2)
+        tasks = [self._task(z1, z2, [all2, all1], labels_B), self._task(z2, z1, [all1, all2], labels_B)]
+        self.contrasts = [task.detached() for task in tasks] if self.watching else []
         self.seen_features_BD = features1.detach()
-        loss_B = nt_xent(z1, z2, all1, all2, self.config.temperature)
-        return loss_B.mean(), {"cosine": (z1 * z2).sum(1).mean().detach()}
+        loss, metrics = learn(tasks)
+        return loss / 2, metrics | {"cosine": (z1 * z2).sum(1).mean().detach()}
+
+    def _task(self, z_BD: Tensor, other_BD: Tensor, sets: list[Tensor], labels_B: Tensor | None) -> Contrast:
+        config = self.config
+        check_others(config.negatives, sets)
+        synthetic = config.negatives if config.negatives.active(self.epoch, self.length.epochs) else None
+        labelled = self.watching or config.oracle
+        return batch_contrast(
+            z_BD, other_BD, sets, config.temperature, synthetic, labels_B, labelled=labelled, oracle=config.oracle
+        )

@@ -181,7 +181,7 @@ def test_barred_negatives_are_neither_contrasted_nor_mined():
     loss, metrics = info_nce(q, k, negatives, 0.2, config, barred)
     similarity = q @ negatives.T
     torch.manual_seed(3)
-    drawn = draw(config, similarity.masked_fill(barred, -1), 8)
+    drawn = draw(config, similarity, 8, barred)
     assert drawn.index_BL.max() < 4 and drawn.partner_BL.max() < 4
     synthetic = naive_similarities(config, q, negatives, drawn)
     logits = torch.cat([(q * k).sum(1, keepdim=True), similarity[:, :4], synthetic], 1) / 0.2
