@@ -61,7 +61,7 @@ def pooled(model: nn.Module, crops_B3SS: Tensor, pool: Pool) -> Tensor:
         InputError: the class token is asked of a backbone without one.
     """
     if pool == "default":
-        return model(crops_B3SS)
+        return model.forward(crops_B3SS)  # not compiled, which would be done again for the last, smaller batch
     inner = timm_module(model)
     tokens = inner.forward_features(crops_B3SS)  # type: ignore[operator]
     if tokens.ndim == 4:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 
+import torch
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -123,7 +124,10 @@ def open_stream(
         world=world.size,
         position=step * config.batch,
         device=world.device,
+        # Under autocast the encoders would round the views to bf16 themselves, at every forward.
+        dtype=torch.bfloat16 if world.device.type == "cuda" and config.precision != "fp32" else torch.float32,
         colour=config.views.colour,
+        compiled=config.compile != "off",
         threads=config.data.threads,
         prefetch=config.data.prefetch,
         selection=scored_views(config),

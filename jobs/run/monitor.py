@@ -146,7 +146,8 @@ class Monitor:
     def _use_bank(self, bank: MemoryBank, t: Training, batch: ViewBatch, features_BD: Tensor, due: bool) -> None:
         """Updates the bank with the images of all ranks; scores them where a line is due, before they are in it."""
         rows = (batch.ids_B, batch.labels_B)
-        ids, labels = (torch.from_numpy(v.astype(np.int64)).to(features_BD.device) for v in rows)
+        device = features_BD.device
+        ids, labels = (torch.from_numpy(v.astype(np.int64)).to(device, non_blocking=True) for v in rows)
         gathered = (gather(ids), gather(features_BD), gather(labels))
         if due:
             self._add("monitor/bank_knn", *bank.score(*gathered))

@@ -64,7 +64,7 @@ def train_step(t: Training, batch: ViewBatch) -> StepResult:
             chosen = t.objective.take(part.crops, choice.choice_B, choice.scores)
         with synchronised(t.learner, part is parts[-1]):
             with t.timer.phase("forward"), autocast(t):
-                loss, t.metrics = t.learner(chosen, on_device(t, part.labels_B))
+                loss, t.metrics = t.learner(chosen, on_device(t, part.labels_B.astype(np.int64)))
             with t.timer.phase("backward"):
                 (loss / len(parts)).backward()
         if selection.audits(t.step):
@@ -77,11 +77,13 @@ def train_step(t: Training, batch: ViewBatch) -> StepResult:
     t.objective.seen_features_BD = torch.cat(seen) if seen else None
     with t.timer.phase("optimizer"):
         norm = clip_and_norm(t.learned, t.config.optimizer.clip_norm)
-        loss, norm = t.world.mean(torch.stack([torch.stack(losses).mean(), norm])).tolist()
+        means = t.world.mean(torch.stack([torch.stack(losses).mean(), norm]))
+        (loss, norm), *found = on_host(means, *joined(choices))  # the one time that a step waits for the device
         finite = bool(np.isfinite(loss) and np.isfinite(norm))
-        update(t, loss, finite)
+        update(t, float(loss), finite)
     with t.timer.phase("log", host=True):
-        result = StepResult(loss, norm, finite, *record(t, batch, choices))
+        choice_B, losses_BP = record(t, batch, *found)
+        result = StepResult(float(loss), float(norm), finite, choice_B, losses_BP)
     t.step += 1
     t.timer.step()
     return result
@@ -97,9 +99,9 @@ def choose(t: Training, batch: ViewBatch) -> Choice:
         return Choice(select(scores.losses_BP, selection.rule, barred_P), scores)
     if selection.rule == "lowest-iou" and t.step % selection.every == 0:
         iou_BP = pair_iou(batch.params[:, :views])
-        return Choice(select(torch.from_numpy(iou_BP).to(device), "lowest-iou", barred_P), None)
+        return Choice(select(on_device(t, iou_BP), "lowest-iou", barred_P), None)
     drawn = uniform(t.config.seed, batch.epochs_B, batch.ids_B, [0], Purpose.CHOICE, len(pairs(views)))[:, 0]
-    return Choice(select(torch.from_numpy(drawn).to(device), "random", barred_P), None)
+    return Choice(select(on_device(t, drawn), "random", barred_P), None)
 
 
 def update(t: Training, loss: float, finite: bool) -> None:
@@ -113,16 +115,25 @@ def update(t: Training, loss: float, finite: bool) -> None:
         t.guard.skip(t.step, t.objective, loss, str(t.folder.checkpoints))
 
 
-def record(t: Training, batch: ViewBatch, choices: list[Choice]) -> tuple[np.ndarray, np.ndarray | None]:
-    """Hands the step's rows to the log; returns choices [B] and losses [B, P] on the host."""
-    choice_B = torch.cat([choice.choice_B for choice in choices]).cpu().numpy()
+def joined(choices: list[Choice]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Of all parts of a step: choices [B], losses [B, P], numbers of all chosen views [B, M]."""
     scored = [choice.losses_BP for choice in choices if choice.losses_BP is not None]
-    losses_BP = torch.cat(scored).float().cpu().numpy() if scored else None
     marked = [choice.views_BM for choice in choices if choice.views_BM is not None]
+    return (
+        torch.cat([choice.choice_B for choice in choices]),
+        torch.cat(scored).float() if scored else None,
+        torch.cat(marked) if marked else None,
+    )
+
+
+def record(
+    t: Training, batch: ViewBatch, choice_B: np.ndarray, losses_BP: np.ndarray | None, views_BM: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Hands the step's rows to the log; returns choices [B] and losses [B, P]."""
     chosen_BN = None
-    if marked:
+    if views_BM is not None:
         chosen_BN = np.zeros(batch.params.shape, np.bool_)
-        np.put_along_axis(chosen_BN, torch.cat(marked).cpu().numpy(), True, axis=1)
+        np.put_along_axis(chosen_BN, views_BM, True, axis=1)
     t.log.append(
         t.step,
         batch.position,
@@ -153,8 +164,18 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 
 def on_device(t: Training, values: np.ndarray) -> Tensor:
-    """int64 labels on this rank's device."""
-    return torch.from_numpy(values.astype(np.int64)).to(t.world.device, non_blocking=True)
+    """A copy on this rank's device; nothing waits for it."""
+    return torch.from_numpy(values).to(t.world.device, non_blocking=True)
+
+
+def on_host(*tensors: Tensor | None) -> list[Any]:
+    """The tensors as arrays, after one wait for all of them; None stays None."""
+    copies = [None if tensor is None else tensor.to("cpu", non_blocking=True) for tensor in tensors]
+    if any(tensor is not None and tensor.is_cuda for tensor in tensors):
+        copied = torch.cuda.Event()
+        copied.record()
+        copied.synchronize()
+    return [None if copy is None else copy.numpy() for copy in copies]
 
 
 def autocast(t: Training) -> AbstractContextManager[Any]:

@@ -189,11 +189,17 @@ def checkpoint_activations(encoder: Encoder, name: str) -> None:
 
 
 def compile_encoders(config: PretrainConfig, objective: Objective, device: torch.device) -> None:
-    """torch.compile of the backbones in place, where the configuration asks for it, and by default on CUDA."""
+    """torch.compile of the backbones in place, where the configuration asks for it, and by default on CUDA.
+
+    Each of the few shapes of batches has code of its own: to score and to train, per size of crops.
+    """
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
+        from torch._dynamo import config as dynamo  # takes seconds to import
+
+        dynamo.recompile_limit = 64  # torch's 8 are for all backbones together; beyond them it would not compile
         for encoder in (objective.online, objective.target):
             if encoder is not None:
-                encoder.backbone.compile()
+                encoder.backbone.compile(dynamic=False)
 
 
 def fingerprints(data: Data) -> list[dict[str, Any]]:
