@@ -29,6 +29,9 @@ from shards.errors import InputError
 STAGES = ("draw", "read", "decode", "crop", "colour", "copy")
 COLOURS = ("fused", "exact")
 CHUNK = 16  # images a task: some 20 ms of work, and few enough to stay near the cores
+# Threads beside one for each core: they work while others wait for the interpreter lock or for DALI, which left 15 % of
+# two cores idle.
+SPARE = 1
 
 
 class HostProducer:
@@ -54,7 +57,7 @@ class HostProducer:
         self._decoder = decoder
         self._buffers = Buffers()
         self._local = threading.local()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="hardviews-views")
+        self._pool = ThreadPoolExecutor(threads + SPARE, thread_name_prefix="hardviews-views")
 
     def submit(self, plan: Callable[[], Rows]) -> Future[ViewBatch]:
         """Promises the batch of the rows (at most `batch`) that `plan` draws; it runs in a thread of ours."""

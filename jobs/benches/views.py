@@ -1,7 +1,8 @@
 """`hardviews bench views`: N views per image, beside the loader that people use, in one run and by turns.
 
 Both sides read the same images by the same policy with as many cores. Rounds alternate, figures are medians over the
-rounds, and each side rests while the other is timed. A third measurement stops after decode and crops.
+rounds, and each side rests while the others are timed. Two more measurements stop after decode, and after decode and
+crops.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ import statistics
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -33,6 +36,7 @@ from jobs.run.log import AugmentationLog
 from pipelines.crop import crop_views
 from pipelines.decode import Decoder, open_decoder
 from pipelines.draw import draw
+from pipelines.host import CHUNK, SPARE
 from pipelines.policies import Policy, build_policy
 from pipelines.stream import ViewStream, cores
 from shards.build import build, plan
@@ -44,6 +48,7 @@ from shards.reader import SampleError, SampleReader
 
 SEED = 0
 AHEAD = 2  # batches our stream makes ahead
+KEPT = 256  # images whose bytes are kept in memory, for decoding alone
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,8 @@ class ViewsBench:
     batch: int = 32
     """Images in a batch."""
     threads: int = 0
-    """Cores: our threads, and the ordinary loader's processes; 0 for all that this process may use."""
+    """Cores: the ordinary loader has a process for each, ours a thread for each and one to spare; 0 for all that this
+    process may use."""
     rounds: int = 5
     """Times that each side is measured."""
     seconds: float = 4.0
@@ -155,40 +161,61 @@ class OurViews:
         self.log.close()
 
 
-class DecodeAndCrop:
-    """Read, decode and crop alone, in as many threads; nothing is coloured."""
+class Parts:
+    """A part of the work alone, chunk by chunk in as many threads as the stream has, without a pause between chunks."""
 
-    def __init__(self, config: ViewsBench, reader: SampleReader, policy: Policy) -> None:
-        self._reader, self._policy = reader, policy
-        self._order = SampleOrder([manifest.counts for manifest in reader.manifests], [1.0], SEED)
-        self._batch = config.batch
-        threads = config.threads or cores()
-        self._chunk = -(-config.batch // threads)
-        self._local = threading.local()
-        self.pool = ThreadPoolExecutor(threads)
+    def __init__(self, config: ViewsBench, work: Callable[[int], int]) -> None:
+        """`work` does the chunk at a position and returns its images."""
+        self.ahead = AHEAD * -(-config.batch // CHUNK)
+        self.pool = ThreadPoolExecutor((config.threads or cores()) + SPARE)
+        self._work = work
         self._position = 0
+        self._pending: deque[Future[int]] = deque()
 
     def step(self) -> int:
-        """Makes the crops of one batch."""
-        starts = range(self._position, self._position + self._batch, self._chunk)
-        self._position += self._batch
-        return sum(self.pool.map(self._work, starts))
+        """Finishes one chunk; returns its images."""
+        while len(self._pending) <= self.ahead:
+            self._pending.append(self.pool.submit(self._work, self._position))
+            self._position += CHUNK
+        return self._pending.popleft().result()
 
-    def _work(self, position: int) -> int:
-        local, policy = self._local, self._policy
-        if not hasattr(local, "decoder"):
-            local.decoder = open_decoder(self._chunk)
-            sizes = [(group.count, group.size) for group in policy.groups]
-            local.crops = [torch.empty(count, size, size, 3, dtype=torch.uint8) for count, size in sizes]
-        samples = self._order.at(position, self._chunk)
-        params = draw(policy, samples.ids, samples.epochs, SEED, self._reader.sizes(samples.ids))
-        data = [item for item in self._reader.read(samples.ids) if not isinstance(item, SampleError)]
-        decoder: Decoder = local.decoder
-        for row, image in enumerate(decoder.decode(data)):
+
+def decoding(reader: SampleReader) -> Callable[[int], int]:
+    """Decodes chunks of bytes that lie in memory: what the decoder alone can do on this machine."""
+    data = [item for item in reader.read(np.arange(min(KEPT, len(reader)))) if not isinstance(item, SampleError)]
+    local = threading.local()
+
+    def work(position: int) -> int:
+        chunk = [data[place % len(data)] for place in range(position, position + CHUNK)]
+        return len(_decoder(local).decode(chunk))
+
+    return work
+
+
+def cropping(reader: SampleReader, policy: Policy) -> Callable[[int], int]:
+    """Draws, reads, decodes and crops chunks; nothing is coloured."""
+    order = SampleOrder([manifest.counts for manifest in reader.manifests], [1.0], SEED)
+    local = threading.local()
+
+    def work(position: int) -> int:
+        samples = order.at(position, CHUNK)
+        params = draw(policy, samples.ids, samples.epochs, SEED, reader.sizes(samples.ids))
+        data = [item for item in reader.read(samples.ids) if not isinstance(item, SampleError)]
+        crops = [torch.empty(group.count, group.size, group.size, 3, dtype=torch.uint8) for group in policy.groups]
+        for row, image in enumerate(_decoder(local).decode(data)):
             assert isinstance(image, torch.Tensor), image
-            for span, crops in zip(policy.spans, local.crops, strict=True):
-                crop_views(image, params[row][span], crops)
+            for span, crops_nSS3 in zip(policy.spans, crops, strict=True):
+                crop_views(image, params[row][span], crops_nSS3)
         return len(data)
+
+    return work
+
+
+def _decoder(local: threading.local) -> Decoder:
+    """This thread's decoder."""
+    if not hasattr(local, "decoder"):
+        local.decoder = open_decoder(CHUNK)
+    return local.decoder
 
 
 def views_figures(config: ViewsBench) -> dict[str, object]:
@@ -211,13 +238,15 @@ def views_figures(config: ViewsBench) -> dict[str, object]:
         stack.callback(reader.close)
         ours = OurViews(config, manifest, reader, policy, scratch / "log.zarr")
         stack.callback(ours.close)
-        crops = DecodeAndCrop(config, reader, policy)
-        stack.callback(crops.pool.shutdown)
+        decode, crops = (Parts(config, work) for work in (decoding(reader), cropping(reader, policy)))
+        for part in (decode, crops):
+            stack.callback(part.pool.shutdown, cancel_futures=True)
         ordinary = ordinary_batches(files, policy, config.batch, threads)
         sides = {
             "ours": Side(ours.step, AHEAD),
             "ordinary": Side(partial(_take, ordinary), PREFETCH * threads),
-            "crops": Side(crops.step, 0),
+            "decode": Side(decode.step, decode.ahead),
+            "crops": Side(crops.step, crops.ahead),
         }
         rates, spent = _alternate(sides, ours, config)
         del ordinary  # ends its processes
@@ -272,6 +301,7 @@ def _figures(rates: dict[str, list[float]], spent: dict[str, float], config: Vie
         "baseline_images_per_second": medians["ordinary"],
         "ratio": medians["ours"] / medians["ordinary"],
         "ratios": [a / b for a, b in zip(rates["ours"], rates["ordinary"], strict=True)],
+        "decode_images_per_second": medians["decode"],
         "decode_and_crop_images_per_second": medians["crops"],
         "profile": milliseconds,
         "bound_by": busiest,
@@ -322,6 +352,7 @@ def table(figures: dict[str, object]) -> Table:
     shown.add_row("hardviews, whole pipeline", f"{number['images_per_second']:,.0f} images/s")
     shown.add_row("ordinary loader (torchvision, DataLoader)", f"{number['baseline_images_per_second']:,.0f} images/s")
     shown.add_row("ratio", f"{number['ratio']:.2f}")
+    shown.add_row("decode alone", f"{number['decode_images_per_second']:,.0f} images/s")
     shown.add_row("decode and crops alone", f"{number['decode_and_crop_images_per_second']:,.0f} images/s")
     shown.add_section()
     profile = figures["profile"]

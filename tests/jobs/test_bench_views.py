@@ -14,6 +14,7 @@ from jobs.benches import gpu, views
 from jobs.benches.accuracy import Difference, markdown
 from jobs.benches.ordinary import PillowBlur, ViewsOfFiles, transform
 from jobs.benches.photographs import jpeg, photograph
+from pipelines.host import CHUNK
 from pipelines.photometric import MEAN, STD
 from pipelines.policies import ViewPolicy, build_policy
 from shards.errors import InputError
@@ -50,6 +51,19 @@ def test_what_was_made_while_resting_does_not_count(monkeypatch: pytest.MonkeyPa
     assert taken[-1] == pytest.approx(1.5)
 
 
+def test_a_part_alone_does_every_chunk_once_and_in_order() -> None:
+    done: list[int] = []
+
+    def work(position: int) -> int:
+        done.append(position)
+        return position
+
+    part = views.Parts(views.ViewsBench(batch=40, threads=1), work)
+    assert [part.step() for _ in range(5)] == [0, CHUNK, 2 * CHUNK, 3 * CHUNK, 4 * CHUNK]
+    part.pool.shutdown()
+    assert sorted(done) == [CHUNK * place for place in range(5 + part.ahead)]
+
+
 def test_the_ordinary_loaders_views_are_the_policys(tmp_path: Path) -> None:
     policy = build_policy("byol", 32, 3)
     steps = [[type(step).__name__ for step in transform(view, 32).transforms] for view in policy.view_policies]
@@ -80,6 +94,7 @@ def test_a_run_gives_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[
     views.main([*flags.split(), str(folder)])
     figures = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert figures["ratio"] == pytest.approx(figures["images_per_second"] / figures["baseline_images_per_second"])
+    assert figures["decode_images_per_second"] > 0
     assert figures["decode_and_crop_images_per_second"] > 0
     assert set(figures["profile"]) == {"draw", "read", "decode", "crop", "colour", "copy", "log"}
     assert figures["bound_by"] in figures["profile"]
