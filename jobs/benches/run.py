@@ -1,14 +1,15 @@
 """`hardviews bench run`: what checkpoints and monitors add to the steps of a run.
 
-Two runs of the same preset live in one process and train by turns, a step each: one is bare (it streams, selects,
-learns and writes the augmentation log), the other besides has every monitor, both loggers, and a checkpoint every 100
-steps, whose writing in the background is waited for. Figures are medians over cycles of 100 steps: the time that
-monitors and checkpoints took, and, as a check that nothing else got slower, the ratio of the two runs' times. On a
-machine that is shared the ratio needs many cycles; the time taken is small and steady.
+Three runs of the same preset with the same weights live in one process and take every step by turns, in changing order,
+on the same batches, while nothing is streamed. Two are bare (they select, learn and write the augmentation log); the
+third besides has every monitor, both loggers, and checkpoints, whose writing in the background is waited for. It has a
+line of metrics, a health check and a checkpoint more often than users would; each kind of step then counts as often as
+it comes with a line every 10 steps, and the others every 100. What watching adds is the median difference of a kind's
+pairs of steps; intervals are from resampling the pairs. The second bare run shows what the method finds where there is
+nothing to find.
 """
 
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -17,11 +18,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from jobs.run.command import Bar, parse, progress
+from jobs.run.command import parse, progress
 from jobs.run.config import CheckpointConfig, DataConfig, MonitorConfig, PretrainConfig
 from jobs.run.digits import write_digits
 from jobs.run.folder import RunFolder
@@ -29,12 +31,17 @@ from jobs.run.presets import preset
 from jobs.run.step import train_step
 from jobs.run.training import Training, open_training, save
 from jobs.run.world import World, pick_device
+from pipelines.batch import ViewBatch
 from shards.build import build, plan
 from shards.engines import run_tasks
 from shards.errors import InputError
 
-CYCLE = 100  # steps between checkpoints and between health checks
-WARM = 10  # steps of each side that are not measured
+LINE, FULL = 5, 10  # steps between lines, and between health checks and checkpoints, while measuring
+# Shares of plain steps, of those with a line, and of those with a health check and a checkpoint besides, in a run.
+SHARES = (0.90, 0.09, 0.01)
+WARM = FULL  # steps of each side that are not measured: the first of each kind have work that comes once
+BATCHES = 4  # that all sides take in turn
+DRAWS = 2000  # of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -45,8 +52,8 @@ class RunBench:
     """Preset to train, on scanned digits scaled to its image size."""
     batch: int = 64
     """Images per step."""
-    cycles: int = 3
-    """Times that 100 steps of each side are measured."""
+    cycles: int = 12
+    """Times that 10 steps of each side are measured."""
     threads: int = 0
     """CPU threads; 0 for torch's own choice."""
     device: str = "cpu"
@@ -61,38 +68,59 @@ class RunBench:
 
 
 def configs(bench: RunBench, shards: Path) -> dict[str, PretrainConfig]:
-    """The bare run and the watched one."""
+    """The bare run, the watched one, and the bare one again."""
     base = replace(
         preset(bench.preset),
         data=DataConfig(real=str(shards), threads=bench.threads),
-        checkpoint=CheckpointConfig(every=CYCLE),
-        steps=100 * CYCLE * (bench.cycles + 1),  # no end comes near
+        checkpoint=CheckpointConfig(every=FULL),
+        steps=100 * FULL * (bench.cycles + 1),  # no end comes near
         batch=bench.batch,
     )
     bare = replace(base, monitor=MonitorConfig(bank=0, health_every=0, loggers=()))
-    return {"bare": bare, "watched": replace(base, monitor=MonitorConfig(health_every=CYCLE))}
+    return {"bare": bare, "watched": replace(base, monitor=MonitorConfig(every=LINE, health_every=FULL)), "again": bare}
 
 
-def take_step(t: Training, watched: bool) -> tuple[float, float]:
-    """Seconds that the next step takes, as in `jobs.run.trainer.loop`; and those among them for watching and saving."""
-    start = time.perf_counter()
-    result = train_step(t, batch := next(t.stream))
-    if t.world.device.type == "cuda":
-        torch.cuda.synchronize()
-    trained = time.perf_counter()
+def take_step(t: Training, batch: ViewBatch, watched: bool) -> tuple[float, float]:
+    """Seconds that a step takes by the clock, and of all threads' CPU time."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = train_step(t, batch := replace(batch, position=t.step * len(batch)))
     if watched:
         t.monitor.after_step(t, batch, result)
-        if t.step % CYCLE == 0:
+        if t.step % FULL == 0:
             save(t)
             assert t.saver is not None
             t.saver.wait()
-    end = time.perf_counter()
-    return end - start, end - trained
+    if t.world.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def measure(bench: RunBench) -> dict[str, float]:
-    """`overhead`: time for monitors and checkpoints as a share of the bare steps'; `ratio`: of the two runs' times;
-    `bare_ms`, `watched_ms`, `added_ms`: of a step."""
+def kinds(steps: int) -> np.ndarray:
+    """What each of the measured steps was, as an index into SHARES."""
+    numbers = np.arange(WARM + 1, WARM + 1 + steps)
+    return np.where(numbers % FULL == 0, 2, np.where(numbers % LINE == 0, 1, 0))
+
+
+def overhead(bare: np.ndarray, other: np.ndarray, kind: np.ndarray) -> tuple[float, float, float]:
+    """What the other side's steps take more than the bare one's, as a share, and its 95 % interval.
+
+    `bare`, `other`: seconds of the same steps; `kind`: as `kinds` gives them.
+    """
+    chance = np.random.default_rng(0)
+
+    def estimate(chosen: list[np.ndarray]) -> float:
+        added = sum(share * np.median((other - bare)[rows]) for share, rows in zip(SHARES, chosen, strict=True))
+        return float(added / np.median(bare[np.concatenate(chosen)]))
+
+    rows = [np.flatnonzero(kind == number) for number in range(len(SHARES))]
+    drawn = [estimate([chance.choice(group, len(group)) for group in rows]) for _ in range(DRAWS)]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return estimate(rows), float(low), float(high)
+
+
+def measure(bench: RunBench) -> dict[str, tuple[float, ...]]:
+    """By CPU time and by the clock: `watched_*` and `null_*`, what watching and what nothing adds, each as a share with
+    its interval; `bare_ms_*` of a step."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hardviews-bench-")))
         write_digits(folder / "images", preset(bench.preset).backbone.image_size)
@@ -105,28 +133,27 @@ def measure(bench: RunBench) -> dict[str, float]:
             run = RunFolder(folder / name)
             run.create(resume=False, overwrite=False)
             sides[name] = open_training(config, run, world, stack, resume=False)
-            for _ in range(WARM):
-                take_step(sides[name], name == "watched")
-        bar = stack.enter_context(progress("measuring", 2 * CYCLE * bench.cycles, "steps"))
-        cycles = [cycle(sides, bar) for _ in range(bench.cycles)]
-    middle = {f"{name}_ms": 1e3 * statistics.median(c[name] for c in cycles) / CYCLE for name in cycles[0]}
-    return {
-        "overhead": statistics.median(c["added"] / c["bare"] for c in cycles),
-        "ratio": statistics.median(c["watched"] / c["bare"] for c in cycles),
-        **middle,
-    }
-
-
-def cycle(sides: dict[str, Training], bar: Bar) -> dict[str, float]:
-    """Seconds of 100 steps of each side by turns, and those of the watched one for watching and saving (`added`)."""
-    spent = dict.fromkeys([*sides, "added"], 0.0)
-    for number in range(CYCLE):
-        for name in sides if number % 2 else reversed(sides):
-            whole, added = take_step(sides[name], name == "watched")
-            spent[name] += whole
-            spent["added"] += added
-            bar.advance(1)
-    return spent
+        batches = [next(sides["bare"].stream) for _ in range(BATCHES)]
+        for t in sides.values():
+            t.stream.close()
+        steps = FULL * bench.cycles
+        bar = stack.enter_context(progress("measuring", steps, "steps"))
+        spent = {name: np.zeros((steps, 2)) for name in sides}
+        for number in range(-WARM, steps):
+            turn = number % len(sides)
+            for name in [*list(sides)[turn:], *list(sides)[:turn]]:
+                taken = take_step(sides[name], batches[number % BATCHES], name == "watched")
+                if number >= 0:
+                    spent[name][number] = taken
+            if number >= 0:
+                bar.advance(1)
+    figures: dict[str, tuple[float, ...]] = {}
+    for column, clock in enumerate(("wall", "cpu")):
+        bare = spent["bare"][:, column]
+        for figure, side in (("watched", "watched"), ("null", "again")):
+            figures[f"{figure}_{clock}"] = overhead(bare, spent[side][:, column], kinds(steps))
+        figures[f"bare_ms_{clock}"] = (1e3 * float(np.median(bare)),)
+    return figures
 
 
 def main(argv: Sequence[str]) -> None:
@@ -134,11 +161,12 @@ def main(argv: Sequence[str]) -> None:
     if bench.threads > 0:
         torch.set_num_threads(bench.threads)
     figures = measure(bench)
-    table = Table("run", "ms a step", title=f"{bench.preset}, batch {bench.batch}, {bench.cycles} × {CYCLE} steps")
-    table.add_row("bare", f"{figures['bare_ms']:,.1f}")
-    table.add_row("with monitors and a checkpoint every 100 steps", f"{figures['watched_ms']:,.1f}")
-    table.add_row("  of it monitors and checkpoints", f"{figures['added_ms']:,.1f}")
-    table.caption = f"overhead {figures['overhead']:.1%}; ratio of the two runs {figures['ratio']:.3f}"
+    title = f"{bench.preset}, batch {bench.batch}, {FULL * bench.cycles} steps of each side"
+    table = Table("", "CPU time", "by the clock", title=title)
+    table.add_row("bare", *("{:,.1f} ms".format(*figures[f"bare_ms_{clock}"]) for clock in ("cpu", "wall")))
+    for name, text in (("watched", "watched, checkpoints"), ("null", "bare again")):
+        table.add_row(text, *("{:+.1%} ({:+.1%} to {:+.1%})".format(*figures[f"{name}_{c}"]) for c in ("cpu", "wall")))
+    table.caption = "what 100 steps with all monitors and one checkpoint take more than bare ones, and 95 % intervals"
     Console().print(table)
     if bench.json:
         print(json.dumps(figures))

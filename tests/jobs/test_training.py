@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from runs_of_training import same_run, weights
@@ -130,11 +131,27 @@ def test_contrastive_tasks_are_analysed_on_health_steps(tiny: PretrainConfig, tm
 
 
 def test_the_run_benchmark_tells_what_watching_adds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_run, "CYCLE", 3)
-    monkeypatch.setattr(bench_run, "WARM", 1)
+    for name, value in {"LINE": 2, "FULL": 3, "WARM": 3}.items():
+        monkeypatch.setattr(bench_run, name, value)
     found = bench_run.measure(bench_run.RunBench(batch=8, cycles=1, threads=1))
-    assert 0 < found["added_ms"] < found["watched_ms"]
-    assert found["overhead"] == pytest.approx(found["added_ms"] / found["bare_ms"])
+    assert found["bare_ms_cpu"][0] > 0
+    for name in ("watched_cpu", "watched_wall", "null_cpu", "null_wall"):
+        share, low, high = found[name]
+        assert low <= share <= high, name
+
+
+def test_the_cost_of_watching_is_found_in_noise() -> None:
+    """1 % of every step, 10 % with a line besides, 110 % where all is written: 0.01 + 0.09·0.1 + 0.01·1.1 in all."""
+    chance, kind = np.random.default_rng(0), bench_run.kinds(120)
+    assert np.bincount(kind).tolist() == [96, 12, 12]
+    speed = 1 + 0.3 * np.sin(np.arange(120) / 20)  # of a machine that others use
+    load = [speed * (1 + 0.01 * chance.standard_normal(120) + 3 * (chance.random(120) < 0.05)) for _ in range(3)]
+    bare, again = load[0], load[1]
+    watched = load[2] * 1.01 + speed * np.choose(kind, (0.0, 0.1, 1.1))
+    cost, low, high = bench_run.overhead(bare, watched, kind)
+    assert low < 0.03 < high and high - low < 0.02 and cost == pytest.approx(0.03, abs=0.005)
+    cost, low, high = bench_run.overhead(bare, again, kind)
+    assert low < 0 < high and abs(cost) < 0.005
 
 
 FAKE = """#!/bin/bash
