@@ -17,10 +17,13 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 
-# On a CUDA machine, with the interpreter that has torch and the other packages: PYTHON=python3 make gpu-check
+# On a CUDA machine, with the interpreter that has torch and the other packages: make gpu-check PYTHON=python3
+# Both halves run, whatever comes of the first. BENCHES="views-4 training" picks some of the benchmarks, BENCHES=none none.
 gpu-check:
-	$(PYTHON) -m pytest -m gpu
-	$(PYTHON) -m jobs.benches.gpu benchmarks/results
+	failed=0; \
+	$(PYTHON) -m pytest -m gpu --continue-on-collection-errors $$(grep -rl 'mark\.gpu' tests) || failed=1; \
+	test "$(BENCHES)" = none || $(PYTHON) -m jobs.benches.gpu benchmarks/results $(BENCHES) || failed=1; \
+	exit $$failed
 
 # One stamp per set of extras; the dev extras contain the others.
 $(VENV)/.ready-%: pyproject.toml constraints.txt

@@ -9,6 +9,8 @@ BENCHES = {
     "shards": "building and reading shards, the order of samples, shuffling",
     "views": "views per image, beside an ordinary loader",
     "step": "training steps, with and without selection and synthetic negatives",
+    "colour": "colour of the views as it runs on a GPU, compiled and not",
+    "training": "what the data, hard views and synthetic negatives cost of real training steps",
     "run": "what checkpoints and monitors add to a training step",
     "negatives": "synthetic negatives in closed form, beside building their vectors",
 }
