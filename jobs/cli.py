@@ -1,6 +1,6 @@
 """The `hardviews` command: finds the job, runs it, and says in one line what went wrong.
 
-Exit code 2 is a user's mistake, 1 training that cannot go on, 130 an interruption.
+Exit code 2 is a user's mistake, 1 training that cannot go on, 75 a sweep with runs still to do, 130 an interruption.
 """
 
 import difflib

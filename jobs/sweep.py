@@ -1,51 +1,68 @@
 """`hardviews sweep`: a study of several runs; finished ones are skipped, unfinished ones resumed."""
 
-import json
+import fcntl
 import os
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import shutil
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
+import torch
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from jobs.evaluation import linear, protocols
 from jobs.evaluation.backbones import ModelConfig
+from jobs.evaluation.images import align_labels, open_images
 from jobs.pretrain import pretrain
-from jobs.run.command import console, parse
+from jobs.reporting.study import RunResult, read_result, scores_file, seconds_left, span, table_of, write_results
+from jobs.run import checkpoint
+from jobs.run.command import console, fail, parse, warn
+from jobs.run.config import PretrainConfig, load_config
+from jobs.run.data import open_data
+from jobs.run.ending import record_failure
+from jobs.run.failure import TrainingFailedError
 from jobs.run.folder import RunFolder, write_json
-from jobs.run.presets import PRESETS, preset
-from jobs.run.studies import STUDIES, Member, arms_of, changed, members
+from jobs.run.studies import Member, Study, changed, differences, members, shared_changes, study
+from jobs.run.time_limit import TimeLimit, process_began, time_limit
+from jobs.run.training import make_objective
+from jobs.run.world import pick_device
+from models.objectives import Length
+from models.precision import check_units
 from shards.errors import InputError
 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Runs a study: arms × seeds, each into its own run folder, then kNN and a linear probe, a table and a plot."""
+    """Runs a study: arms × seeds, each into its own run folder, then kNN and a linear probe, a table and a plot.
+
+    Run again, the same command skips what is finished and goes on with the rest. On several GPUs start it once per GPU
+    (CUDA_VISIBLE_DEVICES) with the same --out: each takes runs that no other has.
+
+    Exit code 0: all runs are done; 75: time is up, or other processes have the rest; 1: runs failed; 130: interrupted.
+    """
 
     study: tyro.conf.Positional[str]
-    """A ready-made study (cifar10-study), or a preset that --axis varies."""
+    """A ready-made study (cifar10-study; cifar10-study-small shows the machinery on a CPU), or a preset that --axis
+    varies."""
     real: str
     """Shards to pretrain on; kNN and linear probe learn from them too."""
     test: str
     """Held-out shards or ImageFolder to score on."""
     out: Path
-    """Folder for the run folders, results.json, the table and the plot."""
+    """Folder for the run folders, summary.json, runs.csv and results.png."""
     synthetic: str = ""
     """Shards of synthetic images to mix in; empty = none."""
     axis: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """An axis as field=value,value (repeat the flag for more): every combination is an arm."""
     change: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A field=value that all arms share, such as backbone.width=64 (repeat the flag for more)."""
-    seeds: int = 3
-    """Runs per arm."""
+    seeds: int | None = None
+    """Runs per arm; None = the study's own (3; 2 of cifar10-study-small)."""
     epochs: float | None = None
     """Length of every run (epochs); None = the study's own."""
     steps: int | None = None
@@ -55,167 +72,207 @@ class SweepConfig:
     arms: tuple[str, ...] = ()
     """Only these arms; none = all."""
     minutes: float = 0.0
-    """Stop with a checkpoint after so many minutes; the same command goes on from there. 0 = run to the end."""
-    probe_epochs: int = 30
-    """Epochs of the linear probe on frozen features; 0 = no probe."""
+    """End within so many minutes of the command's start, with a checkpoint; the same command goes on from there.
+    0 = run to the end."""
+    probe_epochs: int | None = None
+    """Epochs of the linear probe on frozen features; 0 = no probe; None = the study's own."""
 
 
-def sweep(config: SweepConfig) -> dict[str, Any]:
-    """Runs what is missing and returns the results so far.
+def sweep(config: SweepConfig) -> list[RunResult]:
+    """Runs what is missing and returns how all runs stand.
 
     Raises:
-        InputError: no such study, preset, arm or field.
+        InputError: no such study, preset, arm or field; values, shards or folders that do not fit.
+        KeyboardInterrupt: Ctrl-C, after what is there has been written.
     """
-    planned = plan(config)
+    chosen = study(config.study, config.axis)
+    planned = plan(config, chosen)
+    settings = scoring(config, chosen)
+    check(config, planned)
     config.out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {}
-    with time_limit(config.minutes) as spent:
-        for number, member in enumerate(planned, 1):
-            folder = config.out / member.name
-            console.print(f"[bold]{number}/{len(planned)} {member.name}[/bold]", highlight=False)
-            if spent.is_set() or not complete(member, folder):
-                break
-            results[member.name] = {"arm": member.arm, **scores(config, folder)}
-            write_json(config.out / "results.json", results)
-    if results:
-        summary = summarise(results)
-        write_json(config.out / "results.json", {**results, "summary": summary})
-        plot(summary, config.out / "results.png")
-    if len(results) < len(planned):
-        console.print(f"{len(results)} of {len(planned)} runs are finished; the same command goes on with the rest")
+    try:
+        with time_limit(config.minutes, process_began()) as limit:
+            try:
+                work(config, planned, settings, limit)
+            except KeyboardInterrupt:
+                if not limit.over:
+                    raise
+    finally:
+        results = [read_result(member, config.out, settings) for member in planned]
+        write_results(config.out, config.study, chosen.arms, results, settings)
+        note_missing(planned, results)
     return results
 
 
-def plan(config: SweepConfig) -> list[Member]:
-    """The runs of the study."""
-    if config.study in STUDIES:
-        make, arms = STUDIES[config.study]
-        base = make(config.real, config.test)
-        if config.axis:
-            raise InputError(f"axis: {config.study} has its own arms; give a preset to vary")
-    elif config.study in PRESETS:
-        base, arms = preset(config.study), arms_of(config.axis)
-    else:
-        raise InputError(f"study: {config.study!r} is not known; choose one of {', '.join([*STUDIES, *PRESETS])}")
-    data = replace(base.data, real=config.real, synthetic=config.synthetic)
-    monitor = replace(base.monitor, knn_train=config.real, knn_test=config.test)
-    base = replace(base, data=data, monitor=monitor)
+def plan(config: SweepConfig, chosen: Study) -> list[Member]:
+    """The runs of the study.
+
+    Raises:
+        InputError: an arm or field that there is not, a value that it cannot have.
+    """
+    if unknown := set(config.arms) - set(chosen.arms):
+        raise InputError(f"arms: {', '.join(sorted(unknown))} unknown; this study has {', '.join(chosen.arms)}")
+    base = chosen.base()
     lengths = {name: getattr(config, name) for name in ("epochs", "steps", "batch")}
-    base = replace(base, **{name: value for name, value in lengths.items() if value is not None})
-    for changes in arms_of(config.change).values():
-        base = changed(base, changes)
-    if unknown := set(config.arms) - set(arms):
-        raise InputError(f"arms: {', '.join(sorted(unknown))} unknown; this study has {', '.join(arms)}")
-    return members(base, {arm: c for arm, c in arms.items() if not config.arms or arm in config.arms}, config.seeds)
+    lengths = {name: value for name, value in lengths.items() if value is not None}
+    if "epochs" in lengths:
+        lengths.setdefault("steps", None)  # the study's own would override them
+    base = replace(base, **lengths)
+    base = changed(base, shared_changes(config.change))
+    # Scores are taken at the end; held-out images are watched while training only where a change asks for it.
+    watched = (config.real, config.test) if base.monitor.knn_every else ("", "")
+    base = replace(
+        base,
+        data=replace(base.data, real=config.real, synthetic=config.synthetic),
+        monitor=replace(base.monitor, knn_train=watched[0], knn_test=watched[1]),
+    )
+    arms = {arm: changes for arm, changes in chosen.arms.items() if not config.arms or arm in config.arms}
+    return members(base, arms, chosen.seeds if config.seeds is None else config.seeds)
+
+
+def scoring(config: SweepConfig, chosen: Study) -> dict[str, Any]:
+    """What decides the scores of a finished run.
+
+    Raises:
+        InputError: a negative number of epochs.
+    """
+    epochs = chosen.probe_epochs if config.probe_epochs is None else config.probe_epochs
+    if epochs < 0:
+        raise InputError(f"probe_epochs: {epochs} must be 0 or above; 0 leaves the linear probe out")
+    return {"train": config.real, "test": config.test, "probe_epochs": epochs}
+
+
+def check(config: SweepConfig, planned: Sequence[Member]) -> None:
+    """Says before the first run what would stop a later one.
+
+    Raises:
+        InputError: shards or labels that do not fit, values that do not, a run of another configuration in `out`.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("sweep: not under torchrun; start it once per GPU (CUDA_VISIBLE_DEVICES) with the same --out")
+    if config.minutes < 0:
+        raise InputError(f"minutes: {config.minutes:g} must be 0 or above")
+    if config.out.exists() and not config.out.is_dir():
+        raise InputError(f"out: {config.out} is a file; name a folder")
+    with closing(open_images(config.real)) as train, closing(open_images(config.test)) as test:
+        align_labels(train, test)
+    for arm, trained in {member.arm: member.config for member in planned}.items():
+        try:
+            check_arm(trained)
+        except ValueError as error:
+            raise InputError(f"{error} (arm {arm})") from error
+    for member in planned:
+        kept = config.out / member.name / "config.json"
+        if kept.is_file() and (fields := differences(load_config(kept), member.config)):
+            raise InputError(
+                f"out: {kept.parent} was trained with other values of {', '.join(fields)}; choose another --out, or "
+                f"remove that folder"
+            )
+
+
+def check_arm(config: PretrainConfig) -> None:
+    """Opens the shards and builds the model without memory, on torch's meta device.
+
+    Raises:
+        ValueError: values, sizes or shards that do not fit, or a number format that this machine lacks.
+    """
+    open_data(config).reader.close()
+    selection = config.selection
+    check_units(selection.precision, pick_device(config.device))
+    with torch.device("meta") as meta:
+        plain = replace(config, selection=replace(selection, precision="same"))
+        make_objective(plain, Length(1, 1), meta)
+
+
+def work(config: SweepConfig, planned: Sequence[Member], settings: Mapping[str, Any], limit: TimeLimit) -> None:
+    """Trains and scores what is missing, run by run, until time is up; a run that fails does not keep the others."""
+    for number, member in enumerate(planned, 1):
+        with taken(config.out, member.name) as free:
+            results = [read_result(one, config.out, settings) for one in planned]
+            if limit.over:
+                return
+            if not free or results[number - 1].state == "done":
+                continue
+            left = seconds_left(planned, results)
+            after = f" (about {span(left)} for all that is left)" if left else ""
+            console.print(f"[bold]{number}/{len(planned)} {member.name}[/bold]{after}", highlight=False)
+            try:
+                if complete(member, config.out / member.name):
+                    score(config.out / member.name, settings)
+                elif not limit.over:
+                    raise KeyboardInterrupt  # training has answered it with a checkpoint
+            except Exception as error:
+                note_failure(config.out / member.name, error)
 
 
 def complete(member: Member, folder: Path) -> bool:
     """Whether the run is finished, after running it or going on with it where it is not."""
-    state = RunFolder(folder).read_state().get("state")
-    if state == "finished":
+    run = RunFolder(folder)
+    if run.read_state().get("state") == "finished":
         return True
-    return pretrain(member.config, folder, resume=(folder / "config.json").is_file()) == "finished"
+    begun = bool(checkpoint.entries(run.checkpoints))
+    if not begun and folder.exists():  # it ended before its first checkpoint
+        shutil.rmtree(folder)
+    return pretrain(member.config, folder, resume=begun) == "finished"
 
 
-def scores(config: SweepConfig, folder: Path) -> dict[str, float]:
-    """kNN and linear top-1 of a finished run; kept in the run folder and not computed twice."""
-    kept = folder / "evaluation" / "sweep.json"
-    if kept.is_file():
-        return json.loads(kept.read_text())
-    common: dict[str, Any] = {"model": ModelConfig(run=folder), "train": config.real, "test": config.test}
-    found = {"knn": protocols.evaluate_knn(protocols.KnnConfig(**common))["scores"]["top1"]}
-    if config.probe_epochs:
-        sgd = replace(linear.LinearConfig(), epochs=config.probe_epochs)
+def score(folder: Path, settings: Mapping[str, Any]) -> None:
+    """kNN and linear top-1 of a finished run, into its folder."""
+    began = time.monotonic()
+    common: dict[str, Any] = {"model": ModelConfig(run=folder), "train": settings["train"], "test": settings["test"]}
+    scores = {"knn": protocols.evaluate_knn(protocols.KnnConfig(**common))["scores"]["top1"]}
+    if settings["probe_epochs"]:
+        sgd = linear.LinearConfig(epochs=settings["probe_epochs"])
         probe = protocols.LinearProbeConfig(**common, sgd=sgd, augment=False)
-        found["linear"] = protocols.evaluate_linear(probe)["scores"]["top1"]
-    write_json(kept, found)
-    return found
+        scores["linear"] = protocols.evaluate_linear(probe)["scores"]["top1"]
+    content = {"settings": dict(settings), "scores": scores, "seconds": round(time.monotonic() - began, 2)}
+    write_json(scores_file(folder), content)
 
 
-def summarise(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """arm → measure → mean, deviation over seeds, number of seeds."""
-    summary: dict[str, dict[str, Any]] = {}
-    for result in results.values():
-        for measure, value in result.items():
-            if measure != "arm":
-                summary.setdefault(result["arm"], {}).setdefault(measure, []).append(value)
-    return {
-        arm: {
-            measure: {
-                "mean": float(np.mean(values)),
-                "deviation": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-                "seeds": len(values),
-            }
-            for measure, values in measures.items()
-        }
-        for arm, measures in summary.items()
-    }
+def note_failure(folder: Path, error: Exception) -> None:
+    """Says which run failed and keeps the reason; what nobody foresaw keeps its traceback too."""
+    foreseen = isinstance(error, InputError | TrainingFailedError)
+    if not foreseen:
+        traceback.print_exception(error)
+    reason = str(error) if foreseen else f"{type(error).__name__}: {error}".splitlines()[0]
+    warn(f"{folder.name} failed: {reason}")
+    folder.mkdir(parents=True, exist_ok=True)
+    record_failure(RunFolder(folder), TrainingFailedError(reason))
 
 
-def plot(summary: dict[str, dict[str, Any]], path: Path) -> None:
-    """Mean and deviation of each measure by arm, as a PNG."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    measures = sorted({measure for arm in summary.values() for measure in arm})
-    figure, axes = pyplot.subplots(
-        1, len(measures), figsize=(4.5 * len(measures), 0.5 * len(summary) + 1.6), squeeze=False
-    )
-    for axis, measure in zip(axes[0], measures, strict=True):
-        arms = [arm for arm in summary if measure in summary[arm]]
-        means = [100 * summary[arm][measure]["mean"] for arm in arms]
-        spreads = [100 * (summary[arm][measure]["deviation"] or 0.0) for arm in arms]
-        axis.errorbar(means, range(len(arms)), xerr=spreads, fmt="o", capsize=3)
-        axis.set_yticks(range(len(arms)), arms)
-        axis.invert_yaxis()
-        axis.set_xlabel(f"{measure} top-1 (%)")
-        axis.grid(axis="x", alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+def note_missing(planned: Sequence[Member], results: Sequence[RunResult]) -> None:
+    """Says how many runs are done and what the others will take."""
+    done, left = sum(result.state == "done" for result in results), seconds_left(planned, results)
+    if done < len(planned):
+        after = f", about {span(left)} are left" if left else ""
+        console.print(f"{done} of {len(planned)} runs are done{after}; the same command goes on", highlight=False)
 
 
 @contextmanager
-def time_limit(minutes: float) -> Iterator[threading.Event]:
-    """An event that is set when the time is up; training is then told to stop with a checkpoint, as by SIGTERM."""
-    spent = threading.Event()
-
-    def stop() -> None:
-        spent.set()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, lambda *_: spent.set()) if minutes > 0 else None
-    timer = threading.Timer(60 * minutes, stop) if minutes > 0 else None
-    if timer is not None:
-        timer.daemon = True
-        timer.start()
-    try:
-        yield spent
-    finally:
-        if timer is not None:
-            timer.cancel()
-            signal.signal(signal.SIGTERM, before)
-
-
-def show(results: dict[str, Any]) -> None:
-    """The table of means and deviations, on stdout."""
-    summary = summarise(results)
-    measures = sorted({measure for arm in summary.values() for measure in arm})
-    table = Table("arm", *(f"{measure} top-1" for measure in measures), "seeds")
-    for arm, found in summary.items():
-        cells = []
-        for measure in measures:
-            value = found.get(measure)
-            spread = "" if value is None or value["deviation"] is None else f" ± {100 * value['deviation']:.1f}"
-            cells.append("–" if value is None else f"{100 * value['mean']:.1f}{spread} %")
-        table.add_row(arm, *cells, str(max(value["seeds"] for value in found.values())))
-    Console().print(table)
+def taken(out: Path, name: str) -> Iterator[bool]:
+    """Whether no other process works on a run; inside, none can begin to. The lock goes with the process."""
+    (out / ".locks").mkdir(exist_ok=True)
+    with (out / ".locks" / name).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
 def main(argv: Sequence[str]) -> None:
     """Entry point of `hardviews sweep`."""
     config = parse(SweepConfig, argv, prog="hardviews sweep")
     results = sweep(config)
-    if results:
-        show(results)
-        print(config.out / "results.png")
+    Console().print(table_of(results))
+    for name in ("summary.json", "runs.csv", "results.png"):
+        if (config.out / name).is_file():
+            print(config.out / name)
+    failed = [result for result in results if result.state == "failed"]
+    for result in failed:
+        fail(f"{config.out / result.run} failed: {result.reason}")
+    if failed:
+        raise SystemExit(1)
+    if any(result.state != "done" for result in results):
+        raise SystemExit(os.EX_TEMPFAIL)

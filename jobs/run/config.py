@@ -1,9 +1,11 @@
 """The configuration of a pretraining run: frozen dataclasses, and their JSON form."""
 
 import json
-from dataclasses import dataclass, field, replace
+import math
+import re
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import cattrs
 
@@ -194,12 +196,67 @@ class PretrainConfig:
         for name in ("batch", "accumulate"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: {getattr(self, name)} must be at least 1")
+        _check_finite(self)
+
+
+def _check_finite(config: Any, prefix: str = "") -> None:
+    """No comparison refuses what is not a number, so the whole configuration is looked through once.
+
+    Raises:
+        InputError: a value that is infinite or not a number.
+    """
+    for name, value in vars(config).items():
+        if is_dataclass(value):
+            _check_finite(value, f"{prefix}{name}.")
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise InputError(f"{prefix}{name}: {number} is not finite; give a number")
+
+
+KINDS_OF_VALUE = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def _strict() -> cattrs.Converter:
+    """A key that no field reads is an error, and so is a value of another type, which cattrs would convert: any text
+    is true for it, and text is a list of its letters."""
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    for kind in KINDS_OF_VALUE:
+        converter.register_structure_hook(kind, _exact)
+    converter.register_structure_hook_func(lambda kind: get_origin(kind) is Literal, _one_of)
+    converter.register_structure_hook_func(
+        lambda kind: get_origin(kind) is tuple, lambda value, kind: _list_of(converter, value, kind)
+    )
+    return converter
+
+
+def _exact(value: Any, kind: type) -> Any:
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is int and type(value) is float and value.is_integer():
+        return int(value)
+    if type(value) is not kind:
+        raise ValueError(f"{value!r} is not {KINDS_OF_VALUE[kind]}")
+    return value
+
+
+def _one_of(value: Any, kind: Any) -> Any:
+    if value not in get_args(kind):
+        raise ValueError(f"{value!r} is not known; choose one of {', '.join(map(str, get_args(kind)))}")
+    return value
+
+
+def _list_of(converter: cattrs.Converter, value: Any, kind: Any) -> tuple[Any, ...]:
+    kinds = get_args(kind)
+    if not isinstance(value, list | tuple) or (kinds[-1] is not ... and len(value) != len(kinds)):
+        length = "" if kinds[-1] is ... else f" of {len(kinds)}"
+        raise ValueError(f"{value!r} is not a list{length}; write it as [a,b]")
+    kinds = kinds[:1] * len(value) if kinds[-1] is ... else kinds
+    return tuple(converter.structure(part, kind) for part, kind in zip(value, kinds, strict=True))
 
 
 def _converter() -> cattrs.Converter:
-    """Objectives are told apart by the name they have in OBJECTIVES; a key that no field reads is an error."""
-    converter = cattrs.Converter(forbid_extra_keys=True)
-    plain = cattrs.Converter(forbid_extra_keys=True)
+    """Objectives are told apart by the name they have in OBJECTIVES."""
+    converter, plain = _strict(), _strict()
     names = {config: name for name, (config, _) in OBJECTIVES.items()}
 
     def structure(value: dict[str, Any], _: type) -> Any:
@@ -224,15 +281,21 @@ def from_plain(plain: dict[str, Any]) -> PretrainConfig:
     """The inverse of `to_plain`.
 
     Raises:
-        InputError: a key that nothing reads, a value of the wrong type or out of range.
+        InputError: a key that nothing reads, a value of the wrong type or out of range; with the field's dotted name.
     """
     try:
         return _converter().structure(plain, PretrainConfig)
-    except (cattrs.BaseValidationError, ValueError) as error:
-        reasons = (
-            cattrs.transform_error(error, path="config") if isinstance(error, cattrs.BaseValidationError) else [error]
-        )
-        raise InputError(f"config: {'; '.join(map(str, reasons))}") from error
+    except cattrs.BaseValidationError as error:
+        said = cattrs.transform_error(error, path="config", format_exception=lambda reason, _: str(reason))
+        raise InputError("; ".join(map(_named, said))) from error
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _named(said: str) -> str:
+    """cattrs' `reason @ config.field` as `field: reason`; our own messages begin with the field already."""
+    reason, _, place = said.rpartition(" @ ")
+    return reason if re.match(r"[\w.]+: ", reason) else f"{place.removeprefix('config').strip('.')}: {reason}"
 
 
 def save_config(config: PretrainConfig, path: Path) -> None:

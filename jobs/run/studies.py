@@ -1,16 +1,34 @@
 """Studies: a base configuration, arms or axes of changes to it, and seeds."""
 
+import difflib
 import itertools
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jobs.run.config import CheckpointConfig, DataConfig, MonitorConfig, PretrainConfig, from_plain, to_plain
-from jobs.run.presets import preset
+from jobs.run.config import CheckpointConfig, MonitorConfig, PretrainConfig, from_plain, to_plain
+from jobs.run.presets import PRESETS, VIT_TINY_32, small, synby
+from models.backbones import BackboneConfig
+from models.negatives import KINDS
+from models.objectives import MoBYConfig
 from shards.errors import InputError
 
 Changes = Mapping[str, Any]  # dotted field → value
+
+
+@dataclass(frozen=True)
+class Study:
+    """A ready-made study; `base` lacks the shards, which the command line names."""
+
+    base: Callable[[], PretrainConfig]
+    arms: Mapping[str, Changes]
+    seeds: int
+    """Runs per arm."""
+    probe_epochs: int
+    """Epochs of the linear probe at the end of each run."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +48,14 @@ def members(base: PretrainConfig, arms: Mapping[str, Changes], seeds: int) -> li
     """
     if seeds < 1:
         raise InputError(f"seeds: {seeds} must be at least 1")
+    configs = {arm: changed(base, changes) for arm, changes in arms.items()}
+    for one, other in itertools.combinations(configs, 2):
+        if configs[one] == configs[other]:
+            raise InputError(f"axis: {one} and {other} are the same configuration; leave one out")
     return [
-        Member(f"{arm}-seed{seed}", arm, replace(changed(base, changes), seed=seed))
+        Member(f"{arm}-seed{seed}", arm, replace(config, seed=seed))
         for seed in range(seeds)
-        for arm, changes in arms.items()
+        for arm, config in configs.items()
     ]
 
 
@@ -44,53 +66,119 @@ def changed(config: PretrainConfig, changes: Changes) -> PretrainConfig:
         InputError: as `members`.
     """
     plain = to_plain(config)
+    known = [name for name, _ in _leaves(plain) if name != "objective.name"]
     for dotted, value in changes.items():
-        *parents, last = dotted.replace("-", "_").split(".")
+        *parents, last = _field(dotted).split(".")
         place: Any = plain
         for parent in parents:
             place = place.get(parent) if isinstance(place, dict) else None
+        if dotted == "objective.name":
+            raise InputError("objective.name: an objective comes with its preset; sweep one preset after the other")
         if not isinstance(place, dict) or last not in place:
-            known = ", ".join(sorted(place)) if isinstance(place, dict) else ", ".join(sorted(plain))
-            raise InputError(f"axis {dotted}: the configuration has no such field; there: {known}")
+            near = [name for name in known if name.rsplit(".", 1)[-1] == last]
+            near = near or difflib.get_close_matches(dotted, known, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+            raise InputError(f"{dotted}: the configuration has no such field; {hint}")
+        if isinstance(place[last], dict):
+            raise InputError(f"{dotted}: has fields of its own; name one, such as {dotted}.{next(iter(place[last]))}")
         place[last] = value
     return from_plain(plain)
+
+
+def differences(one: PretrainConfig, other: PretrainConfig) -> list[str]:
+    """Dotted names of the fields in which two configurations differ."""
+    flat = [dict(_leaves(to_plain(config))) for config in (one, other)]
+    return sorted(name for name in flat[0].keys() | flat[1].keys() if flat[0].get(name) != flat[1].get(name))
+
+
+def _leaves(plain: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found = []
+    for name, value in plain.items():
+        found += _leaves(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(prefix + name, value)]
+    return found
 
 
 def arms_of(axes: Sequence[str]) -> dict[str, Changes]:
     """`field=value,value…` per axis → every combination, named by its values.
 
     Raises:
-        InputError: an axis without values.
+        InputError: an axis without values, one that is given twice, a value that is given twice.
     """
-    parsed: list[list[tuple[str, Any]]] = []
-    for axis in axes:
-        field, _, values = axis.partition("=")
-        if not field or not values:
-            raise InputError(
-                f"axis: {axis!r} is not of the form field=value,value; for example optimizer.lr=0.001,0.003"
-            )
-        parsed.append([(field, _value(text)) for text in values.split(",")])
-    arms = {}
-    for combination in itertools.product(*parsed):
-        name = "-".join(f"{field.rsplit('.', 1)[-1]}={value}" for field, value in combination) or "base"
-        arms[name.replace("/", "_")] = dict(combination)
+    parsed = [_assignment("axis", axis) for axis in axes]
+    _refuse_repeats("axis", [field for field, _ in parsed])
+    last = Counter(field.rsplit(".", 1)[-1] for field, _ in parsed)
+    arms: dict[str, Changes] = {}
+    for values in itertools.product(*(values for _, values in parsed)):
+        changes = dict(zip((field for field, _ in parsed), values, strict=True))
+        shorts = {field: field.rsplit(".", 1)[-1] for field in changes}
+        names = {field: short if last[short] == 1 else field for field, short in shorts.items()}
+        arm = "-".join(f"{names[field]}={_text(value)}" for field, value in changes.items()) or "base"
+        if arm in arms:
+            raise InputError(f"axis: the values of {arm} are given twice; leave one out")
+        arms[arm] = changes
     return arms
 
 
-def _value(text: str) -> Any:
-    """A number, true, false or null where it reads as one, else the text."""
+def shared_changes(changes: Sequence[str]) -> Changes:
+    """`field=value` each → the changes that all arms share.
+
+    Raises:
+        InputError: not of that form, several values, or a field that is given twice.
+    """
+    parsed = [_assignment("change", change) for change in changes]
+    _refuse_repeats("change", [field for field, _ in parsed])
+    for field, values in parsed:
+        if len(values) > 1:
+            raise InputError(f"change {field}: {len(values)} values; give one, or vary the field by --axis")
+    return {field: values[0] for field, values in parsed}
+
+
+def _assignment(flag: str, text: str) -> tuple[str, list[Any]]:
+    field, _, values = text.partition("=")
+    if not field.strip() or not values.strip():
+        more = ",0.003" if flag == "axis" else ""
+        raise InputError(f"{flag}: {text!r} is not of the form field=value; for example optimizer.lr=0.001{more}")
+    if _field(field) == "seed":
+        raise InputError(f"{flag} seed: every arm has the seeds 0, 1 …; say how many by --seeds")
+    return _field(field), _values(values)
+
+
+def _field(dotted: str) -> str:
+    return dotted.strip().replace("-", "_")
+
+
+def _refuse_repeats(flag: str, fields: Sequence[str]) -> None:
+    for field, count in Counter(fields).items():
+        if count > 1:
+            raise InputError(f"{flag} {field}: given {count} times; give it once")
+
+
+def _values(text: str) -> list[Any]:
+    """Values between commas: numbers, true, false, null and [lists] as JSON reads them, else text."""
+    text = re.sub(r"\b(True|False)\b", lambda word: word[0].lower(), re.sub(r"\bNone\b", "null", text))
     try:
-        return json.loads(text.lower() if text in ("True", "False") else text)
+        return json.loads(f"[{text}]")
+    except json.JSONDecodeError:
+        return [_value(part.strip()) for part in text.split(",")]
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
     except json.JSONDecodeError:
         return text
 
 
+def _text(value: Any) -> str:
+    """A value as part of a folder's name."""
+    text = value if isinstance(value, str) else json.dumps(value, separators=("_", ":"))
+    return re.sub(r"[^\w.+-]+", "_", text).strip("_") or "none"
+
+
 PLAIN = {"selection.views": 2, "selection.rule": "random"}
 HARD = {"selection.views": 4, "selection.rule": "hardest"}
-NO_SYNTHETIC = {
-    f"objective.negatives.{kind}": 0
-    for kind in ("interpolation", "extrapolation", "mixing", "noise", "perturbation", "adversarial")
-}
+NO_SYNTHETIC = {f"objective.negatives.{kind}": 0 for kind in KINDS}
+# MoBY, SynBY, MoBY with hard views, both; hard views chosen by either encoder. They differ in nothing else.
 CIFAR10_ARMS: dict[str, Changes] = {
     "moby": {**PLAIN, **NO_SYNTHETIC},
     "synby": PLAIN,
@@ -101,20 +189,55 @@ CIFAR10_ARMS: dict[str, Changes] = {
 }
 
 
-def cifar10_study(real: str, test: str) -> PretrainConfig:
-    """What the arms of the CIFAR-10 study share: a ViT at 32×32 with 64 tokens, batch 512, 100 epochs."""
-    base = preset("synby-vit-tiny")
+def cifar10() -> PretrainConfig:
+    """A ViT of 64 tokens at 32×32 under SynBY's own values: batch 512, 100 epochs, queues of 4,096.
+
+    Not compiled: in short pieces, compiling anew in each would cost more than it saves at this size.
+    """
     return replace(
-        base,
-        backbone=replace(base.backbone, patch_size=4, width=192, depth=6, heads=3),
-        data=DataConfig(real=real),
-        monitor=MonitorConfig(every=20, health_every=200, knn_train=real, knn_test=test),
+        synby(BackboneConfig("vit_tiny_patch16_224", 32, patch_size=4, width=192, depth=6, heads=3, pool="avg")),
+        monitor=MonitorConfig(every=20, health_every=200),
         checkpoint=CheckpointConfig(every=500, keep=1),
         epochs=100.0,
-        batch=512,
+        compile="off",
     )
 
 
-STUDIES: dict[str, tuple[Callable[[str, str], PretrainConfig], dict[str, Changes]]] = {
-    "cifar10-study": (cifar10_study, CIFAR10_ARMS),
+def cifar10_small() -> PretrainConfig:
+    """The same study at a size that shows the machinery on a CPU, not the result: 16 tokens, 60 steps of 64 images."""
+    base = small(synby(replace(VIT_TINY_32, width=64, depth=2, heads=2)))
+    assert isinstance(base.objective, MoBYConfig)
+    negatives = replace(base.objective.negatives, hardest=64, **dict.fromkeys(KINDS, 32))
+    return replace(
+        base,
+        objective=replace(base.objective, negatives=negatives),
+        monitor=MonitorConfig(every=10, health_every=0, bank=2048),
+        checkpoint=CheckpointConfig(every=30, keep=1),
+        steps=60,
+        batch=64,
+    )
+
+
+STUDIES = {
+    "cifar10-study": Study(cifar10, CIFAR10_ARMS, seeds=3, probe_epochs=30),
+    "cifar10-study-small": Study(cifar10_small, CIFAR10_ARMS, seeds=2, probe_epochs=10),
 }
+
+
+def study(name: str, axes: Sequence[str] = ()) -> Study:
+    """A ready-made study, or a preset whose arms the axes make.
+
+    Raises:
+        InputError: neither a study nor a preset, axes for a study that has arms, or as `arms_of`.
+    """
+    if name in STUDIES:
+        if axes:
+            raise InputError(f"axis: {name} has its own arms; give a preset to vary, or --change for all arms")
+        return STUDIES[name]
+    if name in PRESETS:
+        return Study(PRESETS[name], arms_of(axes), seeds=3, probe_epochs=30)
+    near = difflib.get_close_matches(name, [*STUDIES, *PRESETS], n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise InputError(
+        f"study: {name!r} is not known; {hint}studies: {', '.join(STUDIES)}; presets to vary: {', '.join(PRESETS)}"
+    )
