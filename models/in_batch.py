@@ -49,15 +49,15 @@ def batch_contrast(
     return Contrast(q_BD, k_BD, rows_KD, temperature, synthetic, labels_B, labels_K, barred_BK)
 
 
-def check_others(negatives: NegativesConfig, sets_SGD: Sequence[Tensor]) -> None:
+def check_others(negatives: NegativesConfig, images: int, sets: int) -> None:
     """Raises:
-    ValueError: synthetic negatives are made from more rows than the other images have.
+    ValueError: synthetic negatives are made from more rows than the other images have in S sets of `images` rows.
     """
-    others = sum(len(rows_GD) - 1 for rows_GD in sets_SGD)
+    others = sets * (images - 1)
     if negatives.total and negatives.hardest > others:
         raise ValueError(
-            f"objective.negatives.hardest: {negatives.hardest} is more than the {others} negatives that the other "
-            f"images of a batch of {len(sets_SGD[0])} give; lower it or raise batch"
+            f"objective.negatives.hardest: {negatives.hardest} is more than the {others} negatives that "
+            f"{images} images at once give; lower it or raise batch"
         )
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from jobs.run.config import DataConfig, PretrainConfig
 from jobs.run.world import World
-from models.objectives import Length
+from models.objectives import Length, MoBYConfig, MoCoV3Config, SimCLRConfig
 from pipelines.batch import Recipe, Selection
 from pipelines.policies import Policy
 from pipelines.stream import ViewStream
@@ -93,6 +93,28 @@ def check_crops(config: PretrainConfig, backbone: nn.Module) -> None:
     for field, size in trained + scored:
         if size % patch:
             raise InputError(f"{field}: crops of {size} pixels are not tiled by patches of {patch}; take a multiple")
+
+
+def check_labels(config: PretrainConfig, data: Data) -> None:
+    """The oracle run needs every image's class, and one list of classes.
+
+    Raises:
+        InputError: a source has no classes, or the sources have different ones.
+    """
+    objective = config.objective
+    if not isinstance(objective, MoBYConfig | MoCoV3Config | SimCLRConfig) or not objective.oracle:
+        return
+    for manifest in data.manifests:
+        if not manifest.classes:
+            raise InputError(
+                f"objective.oracle: it leaves out negatives of the query's class, and {manifest.root} has no labels; "
+                f"build it from labelled images or set it to false"
+            )
+    if len({tuple(manifest.classes) for manifest in data.manifests}) > 1:
+        raise InputError(
+            "objective.oracle: it leaves out negatives of the query's class, and data.real and data.synthetic have "
+            "different classes; build them with the same or set it to false"
+        )
 
 
 def scored_views(config: PretrainConfig) -> Selection:

@@ -269,10 +269,12 @@ def feature_health(features_BD: Tensor, sources_B: Tensor, names: Sequence[str])
 
 
 def write_curves(path: Path, step: int, curves: dict[str, Tensor]) -> None:
-    """Appends curves to `curves.jsonl`: step, ranks (from 1, evenly spaced in their logarithm) and values by name."""
+    """Appends curves to `curves.jsonl`: step, ranks (from 1, evenly spaced in their logarithm) and values by name, up
+    to the last value above 0, behind which there are no negatives."""
     line: dict[str, Any] = {"step": step}
     for name, values in curves.items():
         if not values.isnan().any():
+            values = values[: int((values > 0).sum())]
             ranks = np.unique(np.geomspace(1, len(values), CURVE_POINTS).round().astype(int))
             line[name] = {"rank": ranks.tolist(), "value": values.cpu().numpy()[ranks - 1].tolist()}
     if len(line) > 1:

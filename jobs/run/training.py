@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from jobs.run import checkpoint
 from jobs.run.config import PretrainConfig, save_config, to_plain
-from jobs.run.data import Data, check_crops, open_data, open_stream, run_length, run_policy
+from jobs.run.data import Data, check_crops, check_labels, open_data, open_stream, run_length, run_policy
 from jobs.run.folder import RunFolder, keep_lines
 from jobs.run.health import FiniteGuard
 from jobs.run.log import AugmentationLog, truncate_log
@@ -85,6 +85,7 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
     data = open_data(config)
     stack.callback(data.reader.close)
     length = run_length(config, data.order)
+    check_labels(config, data)
     objective = make_objective(config, length, world.device)
     compile_encoders(config, objective, world.device)
     learner: nn.Module = LossModule(objective)
@@ -156,6 +157,7 @@ def make_objective(config: PretrainConfig, length: Length, device: torch.device)
     try:
         objective = build_objective(config.objective, config.backbone, length).to(device)
         objective.check(config.selection)
+        objective.check_batch(config.batch // config.accumulate)
     except ValueError as error:
         raise InputError(str(error)) from error
     check_crops(config, objective.online.backbone)

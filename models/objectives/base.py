@@ -160,6 +160,13 @@ class Objective(nn.Module):
         with first_blocks(self.online.backbone, selection.layer):
             pass
 
+    def check_batch(self, images: int) -> None:
+        """Says before training what the loss of `images` images of all ranks would say; by default nothing.
+
+        Raises:
+            ValueError: the objective wants more images at once.
+        """
+
     def pair_losses(self, crops: tuple[Tensor, ...], selection: SelectionConfig) -> Scores:
         """Losses [B, P] of all pairs of crops[0] [B, N, 3, H, W], without gradient and without side effects.
 

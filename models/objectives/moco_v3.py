@@ -59,6 +59,9 @@ class MoCoV3(MomentumObjective):
         super().__init__(backbone, length, heads, config.momentum)
         self.config = config
 
+    def check_batch(self, images: int) -> None:
+        check_others(self.config.negatives, images, 1)
+
     def pair_table(self, features: dict[str, Tensor | None], selection: SelectionConfig) -> Tensor:
         q_NBD, k_NBD = self.queries_and_keys(features, selection)
         return 2 * self.config.temperature * batch_pair_losses(q_NBD, k_NBD, self.config.temperature)
@@ -76,7 +79,6 @@ class MoCoV3(MomentumObjective):
 
     def _task(self, q_BD: Tensor, k_BD: Tensor, labels_B: Tensor | None) -> Contrast:
         config, sets = self.config, [gather(k_BD)]
-        check_others(config.negatives, sets)
         synthetic = config.negatives if config.negatives.active(self.epoch, self.length.epochs) else None
         labelled = self.watching or config.oracle
         return batch_contrast(

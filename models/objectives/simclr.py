@@ -52,6 +52,9 @@ class SimCLR(Objective):
         projector = mlp(feature_width(model), config.hidden, config.width, layers=config.layers, last_norm=True)
         self.online = Encoder(model, projector)
 
+    def check_batch(self, images: int) -> None:
+        check_others(self.config.negatives, images, 2)
+
     def pair_table(self, features: dict[str, Tensor | None], selection: SelectionConfig) -> Tensor:
         assert features["online"] is not None
         z_NBD = unit(per_view(self.online.head, features["online"], selection))
@@ -70,7 +73,6 @@ class SimCLR(Objective):
 
     def _task(self, z_BD: Tensor, other_BD: Tensor, sets: list[Tensor], labels_B: Tensor | None) -> Contrast:
         config = self.config
-        check_others(config.negatives, sets)
         synthetic = config.negatives if config.negatives.active(self.epoch, self.length.epochs) else None
         labelled = self.watching or config.oracle
         return batch_contrast(

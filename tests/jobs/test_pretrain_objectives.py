@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from jobs.build import BuildConfig
+from jobs.build import run as build
 from jobs.pretrain import pretrain
 from jobs.run import checkpoint, trainer
 from jobs.run.config import PretrainConfig, ViewsConfig
@@ -18,7 +20,7 @@ from jobs.run.log import open_log
 from jobs.run.metrics import read_metrics
 from jobs.run.presets import PRESETS, preset
 from models.backbones import BackboneConfig
-from models.negatives import NONE
+from models.negatives import NONE, NegativesConfig
 from models.objectives import (
     OBJECTIVES,
     BYOLConfig,
@@ -128,6 +130,10 @@ def test_an_interrupted_run_goes_on_to_the_bit(
             {"objective": SMALL["ibot"], "backbone": BackboneConfig("resnet10t", 16)},
             "backbone.name: iBOT masks patches",
         ),
+        (
+            {"objective": replace(SMALL["moco_v3"], negatives=NegativesConfig(8)), "accumulate": 2},
+            "objective.negatives.hardest: 8 is more than the 7 negatives that 8 images at once give; lower it",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said_before_training(
@@ -135,6 +141,48 @@ def test_what_does_not_fit_is_said_before_training(
 ) -> None:
     with pytest.raises(InputError, match=message):
         pretrain(replace(tiny, **changes), tmp_path / "run")
+
+
+SIX = NegativesConfig(8, 4, 4, 4, 4, 4, 4, start_epoch=0, last_epochs_without=0)
+
+
+@pytest.mark.parametrize("name", ["moby", "moco_v3", "simclr"])
+def test_contrastive_tasks_are_analysed_by_source_and_the_oracle_has_no_false_negatives(
+    name: str, tiny: PretrainConfig, tmp_path: Path
+) -> None:
+    plain = replace(tiny, objective=replace(SMALL[name], negatives=SIX))
+    scalars = {}
+    for run, config in {
+        "plain": plain,
+        "oracle": replace(plain, objective=replace(plain.objective, oracle=True)),
+    }.items():
+        pretrain(config, tmp_path / run)
+        scalars[run] = [line for line in read_metrics(tmp_path / run / "metrics.jsonl") if "contrast/proxy" in line][-1]
+    of_classes = ("false_negatives", "false_components", "false_pairs")
+    for kind in ("proxy", "proxy_synthetic", "alignment", "uniformity", *of_classes):
+        for source in ("", "/real", "/synthetic"):
+            assert f"contrast/{kind}{source}" in scalars["plain"]
+    for kind in ("feature_std", "rankme"):
+        assert {f"health/{kind}{source}" for source in ("", "/real", "/synthetic")} <= scalars["plain"].keys()
+    for kind in of_classes:
+        assert scalars["oracle"][f"contrast/{kind}"] == 0 < scalars["plain"][f"contrast/{kind}"]
+    curve = read_metrics(tmp_path / "plain" / "curves.jsonl")[-1]
+    rows = {"moby": 32, "moco_v3": 15, "simclr": 30}[name]  # the queue; the other images; their two views
+    for source in ("", "/real", "/synthetic"):
+        assert curve[f"matching_probabilities{source}"]["rank"][-1] == rows
+        assert curve[f"matching_probabilities{source}"]["value"][-1] > 0
+
+
+def test_the_oracle_wants_the_same_labels_in_every_source(tiny: PretrainConfig, digits: Path, tmp_path: Path) -> None:
+    images = digits / "images" / "test"
+    build(BuildConfig(f"folder:{images}", tmp_path / "unknown", shard_samples=100, workers=1))
+    (tmp_path / "other").symlink_to(images / "3", target_is_directory=True)
+    build(BuildConfig(f"imagefolder:{tmp_path}", tmp_path / "one-class", shard_samples=100, workers=1))
+    oracle = replace(tiny, objective=replace(SMALL["moco_v3"], oracle=True))
+    for shards, message in {"unknown": "has no labels; build it from", "one-class": "have different classes"}.items():
+        data = replace(tiny.data, synthetic=str(tmp_path / shards))
+        with pytest.raises(InputError, match=f"objective.oracle: .*{message}"):
+            pretrain(replace(oracle, data=data), tmp_path / f"run-{shards}")
 
 
 def shrunk(config: PretrainConfig) -> PretrainConfig:

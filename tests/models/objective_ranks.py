@@ -13,6 +13,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from models.distributed import gather, world_size
+from models.probes import matching_probabilities, task_statistics
 from models.selection import SelectionConfig, select
 from tests.models.objective_cases import built, crops_for
 
@@ -33,13 +34,15 @@ def average(value: torch.Tensor) -> torch.Tensor:
 
 
 def step(name: str, rank: int, world: int) -> dict[str, object]:
-    """Pair losses, choices, loss, averaged gradients and the buffers after the step."""
+    """Pair losses, choices, loss, averaged gradients, what is analysed, and the buffers after the step."""
     torch.manual_seed(0)
     objective = built(name, **FIELDS.get(name, {}))
     crops = tuple(share(group, rank, world) for group in crops_for(name, BATCH))
     scores = objective.pair_losses(crops, SelectionConfig())
     choice = select(scores.losses_BP, "hardest")
-    loss, _ = objective.loss(objective.take(crops, choice, scores))
+    objective.watching = True
+    labels = share(torch.arange(BATCH) % 3, rank, world)
+    loss, _ = objective.loss(objective.take(crops, choice, scores), labels)
     loss.backward()
     gradients = {n: average(p.grad) for n, p in objective.named_parameters() if p.grad is not None}
     objective.after_step()
@@ -50,6 +53,9 @@ def step(name: str, rank: int, world: int) -> dict[str, object]:
         "loss": average(loss.detach()),
         "gradients": gradients,
         "buffers": buffers,
+        "analyses": [
+            task_statistics(task) | {"probabilities": matching_probabilities(task)} for task in objective.contrasts
+        ],
     }
 
 

@@ -1,4 +1,4 @@
-"""Many ranks choose, lose and learn what one rank does on the whole batch, whatever the objective."""
+"""Many ranks choose, lose, learn and analyse what one rank does on the whole batch, whatever the objective."""
 
 import subprocess
 import sys
@@ -41,4 +41,10 @@ def test_selections_losses_and_gradients_are_those_of_one_rank(world, tmp_path):
                 for part, value in alone[group].items():
                     difference = (rank[group][part] - value).float().norm()
                     assert difference <= 2e-4 * value.float().norm() + 2e-4, f"{name} {group} {part}: {difference}"
+        for number, task in enumerate(alone["analyses"]):
+            for part, value in task.items():
+                together = torch.cat([rank["analyses"][number][part] for rank in found])
+                torch.testing.assert_close(together, value, rtol=1e-3, atol=1e-4, msg=f"{name} {part}")
+        if name in ("moco_v3", "simclr"):  # each image has others of its class on other ranks
+            assert (alone["analyses"][0]["false_negatives"] > 0).all()
         assert torch.stack([g.norm() for g in alone["gradients"].values()]).norm() > 1e-2, name  # no rounding
