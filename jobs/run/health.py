@@ -4,10 +4,12 @@ import re
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from jobs.run.checkpoint import entries
 from jobs.run.failure import TrainingFailedError
 
 
@@ -43,8 +45,8 @@ class FiniteGuard:
     skipped: int = 0
     in_a_row: int = 0
 
-    def skip(self, step: int, model: nn.Module, loss: float, last_good: str) -> None:
-        """Counts one skipped step.
+    def skip(self, step: int, model: nn.Module, loss: float, checkpoints: str) -> None:
+        """Counts one skipped step; `checkpoints` is the run's folder of them.
 
         Raises:
             TrainingFailedError: `limit` steps in a row were not finite.
@@ -54,9 +56,11 @@ class FiniteGuard:
         if self.in_a_row >= self.limit:
             bad = [layer for layer, norm in gradient_norms(model).items() if not bool(torch.isfinite(norm))]
             where = f"first layer with a gradient that is not finite: {bad[0]}" if bad else "all gradients are finite"
+            first = step + 1 - self.in_a_row  # steps finished before the first of them
+            good = [str(entry.path) for entry in entries(Path(checkpoints)) if entry.step <= first] or ["none"]
             raise TrainingFailedError(
                 f"step {step}: the loss is {loss} and {self.in_a_row} steps in a row were not finite; {where}; "
-                f"last good checkpoint: {last_good}; lower --optimizer.lr or set --optimizer.clip-norm"
+                f"last good checkpoint: {good[-1]}; lower --optimizer.lr or set --optimizer.clip-norm"
             )
 
     def passed(self) -> None:

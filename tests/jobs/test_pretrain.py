@@ -13,7 +13,7 @@ from runs_of_training import rows, weights
 from jobs import cli
 from jobs.pretrain import pretrain
 from jobs.run import checkpoint
-from jobs.run.config import PretrainConfig, from_plain, load_config, to_plain
+from jobs.run.config import CheckpointConfig, PretrainConfig, from_plain, load_config, to_plain
 from jobs.run.failure import TrainingFailedError
 from jobs.run.folder import RunFolder
 from jobs.run.metrics import read_metrics
@@ -81,12 +81,14 @@ def test_too_many_steps_that_are_not_finite_stop_the_run(
     tiny: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch, lambda step: step >= 2)
-    config = replace(tiny, monitor=replace(tiny.monitor, max_bad_steps=2))
-    with pytest.raises(TrainingFailedError, match=r"step 3: .*2 steps in a row.*last good checkpoint"):
+    monitor = replace(tiny.monitor, max_bad_steps=3)
+    config = replace(tiny, monitor=monitor, checkpoint=CheckpointConfig(every=1, keep=3))
+    good = r"last good checkpoint: \S*step-00000002\.pt;"
+    with pytest.raises(TrainingFailedError, match=rf"step 4: .*3 steps in a row.*{good}"):
         pretrain(config, tmp_path / "run")
     state = RunFolder(tmp_path / "run").read_state()
     assert state["state"] == "failed" and "first layer" in state["reason"]
-    assert checkpoint.load_newest(RunFolder(tmp_path / "run").checkpoints)["step"] == 2
+    assert checkpoint.load_newest(RunFolder(tmp_path / "run").checkpoints)["step"] == 4
 
 
 def test_held_out_knn_is_measured_at_start_and_end(tiny: PretrainConfig, digits: Path, tmp_path: Path) -> None:
@@ -121,7 +123,7 @@ def test_a_key_that_nothing_reads_is_an_error() -> None:
 
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
-    "preset": (["synby-vit-tinny"], "preset: 'synby-vit-tinny' is not known; choose one of synby-vit-tiny"),
+    "preset": (["synby-vit-tinny"], "preset: 'synby-vit-tinny' is not known; did you mean synby-vit-tiny? "),
     "flag": (["synby-vit-tiny", "--run", "R", "--selection.veiws", "3"], "did you mean --selection.views"),
     "views": (["synby-vit-tiny", "--run", "R", "--data.real", "S", "--selection.views", "1"], "selection.views: 1"),
     "no data": (["synby-vit-tiny", "--run", "R"], "data.real: no shards given"),
@@ -137,6 +139,47 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "accumulate": (
         ["synby-vit-tiny", "--run", "R", "--data.real", "S", "--accumulate", "3"],
         "batch: 128 images do not divide into 3 equal parts (1 processes, accumulate 3); take a multiple of 3",
+    ),
+    "not a number": (
+        ["synby-vit-tiny", "--run", "R", "--data.real", "S", "--objective.temperature", "nan"],
+        "objective.temperature: nan is not finite; give a number",
+    ),
+    "momentum": (
+        ["synby-vit-tiny", "--run", "R", "--data.real", "S", "--optimizer.momentum", "1.5"],
+        "optimizer.momentum: 1.5 must lie in [0, 1)",
+    ),
+    "beta2": (["synby-vit-tiny", "--run", "R", "--data.real", "S", "--optimizer.beta2", "1"], "optimizer.beta2: 1.0"),
+    "final decay": (
+        ["synby-vit-tiny", "--run", "R", "--data.real", "S", "--optimizer.final-weight-decay", "-1"],
+        "optimizer.final_weight_decay: -1.0 must be 0 or above",
+    ),
+    "target": (
+        ["simsiam-rn50", "--run", "R", "--data.real", "S", "--selection.encoder", "target"],
+        "selection.encoder: target asked of an objective without a target encoder; take online",
+    ),
+    "no target": (
+        ["simclr-vit-s", "--run", "R", "--data.real", "S", "--objective.momentum", "0.99"],
+        "--objective.momentum: hardviews pretrain simclr-vit-s has no such argument",
+    ),
+    "crop": (
+        ["synby-vit-tiny", "--run", "R", "--data.real", "S", "--views.crop-scale", "0.9", "0.2"],
+        "views.crop_scale: (0.9, 0.2) is out of range; give 0 < least ≤ greatest ≤ 1",
+    ),
+    "local": (
+        ["synby-vit-tiny", "--run", "R", "--data.real", "S", "--views.local-views", "4"],
+        "views.local_views: byol has no local views; leave it out, or take dino or ibot",
+    ),
+    "threads": (
+        ["synby-vit-tiny", "--run", "R", "--data.real", "S", "--data.threads", "-2"],
+        "data.threads: -2 must be 0 or above; 0 = one per core",
+    ),
+    "counts": (
+        ["synby-vit-tiny", "--run", "R", "--data.real", "S", "--objective.negatives.mixing", "-3"],
+        "negatives.mixing: -3 must be 0 or above",
+    ),
+    "swin": (
+        ["moby-swin-t", "--run", "R", "--data.real", "S", "--backbone.image-size", "30"],
+        "backbone.image_size: 30 is no multiple of swin_tiny_patch4_window7_224's patches of 4; take one",
     ),
     "device": (["synby-vit-tiny", "--run", "R", "--data.real", "S", "--device", "cuda"], "device: cuda"),
     "resume": (["synby-vit-tiny", "--run", "R", "--data.real", "S", "--resume"], "no run to resume"),
