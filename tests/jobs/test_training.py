@@ -135,9 +135,11 @@ def test_the_run_benchmark_tells_what_watching_adds(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(bench_run, name, value)
     found = bench_run.measure(bench_run.RunBench(batch=8, cycles=1, threads=1))
     assert found["bare_ms_cpu"][0] > 0
-    for name in ("watched_cpu", "watched_wall", "null_cpu", "null_wall"):
-        share, low, high = found[name]
-        assert low <= share <= high, name
+    for name in ("taken", "watched", "null"):
+        for clock in ("cpu", "wall"):
+            share, low, high = found[f"{name}_{clock}"]
+            assert low <= share <= high, name
+    assert found["taken_wall"][1] > 0
 
 
 def test_the_cost_of_watching_is_found_in_noise() -> None:
