@@ -54,19 +54,22 @@ class Case:
 
 
 def torchvision_view(crop_SS3: NDArray[np.uint8], params: ViewParams, row: int, *, floating: bool) -> Tensor:
-    """[3, S, S] values of 255 (float32) by torchvision's functions in the view's order, on float32 or on uint8."""
+    """[3, S, S] values of 255 (float32) by torchvision's functions in the view's order, on float32 or on uint8.
+
+    A factor that changes nothing (1, or 0 for hue) is left out, as everywhere: it is that of an operation not drawn.
+    """
     image = torch.from_numpy(crop_SS3).permute(2, 0, 1)
     image = image.float() / 255 if floating else image
-    jitter: list[tuple[Callable[..., Tensor], NDArray[np.float32]]] = [
-        (tv.adjust_brightness, params.brightness),
-        (tv.adjust_contrast, params.contrast),
-        (tv.adjust_saturation, params.saturation),
-        (tv.adjust_hue, params.hue),
+    jitter: list[tuple[Callable[..., Tensor], float, float]] = [
+        (tv.adjust_brightness, float(params.brightness[row]), 1),
+        (tv.adjust_contrast, float(params.contrast[row]), 1),
+        (tv.adjust_saturation, float(params.saturation[row]), 1),
+        (tv.adjust_hue, float(params.hue[row]), 0),
     ]
     if params.jitter[row]:
         for op in JITTER_ORDERS[params.order[row]]:
-            function, values_V = jitter[op]
-            image = function(image, float(values_V[row]))
+            function, value, neutral_value = jitter[op]
+            image = image if value == neutral_value else function(image, value)
     if params.gray[row]:
         image = tv.rgb_to_grayscale(image, num_output_channels=3)
     if params.blur[row]:
@@ -132,7 +135,7 @@ def cases(size: int, photographs: int) -> list[Case]:
         found.append(_grid_case(operation, "policies' ranges, photographs", usual, photos))
         found.append(_grid_case(operation, "edge values, edge images", extreme, edges))
     for name in ("byol", "simclr"):
-        params, crops_VSS3 = _drawn(name, size, photos)
+        params, crops_VSS3 = drawn_views(name, size, photos, SEED)
         none = np.zeros(len(params), np.bool_)
         jitter = replace(params, gray=none, solarize=none, blur=np.zeros(len(params), np.float32))
         without_hue = replace(jitter, hue=np.zeros(len(params), np.float32))
@@ -167,12 +170,14 @@ def _grid_case(
     return Case(operation, values, params, np.stack(images * len(steps)))
 
 
-def _drawn(policy: str, size: int, images: list[NDArray[np.uint8]]) -> tuple[ViewParams, NDArray[np.uint8]]:
+def drawn_views(
+    policy: str, size: int, images: list[NDArray[np.uint8]], seed: int
+) -> tuple[ViewParams, NDArray[np.uint8]]:
     """The policy's own draws of colour for 12 views of each image; the crop boxes are put aside."""
     views = 12
     ids = np.arange(len(images))
     sizes = np.full((len(images), 2), size)
-    params = draw(build_policy(policy, size, views), ids, np.zeros_like(ids), SEED, sizes).flat()
+    params = draw(build_policy(policy, size, views), ids, np.zeros_like(ids), seed, sizes).flat()
     still = neutral(len(params))
     params = replace(still, **{name: getattr(params, name) for name in FIELDS if name not in GEOMETRY})
     return params, np.repeat(np.stack(images), views, axis=0)
