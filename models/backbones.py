@@ -3,6 +3,7 @@
 B images, D feature width.
 """
 
+import difflib
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -105,7 +106,7 @@ def build_backbone(config: BackboneConfig, drop_path: float) -> nn.Module:
             f"backbone.heads: timm cannot build {config.name} with width {config.width or 'as it is'} and "
             f"{config.heads or 'its own'} heads ({error}); take heads that divide the width"
         ) from error
-    if kind == "vit":
+    if kind != "resnet":
         _check_patches(model, config)
     if config.sincos:
         fix_sincos_positions(model)
@@ -130,7 +131,8 @@ def _kind(name: str) -> str:
         ValueError: timm does not know the name, or it is another kind of model.
     """
     if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('_')[0]}*")[:8] or ["vit_tiny_patch16_224", "resnet50"]
+        known = timm.list_models(["vit_*", "deit_*", "swin_*", "resnet*"])
+        near = difflib.get_close_matches(name, known, n=5, cutoff=0.5) or ["vit_tiny_patch16_224", "resnet50"]
         raise ValueError(f"backbone.name: timm has no model {name!r}; for example {', '.join(near)}")
     module = timm.model_entrypoint(name).__module__.rsplit(".", 1)[-1]
     kinds = {"vision_transformer": "vit", "deit": "vit", "swin_transformer": "swin", "resnet": "resnet"}
@@ -140,13 +142,13 @@ def _kind(name: str) -> str:
 
 
 def _check_patches(model: nn.Module, config: BackboneConfig) -> None:
-    """A ViT whose own patches do not tile the image would leave out its border."""
-    assert isinstance(model, VisionTransformer) and isinstance(model.patch_embed, PatchEmbed)
+    """A ViT whose own patches do not tile the image would leave out its border; a Swin would fail in training."""
+    assert isinstance(model.patch_embed, PatchEmbed)
     side = model.patch_embed.proj.kernel_size[0]  # proj is the convolution
     if config.image_size % side:
         raise ValueError(
-            f"backbone.image_size: {config.image_size} is no multiple of {config.name}'s patches of {side}; "
-            f"take one, or set patch_size"
+            f"backbone.image_size: {config.image_size} is no multiple of {config.name}'s patches of {side}; take one"
+            + (", or set backbone.patch_size" if isinstance(model, VisionTransformer) else "")
         )
 
 

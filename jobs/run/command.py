@@ -60,7 +60,7 @@ def one_line(box: str) -> str:
 
 def unknown_flag(flag: str, config: type[object], prog: str, default: object | None) -> str:
     """One line on a flag that does not exist: the flag, its nearest neighbours, where all of them are listed."""
-    known = sorted({word for word in help_text(config, prog, default).split() if word.startswith("--")})
+    known = sorted({word.rstrip(",") for word in help_text(config, prog, default).split() if word.startswith("--")})
     near = difflib.get_close_matches(flag, known, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known flags: {', '.join(known)}."
     return f"{flag}: {prog} has no such argument; {hint} `{prog} --help` explains all of them"

@@ -51,6 +51,8 @@ class DataConfig:
                 raise InputError(f"data.{name}: {getattr(self, name)} must lie between 0 and 1")
         if self.final_synthetic_share is not None and not 0 <= self.final_synthetic_share <= 1:
             raise InputError(f"data.final_synthetic_share: {self.final_synthetic_share} must lie between 0 and 1")
+        if self.threads < 0:
+            raise InputError(f"data.threads: {self.threads} must be 0 or above; 0 = one per core")
         for name in ("block", "prefetch", "cache_gb"):
             if getattr(self, name) < 1:
                 raise InputError(f"data.{name}: {getattr(self, name)} must be at least 1")
@@ -80,6 +82,10 @@ class ViewsConfig:
             raise InputError(f"views.policy: {self.policy!r} is not known; choose one of {', '.join(POLICIES)}")
         if self.local_size is not None and self.local_size < 1:
             raise InputError(f"views.local_size: {self.local_size} must be at least 1")
+        if self.local_views is not None and self.local_views < 0:
+            raise InputError(f"views.local_views: {self.local_views} must be 0 or above")
+        if self.crop_scale is not None and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise InputError(f"views.crop_scale: {self.crop_scale} is out of range; give 0 < least ≤ greatest ≤ 1")
         if self.jitter < 0:
             raise InputError(f"views.jitter: {self.jitter} must be 0 or above")
 
@@ -89,8 +95,11 @@ class ViewsConfig:
         Raises:
             InputError: local views asked of a policy without any.
         """
-        counts = (views,) if self.local_views is None else (views, self.local_views)
-        policy = build_policy(self.policy, size, *counts)
+        policy = build_policy(self.policy, size, views)
+        if self.local_views is not None and len(policy.groups) == 1:
+            raise InputError(f"views.local_views: {self.policy} has no local views; leave it out, or take dino or ibot")
+        if self.local_views is not None:
+            policy = build_policy(self.policy, size, views, self.local_views)
         first = policy.groups[0]
         if self.crop_scale is not None:
             first = replace(first, views=tuple(replace(view, scale=self.crop_scale) for view in first.views))

@@ -6,7 +6,6 @@ from math import ceil
 
 import torch
 from timm.layers.patch_embed import PatchEmbed
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from jobs.run.config import DataConfig, PretrainConfig
@@ -79,14 +78,15 @@ def run_policy(config: PretrainConfig) -> Policy:
 
 
 def check_crops(config: PretrainConfig, backbone: nn.Module) -> None:
-    """A ViT's patches have to tile every crop it is given.
+    """A ViT's or Swin's patches have to tile every crop it is given.
 
     Raises:
         InputError: they do not; the message names the field that decides the crop's size.
     """
-    if not isinstance(backbone, VisionTransformer) or not isinstance(backbone.patch_embed, PatchEmbed):
+    embed = getattr(backbone, "patch_embed", None)
+    if not isinstance(embed, PatchEmbed):  # a ResNet takes any size
         return
-    patch = int(backbone.patch_embed.patch_size[0])
+    patch = int(embed.patch_size[0])
     policy = run_policy(config)
     trained = [("views.local_size", group.size) for group in policy.groups[1:]]
     scored = [("selection.resolution", crop.size) for crop in Recipe(policy, 0, scored_views(config)).outputs]

@@ -40,9 +40,13 @@ class OptimizerConfig:
     """Keep the learning rate of the online encoder's predictor at its peak throughout (SimSiam, section 4.2)."""
 
     def __post_init__(self) -> None:
-        for field in ("lr", "beta2"):
-            if getattr(self, field) <= 0:
-                raise InputError(f"optimizer.{field}: {getattr(self, field)} must be above 0")
+        if self.lr <= 0:
+            raise InputError(f"optimizer.lr: {self.lr} must be above 0")
+        for field in ("momentum", "beta2"):
+            if not 0 <= getattr(self, field) < 1:
+                raise InputError(f"optimizer.{field}: {getattr(self, field)} must lie in [0, 1)")
+        if self.final_weight_decay is not None and self.final_weight_decay < 0:
+            raise InputError(f"optimizer.final_weight_decay: {self.final_weight_decay} must be 0 or above")
         for field in ("final_lr", "warmup_epochs", "weight_decay", "clip_norm", "lr_batch"):
             if getattr(self, field) < 0:
                 raise InputError(f"optimizer.{field}: {getattr(self, field)} must be 0 or above")

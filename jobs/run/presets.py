@@ -1,5 +1,6 @@
 """Presets: configurations by name, after the papers' table rows and this project's own small sizes."""
 
+import difflib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -207,5 +208,7 @@ def preset(name: str) -> PretrainConfig:
         InputError: an unknown name; the message lists the known ones.
     """
     if name not in PRESETS:
-        raise InputError(f"preset: {name!r} is not known; choose one of {', '.join(PRESETS)}")
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise InputError(f"preset: {name!r} is not known; {hint}there are {', '.join(PRESETS)}")
     return PRESETS[name]()

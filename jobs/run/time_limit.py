@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TO_STOP_S = 60.0  # for a step, a checkpoint and the closing of files; at most a fifth of the time
-TO_LEAVE_S = 8.0  # for the end of the process; at most a fiftieth of the time
+TO_LEAVE_S = 20.0  # for table, picture and the end of the process; at most a twentieth of the time
 
 
 @dataclass
@@ -46,7 +46,7 @@ def time_limit(minutes: float, began: float) -> Iterator[TimeLimit]:
 
     timers = [
         threading.Timer(max(0.0, left - min(TO_STOP_S, whole / 5)), stop),
-        threading.Timer(max(0.0, left - min(TO_LEAVE_S, whole / 50)), leave),
+        threading.Timer(max(0.0, left - min(TO_LEAVE_S, whole / 20)), leave),
     ]
     for timer in timers:
         timer.daemon = True

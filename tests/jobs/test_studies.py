@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from jobs.reporting.study import RunResult, axis_of_numbers, seconds_left, span, spread, summarise
-from jobs.run.config import PretrainConfig, from_plain, to_plain
-from jobs.run.presets import PRESETS, preset
+from jobs.run.config import PretrainConfig
+from jobs.run.presets import preset
 from jobs.run.studies import STUDIES, arms_of, changed, differences, members, shared_changes, study
 from models.objectives import MoBYConfig
 from models.selection import SelectionConfig
@@ -48,12 +48,6 @@ def test_every_ablation_of_the_papers_is_an_axis(axis):
     changes = [differences(base, member.config) for member in planned]
     assert all(found in ([field], []) for found in changes)  # one value may be the preset's own
     assert sum(not found for found in changes) <= 1
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_configurations_survive_their_plain_form(name):
-    config = preset(name)
-    assert from_plain(to_plain(config)) == config
 
 
 def test_the_study_s_arms_differ_in_views_negatives_and_encoder_alone():

@@ -95,6 +95,10 @@ def test_drop_path_is_each_encoders_own():
         ({"name": "resnet18", "sincos": True}, "backbone.sincos: resnet18 is no ViT"),
         ({"name": "resnet18", "batchnorm_mlp": True}, "backbone.batchnorm_mlp: resnet18 has no LayerNorm before MLPs"),
         ({"image_size": 30}, "backbone.image_size: 30 is no multiple of vit_tiny_patch16_224's patches of 16"),
+        (
+            {"name": "swin_tiny_patch4_window7_224", "image_size": 30},
+            "backbone.image_size: 30 is no multiple of swin_tiny_patch4_window7_224's patches of 4; take one$",
+        ),
         ({"image_size": 32, "patch_size": 5}, "backbone.patch_size: 5 does not divide the image size 32"),
         ({"width": 100}, "backbone.heads: timm cannot build .* take heads that divide the width"),
         ({"depth": 0}, "backbone.depth: 0 must be at least 1"),
