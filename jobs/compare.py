@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import tyro
-from rich.console import Console
 from rich.table import Table
 
 from jobs.reporting.charts import smooth
 from jobs.reporting.compare import PLACES
 from jobs.reporting.rundata import RunData, flatten, read_run
 from jobs.reporting.sections import best_scores
-from jobs.run.command import console, parse
+from jobs.run.command import console, parse, tables
 from shards.errors import InputError
 
 USUAL = ("train/loss", "knn/top1", "train/images_per_second")
@@ -96,7 +95,7 @@ def summary(run: RunData, name: str) -> dict[str, float] | None:
     return {"last": float(values[-1]), "best": float(values[best]), "best_step": int(steps[best])}
 
 
-def tables(content: dict[str, Any]) -> list[Table]:
+def tables_of(content: dict[str, Any]) -> list[Table]:
     """The comparison as tables: numbers, then settings that differ."""
     numbers = Table("", *content["runs"], title="last value (best, at step)")
     for name, cells in content["metrics"].items():
@@ -146,8 +145,8 @@ def run(config: CompareConfig) -> dict[str, Any]:
     if config.json:
         print(json.dumps(content))
     else:
-        for table in tables(content):
-            Console().print(table)
+        for table in tables_of(content):
+            tables.print(table)
     if content["metrics"]:
         draw(config.runs, content["runs"], list(content["metrics"]), config.out)
         console.print(f"curves are in {config.out}")

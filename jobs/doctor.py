@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
-from jobs.run.command import parse
+from jobs.run.command import parse, tables
 
 MARKS = {"ok": "[green]ok[/]", "absent": "[yellow]absent[/]", "broken": "[red]broken[/]"}
 SIDE = 64  # pixels of the image that is decoded
@@ -282,7 +281,7 @@ def run(config: DoctorConfig) -> bool:
     if config.json:
         print(json.dumps([asdict(one) for one in findings]))
     else:
-        Console().print(table_of(findings))
+        tables.print(table_of(findings))
         absent = sum(one.state == "absent" for one in findings)
         verdict = f"broken: {', '.join(broken)}" if broken else "all that a run needs is there"
         print(f"{verdict}; {absent} optional things are absent" if absent else verdict)

@@ -1,6 +1,5 @@
 """`hardviews pretrain PRESET`: streams shards, chooses hard views, trains, logs every choice."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from jobs.run.command import parse
+from jobs.run.command import parse, speaks
 from jobs.run.config import PretrainConfig, load_config
 from jobs.run.ending import record_failure
 from jobs.run.failure import RankLostError
@@ -62,5 +61,5 @@ def main(argv: Sequence[str]) -> None:
     state = pretrain(arguments.config, arguments.run, resume=arguments.resume, overwrite=arguments.overwrite)
     if state == "interrupted":
         raise SystemExit(130)
-    if os.environ.get("RANK", "0") == "0":
+    if speaks():
         print(f"finished: {arguments.run}")

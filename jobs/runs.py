@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
-from jobs.run.command import parse
+from jobs.run.command import parse, tables
 from jobs.run.folder import RunFolder
 from shards.errors import InputError
 
@@ -161,11 +160,10 @@ def run(config: RunsConfig) -> None:
     if config.json:
         print(json.dumps([asdict(state) for state in states]))
     else:
-        out = Console()
-        out.print(table_of(states, config.metrics, time.time()))
+        tables.print(table_of(states, config.metrics, time.time()))
         for state in states:
             if state.reason:
-                out.print(f"{state.run}: {state.reason}", highlight=False, markup=False, soft_wrap=True)
+                tables.print(f"{state.run}: {state.reason}", highlight=False, markup=False, soft_wrap=True)
 
 
 def main(argv: list[str]) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import io
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +24,7 @@ MARKS = (tyro.conf.AvoidSubcommands,)
 # Progress and notes go to stderr, so that what a job prints as its result can be piped.
 # A log file has no width of its own, and 80 columns would cut the bars.
 console = Console(stderr=True, soft_wrap=True, width=None if sys.stderr.isatty() else 120)
+tables = Console(width=None if sys.stdout.isatty() else 120)
 
 
 def parse(config: type[Config], argv: Sequence[str], prog: str, default: Config | None = None) -> Config:
@@ -128,9 +130,15 @@ def progress(description: str, total: float | None, unit: str, completed: int = 
         yield Bar(bars, description, total, completed)
 
 
+def speaks() -> bool:
+    """Whether this process speaks for all of its job: under torchrun, the leading one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def warn(message: str) -> None:
     """A line on stderr that something was left out or changed, while the job goes on."""
-    console.print(f"[yellow]warning:[/yellow] {message}", highlight=False)
+    if speaks():
+        console.print(f"[yellow]warning:[/yellow] {message}", highlight=False)
 
 
 def fail(message: str, code: int = 2) -> int:
