@@ -21,7 +21,7 @@ lint: $(VENV)/.ready-dev
 # Both halves run, whatever comes of the first. BENCHES="views-4 training" picks some of the benchmarks, BENCHES=none none.
 gpu-check:
 	failed=0; \
-	$(PYTHON) -m pytest -m gpu --continue-on-collection-errors $$(grep -rl 'mark\.gpu' tests) || failed=1; \
+	$(PYTHON) -m pytest -m gpu --continue-on-collection-errors $$(grep -rl --include='*.py' 'mark\.gpu' tests) || failed=1; \
 	test "$(BENCHES)" = none || $(PYTHON) -m jobs.benches.gpu benchmarks/results $(BENCHES) || failed=1; \
 	exit $$failed
 
