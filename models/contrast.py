@@ -34,6 +34,11 @@ class Contrast:
     barred_BK: Tensor | None = None
     """Negatives that a query leaves out (its own rows of an in-batch set; those of its class in the oracle run)."""
 
+    def __post_init__(self) -> None:
+        """Counts that are given as a share become numbers here, where the number of negatives is known."""
+        if self.synthetic is not None:
+            object.__setattr__(self, "synthetic", self.synthetic.beside(len(self.negatives_KD)))
+
     def detached(self) -> "Contrast":
         """The same without graph, for good: what is written to a queue later does not show here."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -10,7 +10,8 @@ Shape suffixes: B queries, K negatives, N hardest, L of one kind, D width.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -42,6 +43,9 @@ class NegativesConfig:
     """Count of n + delta·∇_n sim(q, n)."""
     adversarial: int = 128
     """Count of n + eta·sign(∇_n sim(q, n))."""
+    share: float | None = None
+    """L/(K+L): share of the synthetic ones among all negatives (above 0, below 1); the six counts are then proportions
+    only. None = the counts as they are."""
     alpha_max: float = 0.5
     """Largest share of the query in an interpolation."""
     beta_max: float = 1.5
@@ -73,6 +77,11 @@ class NegativesConfig:
         for field in ("sigma", "delta", "eta", "start_epoch", "last_epochs_without"):
             if getattr(self, field) < 0:
                 raise ValueError(f"negatives.{field}: {getattr(self, field)} must be 0 or above")
+        if self.share is not None and not (0 < self.share < 1 and self.total):
+            raise ValueError(
+                f"negatives.share: {self.share} must lie between 0 and 1, with counts above 0 as its proportions; "
+                f"for no synthetic negatives leave it out and set the counts to 0"
+            )
         if not 0 <= self.alpha_max <= 1:
             raise ValueError(f"negatives.alpha_max: {self.alpha_max} must lie between 0 and 1")
         if self.beta_max < 1:
@@ -93,6 +102,15 @@ class NegativesConfig:
     def total(self) -> int:
         """Synthetic negatives per query."""
         return sum(self.counts.values())
+
+    def beside(self, others: int) -> "NegativesConfig":
+        """The same with counts that make up `share` beside so many other negatives, each to within one."""
+        if self.share is None:
+            return self
+        total = self.share / (1 - self.share) * others
+        bounds = [round(total * part / self.total) for part in accumulate(self.counts.values())]
+        counts = {kind: last - first for kind, first, last in zip(KINDS, [0, *bounds], bounds, strict=False)}
+        return replace(self, share=None, **counts)
 
     def active(self, epoch: float, epochs: float) -> bool:
         """Whether synthetic negatives are used at `epoch` (fractional, since the start) of a run of `epochs`."""

@@ -15,6 +15,7 @@ from shards.errors import InputError
 # Every ablation of the papers as an axis: field → values, and presets that have the field.
 KNOBS = {
     "objective.negatives.hardest=256,512,1024": "synby-deit-s",
+    "objective.negatives.share=0.1,0.25,0.5": "synby-deit-s",
     "objective.queue=1024,2048,4096,8192,16384": "synby-deit-s",
     "objective.temperature=0.07,0.1,0.2,0.3": "synby-swin-t",
     "objective.momentum=0.99,0.993,0.996,0.999": "synby-deit-s",

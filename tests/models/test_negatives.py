@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from jobs.benches.obvious import naive_similarities, naive_vectors
-from models.contrast import info_nce
+from models.contrast import Contrast, info_nce, learn
 from models.negatives import BLOCK_ELEMENTS, KINDS, NONE, Draws, NegativesConfig, draw, synthetic_similarities
 
 SHAPES = [(1, 3, 2, 2), (4, 9, 5, 3), (7, 40, 16, 8), (16, 128, 33, 128)]
@@ -99,6 +99,25 @@ def _similar(x, queue):
     return q, queue, q @ queue.T
 
 
+@pytest.mark.parametrize(("share", "total"), [(0.25, 1365), (0.5, 4096), (0.158, 769)])
+def test_a_share_sets_the_counts_in_their_proportions(share, total):
+    given = NegativesConfig(256, 2, 1, 1, 0, 1, 1, share=share)
+    made = given.beside(4096)
+    assert made.total == total and made.total / (made.total + 4096) == pytest.approx(share, abs=1e-4)
+    for kind, count in made.counts.items():
+        assert abs(count - total * given.counts[kind] / 6) <= 1
+    assert made.beside(100) == made and NegativesConfig().beside(7) == NegativesConfig()
+
+
+def test_a_loss_has_as_many_synthetic_negatives_as_the_share_says():
+    q, k, negatives = (F.normalize(torch.randn(rows, 8), dim=1) for rows in (4, 4, 30))
+    task = Contrast(q, k, negatives, 0.2, NegativesConfig(10, 1, 1, 1, 1, 1, 1, share=0.5))
+    torch.manual_seed(0)
+    loss, _ = learn([task])
+    torch.manual_seed(0)
+    torch.testing.assert_close(loss, info_nce(q, k, negatives, 0.2, NegativesConfig(10, 5, 5, 5, 5, 5, 5))[0])
+
+
 def test_only_the_hardest_are_drawn_and_all_of_them():
     similarity = torch.randn(6, 50)
     drawn = draw(NegativesConfig(7, *(100,) * 6), similarity, 4)
@@ -142,6 +161,7 @@ def test_negative_counts_are_refused(kind):
     [
         ({"hardest": 0}, "negatives.hardest: 0 must be at least 1"),
         ({"alpha_max": 1.5}, "negatives.alpha_max: 1.5 must lie between 0 and 1"),
+        ({"share": 1.0}, "negatives.share: 1.0 must lie between 0 and 1, with counts above 0"),
         ({"beta_max": 0.5}, "negatives.beta_max: 0.5 must be at least 1"),
         ({"sigma": -0.1}, "negatives.sigma: -0.1 must be 0 or above"),
         ({"gradient": "euclid"}, "negatives.gradient: 'euclid' is unknown; take dot or cosine"),
