@@ -95,10 +95,11 @@ KILLED = """
 import sys, torch
 from pathlib import Path
 from jobs.run import checkpoint
-print("go", flush=True)
 for step in range(1, 10_000):
     checkpoint.save(Path(sys.argv[1]), step, {"w": torch.full((200_000,), float(step))})
     checkpoint.prune(Path(sys.argv[1]), 2)
+    if step == 1:
+        print("go", flush=True)
 """
 
 
