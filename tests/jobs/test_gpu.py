@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs_of_training import rows, same_run
+from runs_of_training import rows, same_rows
 
 from jobs.pretrain import pretrain
 from jobs.run.config import PretrainConfig
@@ -66,8 +66,9 @@ def test_the_cpu_s_losses_and_choices(without_chance: PretrainConfig, tmp_path: 
     assert (here["choice_B"] == there["choice_B"]).mean() > 0.8
 
 
-def test_a_run_goes_on_to_the_bit(on_gpu: PretrainConfig, tmp_path: Path) -> None:
-    config = replace(on_gpu, compile="off")
+def test_a_resumed_run_goes_on(on_gpu: PretrainConfig, tmp_path: Path) -> None:
+    """With the same samples and views; sums whose order a GPU leaves open move the losses by their last digits."""
+    config = replace(on_gpu, compile="off", precision="fp32")
     pretrain(config, tmp_path / "whole")
     with ExitStack() as stack:  # 4 of 6 steps, then a checkpoint is what is left of the process
         folder = RunFolder(tmp_path / "broken")
@@ -77,7 +78,7 @@ def test_a_run_goes_on_to_the_bit(on_gpu: PretrainConfig, tmp_path: Path) -> Non
             t.monitor.after_step(t, batch := next(t.stream), train_step(t, batch))
         save(t)
     pretrain(config, tmp_path / "broken", resume=True)
-    same_run(tmp_path / "whole", tmp_path / "broken")
+    same_rows(tmp_path / "whole", tmp_path / "broken", exact=False)
 
 
 @pytest.mark.parametrize("compiled", ["off", "on"])
