@@ -27,6 +27,7 @@ BENCHES: dict[str, tuple[str, list[str]]] = {
     "training": ("training", ["--sides", "plain", "hard"]),
     "training-more": ("training", ["--sides", "plain", "negatives", "target"]),
     "negatives": ("negatives", []),
+    "multicrop": ("multicrop", []),
     "step": ("step", [*_STEP, "--steps", "0"]),
     "colour": ("colour", []),
     "choices": ("step", []),
