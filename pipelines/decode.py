@@ -133,8 +133,9 @@ def views_graph(batch: int, groups: Sequence[tuple[int, int]], device: torch.dev
     gpu = device.type == "cuda"
     backend = "gpu" if gpu else "cpu"
     device_id = (device.index if device.index is not None else torch.cuda.current_device()) if gpu else None
-    # With fancy upsampling nvJPEG interpolates chroma as libjpeg-turbo does on the CPU.
-    upsampling = {"jpeg_fancy_upsampling": True} if gpu else {}
+    # With fancy upsampling nvJPEG interpolates chroma as libjpeg-turbo does on the CPU. The hardware decoder is left
+    # out: it would take a share of each batch, and an image's pixels would depend on its place there.
+    nvjpeg = {"jpeg_fancy_upsampling": True, "hw_decoder_load": 0.0} if gpu else {}
 
     def view(image: Any, index: int, size: int) -> Any:
         # Every view has inputs of its own: DALI would merge identical subgraphs.
@@ -153,7 +154,7 @@ def views_graph(batch: int, groups: Sequence[tuple[int, int]], device: torch.dev
             output_type=types.RGB,
             adjust_orientation=False,
             device="mixed" if gpu else "cpu",
-            **upsampling,
+            **nvjpeg,
         )
         outputs, index = [], 0
         for count, size in groups:
