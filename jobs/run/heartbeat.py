@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch.distributed as dist
 
@@ -49,7 +50,8 @@ class Heartbeat:
                 heard, since = newest, time.monotonic()
             elif not reason and time.monotonic() - since > PATIENCE:
                 reason = f"rank {self._next} has given no sign of life for {PATIENCE:.0f} s"
-                self._store.set("hardviews/lost", reason)
+                with suppress(RuntimeError, OSError):  # the store may be gone too
+                    self._store.set("hardviews/lost", reason)
             if reason and not self._over.is_set():
                 self._lost(reason)
                 return

@@ -17,7 +17,7 @@ class OptimizerConfig:
     """How the online encoder learns."""
 
     name: Literal["adamw", "lamb", "lars", "sgd"] = "adamw"
-    """Optimizer; AdamW is torch's fused one, LAMB and LARS are timm's."""
+    """Optimizer; AdamW and SGD are torch's fused ones, LAMB and LARS are timm's."""
     lr: float = 1e-3
     """Peak learning rate for a batch of `lr_batch` images; scaled linearly with the global batch."""
     lr_batch: int = 512
@@ -109,7 +109,7 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
         # timm annotates momentum and weight decay as int and takes float
         options: dict[str, Any] = {"momentum": config.momentum, "weight_decay": config.weight_decay}
         return Lars(groups, lr=config.lr, **options)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True)
 
 
 def set_step(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> None:

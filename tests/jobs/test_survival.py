@@ -1,11 +1,13 @@
 """Runs that survive: kills, signals, damaged checkpoints, full disks, lost ranks, other world sizes."""
 
+import json
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -82,6 +84,30 @@ def test_a_corrupt_newest_checkpoint_is_named_and_the_one_before_taken(
     assert pretrain(tiny, tmp_path / "parts", resume=True) == "finished"
     said = capsys.readouterr().err.replace("\n", "")
     assert damaged.name in said and "damaged" in said
+    same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_replaced_samples_stand_once_in_the_quarantine(tiny: PretrainConfig, tmp_path: Path) -> None:
+    for name in ("real", "synthetic"):
+        shards = shutil.copytree(getattr(tiny.data, name), tmp_path / name)
+        for path in shards.glob("*.tar"):
+            with tarfile.open(path) as tar:
+                places = [member.offset_data + member.size // 2 for member in tar if not member.name.endswith(".cls")]
+            content = bytearray(path.read_bytes())
+            for place in places[::10]:
+                content[place] ^= 0xFF
+            path.write_bytes(content)
+    data = replace(tiny.data, real=str(tmp_path / "real"), synthetic=str(tmp_path / "synthetic"), max_failures=1.0)
+    config = replace(tiny, data=data)
+    pretrain(config, tmp_path / "whole")
+    stop_at(config, tmp_path / "parts", 3)
+    # What the kill of a later step leaves behind is cut off.
+    with RunFolder(tmp_path / "parts").quarantine.open("a") as file:
+        file.write('{"step": 3, "shard": "x", "key": "y", "reason": "z"}\n{"step": 4, "sh')
+    assert pretrain(config, tmp_path / "parts", resume=True) == "finished"
+    whole, parts = (RunFolder(tmp_path / name).quarantine.read_text() for name in ("whole", "parts"))
+    steps = {json.loads(line)["step"] for line in whole.splitlines()}
+    assert whole == parts and min(steps) < 3 <= max(steps)
     same_run(tmp_path / "whole", tmp_path / "parts")
 
 
