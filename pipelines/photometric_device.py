@@ -63,7 +63,8 @@ def table(plan: ColourPlan) -> NDArray[np.float32]:
 def to_device(values: NDArray[np.generic], device: torch.device) -> Tensor:
     """A copy on the device, which a GPU makes from pinned memory whenever it comes to it."""
     tensor = torch.from_numpy(np.ascontiguousarray(values))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    pinned = tensor.pin_memory() if device.type == "cuda" and len(tensor) else tensor
+    return pinned.to(device, non_blocking=True)
 
 
 def even_chunks(count: int, largest: int) -> list[slice]:
