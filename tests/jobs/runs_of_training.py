@@ -71,14 +71,20 @@ def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
 
 
 def two_ranks(*arguments: str) -> list[subprocess.Popen[str]]:
-    """Two ranks of the worker without torchrun, which starts faster."""
+    """Two ranks of the worker."""
+    return ranks(2, *arguments)
+
+
+def ranks(size: int, *arguments: str) -> list[subprocess.Popen[str]]:
+    """Ranks of the worker without torchrun, which starts faster."""
     with ExitStack() as stack:
         taken = [stack.enter_context(socket.socket()) for _ in range(0, len(arguments), 3)]
         for free in taken:
             free.bind(("127.0.0.1", 0))
         ports = " ".join(str(free.getsockname()[1]) for free in taken)
-    meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "PORTS": ports, "LOCAL_WORLD_SIZE": "2"}
-    return [start([sys.executable, WORKER, *arguments], RANK=str(rank), **meet) for rank in (0, 1)]
+    world = str(size)
+    meet = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "PORTS": ports, "LOCAL_WORLD_SIZE": world}
+    return [start([sys.executable, WORKER, *arguments], RANK=str(rank), **meet) for rank in range(size)]
 
 
 def finish(processes: list[subprocess.Popen[str]], seconds: float) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs_of_training import WORKER, finish, rows, same_rows, same_run, start, torchrun, two_ranks
+from runs_of_training import WORKER, finish, ranks, rows, same_rows, same_run, start, torchrun, two_ranks
 
 from jobs import cli
 from jobs.pretrain import pretrain
@@ -183,9 +183,9 @@ def test_many_ranks_do_what_one_does_and_a_run_goes_on_at_another_world_size(
     stop_at(config, tmp_path / "one-two", 3)
     jobs = {"two": "new", "parts": "new:3", "two-one": "new:4", "one-two": "resume"}
     arguments = [word for name, how in jobs.items() for word in (file, str(tmp_path / name), how)]
-    ranks = two_ranks(*arguments, file, str(tmp_path / "parts"), "resume")
+    two = two_ranks(*arguments, file, str(tmp_path / "parts"), "resume")
     pretrain(config, tmp_path / "one")
-    finish(ranks, 200)
+    finish(two, 200)
     # Only 32 positions are kept of the 64 that two ranks wrote, of each rank's rows half.
     for name in ("step-00000004.pt", "step-00000004.json"):
         (tmp_path / "two-one" / "checkpoints" / name).unlink()
@@ -193,13 +193,26 @@ def test_many_ranks_do_what_one_does_and_a_run_goes_on_at_another_world_size(
     same_run(tmp_path / "two", tmp_path / "parts")
     for name in ("two", "two-one", "one-two"):
         same_rows(tmp_path / "one", tmp_path / name, exact=False)
-    lines = [
-        [entry for entry in read_metrics(tmp_path / n / "metrics.jsonl") if "train/loss" in entry]
-        for n in ("one", "two")
-    ]
+    same_curves(tmp_path / "one", tmp_path / "two")
+
+
+def same_curves(first: Path, second: Path) -> None:
+    """The same metrics at the same steps, to float tolerance."""
+    lines = [[e for e in read_metrics(run / "metrics.jsonl") if "train/loss" in e] for run in (first, second)]
     for name in ("train/loss", "train/grad_norm", "train/proxy", "monitor/bank_knn", "selection/gain/real"):
-        found, wanted = ([entry.get(name, np.nan) for entry in entries] for entries in lines)
+        wanted, found = ([entry.get(name, np.nan) for entry in entries] for entries in lines)
         np.testing.assert_allclose(found, wanted, rtol=2e-2 if name == "selection/gain/real" else 2e-3, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_four_ranks_do_what_one_does(without_chance: PretrainConfig, tmp_path: Path) -> None:
+    save_config(without_chance, tmp_path / "config.json")
+    four = ranks(4, str(tmp_path / "config.json"), str(tmp_path / "four"), "new")
+    pretrain(without_chance, tmp_path / "one")
+    finish(four, 400)
+    same_rows(tmp_path / "one", tmp_path / "four", exact=False)
+    same_curves(tmp_path / "one", tmp_path / "four")
 
 
 def children(pid: int) -> list[int]:
