@@ -16,7 +16,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from models.precision import PRECISIONS, Precision
 
 Rule = Literal["hardest", "easiest", "random", "lowest-iou"]
-CHOICES = {"encoder": ("online", "target"), "precision": PRECISIONS, "batchnorm": ("view", "joint", "running")}
+CHOICES = {
+    "encoder": ("online", "target", "online-alone"),
+    "precision": PRECISIONS,
+    "batchnorm": ("view", "joint", "running"),
+}
 
 
 @dataclass(frozen=True)
@@ -27,11 +31,16 @@ class SelectionConfig:
     """Views per image that pairs are chosen from (at least 2; 2 = no choice)."""
     rule: Rule = "hardest"
     """hardest: largest loss; easiest: smallest (collapses); random: plain training; lowest-iou: least overlap."""
-    encoder: Literal["online", "target"] = "online"
-    """Whose features are scored: the online encoder's against the target's keys, or the target's alone, whose features
-    pass through the online predictor: no online forward, and the features serve the loss again."""
+    encoder: Literal["online", "target", "online-alone"] = "online"
+    """Whose features are scored. online: the online encoder's against the target's keys, as the loss does. One forward
+    fewer: online-alone, the online encoder's against its own; target, the target's against its own. Both pass through
+    the online predictor as queries. The target's features serve the loss again, but it lags: see random_share."""
     every: int = 1
     """Select on every k-th step; on the others a random pair trains."""
+    random_share: float | None = None
+    """Share of the images (0 to 1) that train on a random pair all the same, drawn anew in every step; None = 0.25 with
+    `encoder = target`, else 0. Where nothing but its own choices trains, the lagging target soon takes pairs for hard
+    that the online encoder has learned meanwhile, and overlooks what it forgot."""
     precision: Precision = "same"
     """Number format of the scoring forwards: as in training; bf16, which is many times slower than fp32 on a processor
     without units for it; auto = bf16 where there are such units, else as in training; int8 or fp8 in the backbone's
@@ -66,8 +75,17 @@ class SelectionConfig:
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"selection.{field}: {value} must be at least 1")
+        if self.random_share is not None and not 0 <= self.random_share <= 1:
+            raise ValueError(f"selection.random_share: {self.random_share} must lie between 0 and 1")
         if self.audit_every < 0:
             raise ValueError(f"selection.audit_every: {self.audit_every} must be 0 or above")
+
+    @property
+    def share_at_random(self) -> float:
+        """`random_share`, made definite."""
+        if self.random_share is not None:
+            return self.random_share
+        return 0.25 if self.encoder == "target" else 0.0
 
     def scores(self, step: int) -> bool:
         """Whether pairs are scored at this step; where not, a random pair trains."""

@@ -32,6 +32,7 @@ class Purpose(IntEnum):
     COLOUR = 3
     STATIC_COLOUR = 4
     CHOICE = 5
+    SHARE = 6
 
 
 def philox(counter_4xM: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:

@@ -4,7 +4,7 @@ Shape suffixes: B images of this rank, N views, P pairs.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,10 @@ class Choice:
     """What selection found for some images."""
 
     choice_B: Tensor
-    scores: Scores | None
+    """The pair that trains."""
+    best_B: Tensor
+    """The pair that the rule prefers: the same but for images that take a random one."""
+    scores: Scores | None = None
     views_BM: Tensor | None = None
 
     @property
@@ -69,9 +72,9 @@ def train_step(t: Training, batch: ViewBatch) -> StepResult:
                 (loss / len(parts)).backward()
         if selection.audits(t.step):
             with t.timer.phase("audit"), autocast(t):
-                t.metrics |= t.objective.audit(part.crops, choice.choice_B, selection)
+                t.metrics |= t.objective.audit(part.crops, choice.best_B, selection)
         losses.append(loss.detach())
-        choices.append(Choice(choice.choice_B, choice.scores, chosen.views_BM))
+        choices.append(replace(choice, views_BM=chosen.views_BM))
         if t.objective.seen_features_BD is not None:
             seen.append(t.objective.seen_features_BD)
     t.objective.seen_features_BD = torch.cat(seen) if seen else None
@@ -90,18 +93,26 @@ def train_step(t: Training, batch: ViewBatch) -> StepResult:
 
 
 def choose(t: Training, batch: ViewBatch) -> Choice:
-    """The pair of each image that trains, by the configured rule."""
+    """The pair of each image that trains: by the configured rule, but for a share of the images at random."""
     selection, device = t.config.selection, t.world.device
-    views = t.config.selection.views
-    barred_P = same_policy(views, device) if selection.cross_policy and views > 2 else None
+    barred_P = same_policy(selection.views, device) if selection.cross_policy and selection.views > 2 else None
+
+    def drawn(purpose: Purpose, count: int) -> np.ndarray:
+        return uniform(t.config.seed, batch.epochs_B, batch.ids_B, [0], purpose, count)[:, 0]
+
+    random_B = select(on_device(t, drawn(Purpose.CHOICE, len(pairs(selection.views)))), "random", barred_P)
     if selection.scores(t.step):
         scores = t.objective.pair_losses(batch.scored, selection)
-        return Choice(select(scores.losses_BP, selection.rule, barred_P), scores)
-    if selection.rule == "lowest-iou" and t.step % selection.every == 0:
-        iou_BP = pair_iou(batch.params[:, :views])
-        return Choice(select(on_device(t, iou_BP), "lowest-iou", barred_P), None)
-    drawn = uniform(t.config.seed, batch.epochs_B, batch.ids_B, [0], Purpose.CHOICE, len(pairs(views)))[:, 0]
-    return Choice(select(on_device(t, drawn), "random", barred_P), None)
+        best_B = select(scores.losses_BP, selection.rule, barred_P)
+    elif selection.rule == "lowest-iou" and t.step % selection.every == 0:
+        scores, iou_BP = None, pair_iou(batch.params[:, : selection.views])
+        best_B = select(on_device(t, iou_BP), "lowest-iou", barred_P)
+    else:
+        return Choice(random_B, random_B)
+    if selection.share_at_random == 0:
+        return Choice(best_B, best_B, scores)
+    at_random_B = on_device(t, drawn(Purpose.SHARE, 1)[:, 0] < selection.share_at_random)
+    return Choice(torch.where(at_random_B, random_B, best_B), best_B, scores)
 
 
 def update(t: Training, loss: float, finite: bool) -> None:

@@ -188,7 +188,10 @@ class Objective(nn.Module):
         """Backbone features [B, N, D] of all views from the encoders that scoring needs: `online`, `target`.
         `known` collects what the online backbone's linear layers give."""
         self.check(selection)
-        wanted = {"target": self.target, "online": self.online if selection.encoder == "online" else None}
+        wanted = {
+            "target": None if selection.encoder == "online-alone" else self.target,
+            "online": None if selection.encoder == "target" else self.online,
+        }
         found: dict[str, Tensor | None] = {}
         for name, encoder in wanted.items():
             if encoder is None:
@@ -206,14 +209,16 @@ class Objective(nn.Module):
 
     def reuses_features(self, selection: SelectionConfig, device: torch.device) -> bool:
         """Whether the target's features from scoring are by definition what the loss would compute."""
-        return self.target is not None and scores_as_trained(self.target, selection, device)
+        if self.target is None or selection.encoder == "online-alone":
+            return False
+        return scores_as_trained(self.target, selection, device)
 
     def reuses_outputs(self, selection: SelectionConfig, device: torch.device) -> bool:
         """Whether the outputs of the online backbone's linear layers while scoring are what the loss would compute, and
         are to be kept. A compiled backbone has no layers that could be told, one that recomputes its activations is
         short of memory."""
         backbone = self.online.backbone
-        if not selection.reuse or selection.encoder != "online" or getattr(backbone, "grad_checkpointing", False):
+        if not selection.reuse or selection.encoder == "target" or getattr(backbone, "grad_checkpointing", False):
             return False
         compiled = backbone._compiled_call_impl is not None  # pyright: ignore[reportPrivateUsage]
         return not compiled and scores_as_trained(self.online, selection, device)

@@ -148,14 +148,15 @@ class DINO(Objective):
         device = crops[0].device
         reused = self.reuses_features(selection, device)
         student = self.target if selection.encoder == "target" else self.online
+        teacher = self.online if selection.encoder == "online-alone" else self.target
         scored = crops if self.config.local_views else crops[:1]
         with without_side_effects(self, selection.batchnorm == "running"), self.arithmetic(selection, device):
-            with first_blocks(self.target.backbone, selection.layer):
-                features_BGD = all_views(self.target, crops[0], selection)
-            teacher_BGK = self.teach(self.target.head(features_BGD))
+            with first_blocks(teacher.backbone, selection.layer):
+                features_BGD = all_views(teacher, crops[0], selection)
+            teacher_BGK = self.teach(teacher.head(features_BGD))
             parts = []
             for group, crops_BnCHW in enumerate(scored):
-                if student is self.target and group == 0:
+                if student is teacher and group == 0:
                     features = features_BGD
                 else:
                     with first_blocks(student.backbone, selection.layer):

@@ -34,14 +34,16 @@ class MomentumObjective(Objective):
         self.target = momentum_encoder(self.online, backbone)  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def queries_and_keys(self, features: dict[str, Tensor | None], selection: SelectionConfig) -> tuple[Tensor, Tensor]:
-        """Unit queries and keys [N, B, D] of all views; where only the target was run, its projections pass through the
-        online predictor as queries."""
-        assert features["target"] is not None
-        projected_NBD = per_view(self.target.projector, features["target"], selection)
-        if features["online"] is None:
+        """Unit queries and keys [N, B, D] of all views. Where only one encoder was run, its projections are the keys, and
+        through the online predictor the queries."""
+        online, target = features["online"], features["target"]
+        encoder, judged = (self.online, online) if target is None else (self.target, target)
+        assert judged is not None
+        projected_NBD = per_view(encoder.projector, judged, selection)
+        if online is None or target is None:
             q_NBD = per_view(self.online.predict, projected_NBD.transpose(0, 1), selection)
         else:
-            q_NBD = per_view(self.online.head, features["online"], selection)
+            q_NBD = per_view(self.online.head, online, selection)
         return unit(q_NBD), unit(projected_NBD)
 
     def keys(self, chosen: Chosen) -> tuple[Tensor, Tensor]:

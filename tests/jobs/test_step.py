@@ -1,11 +1,12 @@
-"""One training step: gradient accumulation."""
+"""One training step: which pair trains, and gradient accumulation."""
 
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from runs_of_training import finish, same_rows, two_ranks, weights
+from runs_of_training import finish, rows, same_rows, two_ranks, weights
 
 from jobs.pretrain import pretrain
 from jobs.run.config import PretrainConfig, ViewsConfig, save_config
@@ -61,3 +62,22 @@ def test_parts_of_a_batch_learn_what_the_whole_does(
             assert curve(run, metric) == pytest.approx(curve(whole, metric), rel=1e-4), (name, metric)
         for part, value in weights(run).items():
             torch.testing.assert_close(value, learned[part], rtol=1e-4, atol=1e-6, msg=f"{name}: {part}")
+
+
+def test_a_share_of_the_images_trains_on_the_pair_that_random_training_takes(
+    tiny: PretrainConfig, tmp_path: Path
+) -> None:
+    def run(name: str, **selection: object) -> dict[str, np.ndarray]:
+        config = replace(tiny, selection=replace(tiny.selection, **selection))
+        pretrain(config, tmp_path / name)
+        return rows(tmp_path / name)
+
+    random, mixed = run("random", rule="random"), run("mixed", random_share=0.5, audit_every=1)
+    best_B = mixed["losses_BP"].argmax(1)
+    at_random_B = mixed["choice_B"] != best_B
+    np.testing.assert_array_equal(mixed["choice_B"][at_random_B], random["choice_B"][at_random_B])
+    # Half of 96 images, but for those whose random pair is the hardest one.
+    assert 0.25 < at_random_B.mean() < 0.6
+    assert curve(tmp_path / "mixed", "selection/agreement") == [1.0] * 3  # the judge's choice is what is audited
+    everything = run("everything", random_share=1.0)
+    np.testing.assert_array_equal(everything["choice_B"], random["choice_B"])

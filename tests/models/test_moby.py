@@ -99,6 +99,15 @@ def test_target_scores_pass_through_the_online_predictor():
     torch.testing.assert_close(by_target, objective.pair_losses((crops,), SelectionConfig()).losses_BP)
 
 
+def test_the_online_encoder_alone_is_scored_against_its_own_keys():
+    objective, crops = moby(NONE, STILL), views()
+    train(objective, 3)
+    alone = objective.pair_losses((crops,), SelectionConfig(encoder="online-alone"))
+    assert alone.features_BND is None and alone.known is not None
+    objective.target.load_state_dict({n: v for n, v in objective.online.state_dict().items() if "predictor" not in n})
+    torch.testing.assert_close(alone.losses_BP, objective.pair_losses((crops,), SelectionConfig()).losses_BP)
+
+
 def test_heads_are_moby_s():
     """Two layers of 4096 and 256, BatchNorm and ReLU in the hidden layer only; the target has no predictor."""
     config = MoBYConfig()

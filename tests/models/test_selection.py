@@ -66,11 +66,12 @@ def test_the_pair_is_taken_in_one_gather(count):
     [
         ({"views": 1}, "selection.views: 1 leaves no pair to choose; give 2 or more"),
         ({"rule": "worst"}, "selection.rule: 'worst' is unknown; known: hardest, easiest, random, lowest-iou"),
-        ({"encoder": "both"}, "selection.encoder: 'both' is unknown; known: online, target"),
+        ({"encoder": "both"}, "selection.encoder: 'both' is unknown; known: online, target, online-alone"),
         ({"precision": "fp4"}, "selection.precision: 'fp4' is unknown; known: same, auto, bf16, int8, fp8"),
         ({"batchnorm": "none"}, "selection.batchnorm: 'none' is unknown; known: view, joint, running"),
         ({"every": 0}, "selection.every: 0 must be at least 1"),
         ({"resolution": 0}, "selection.resolution: 0 must be at least 1"),
+        ({"random_share": 1.5}, "selection.random_share: 1.5 must lie between 0 and 1"),
         ({"audit_every": -1}, "selection.audit_every: -1 must be 0 or above"),
     ],
 )
@@ -84,8 +85,15 @@ def test_when_pairs_are_scored_and_audited():
     assert not SelectionConfig(rule="random").scores(0) and not SelectionConfig(views=2).scores(0)
     assert [SelectionConfig(audit_every=2).audits(step) for step in range(3)] == [True, False, True]
     assert not SelectionConfig().audits(0)
-    cheap = SelectionConfig(views=6, encoder="target", precision="bf16", resolution=8, layer=1, every=2)
+    cheap = SelectionConfig(
+        views=6, encoder="target", precision="bf16", resolution=8, layer=1, every=2, random_share=0.5
+    )
     assert cheap.full == SelectionConfig(views=6, reuse=False)
+
+
+def test_a_lagging_judge_gets_random_pairs_beside_its_own_unless_told_otherwise():
+    shares = [SelectionConfig(encoder=e).share_at_random for e in ("online", "online-alone", "target")]
+    assert shares == [0, 0, 0.25] and SelectionConfig(encoder="target", random_share=0).share_at_random == 0
 
 
 def state_of(objective):
@@ -161,6 +169,9 @@ def test_every_encoder_sees_all_views_once_and_no_copy_per_pair_is_made():
     seen.clear()
     objective.pair_losses((crops,), SelectionConfig(views=6, encoder="target"))
     assert len(seen) == 1  # no online forward
+    seen.clear()
+    objective.pair_losses((crops,), SelectionConfig(views=6, encoder="online-alone"))
+    assert len(seen) == 1  # no target forward
 
 
 def test_earlier_layers_and_smaller_views():
