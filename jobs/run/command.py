@@ -6,6 +6,7 @@ import io
 import os
 import re
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -21,6 +22,7 @@ Config = TypeVar("Config")
 
 # The type of a union's default decides which of its members the flags are for.
 MARKS = (tyro.conf.AvoidSubcommands,)
+MINUTE = 60.0
 # Progress and notes go to stderr, so that what a job prints as its result can be piped.
 # A log file has no width of its own, and 80 columns would cut the bars.
 console = Console(stderr=True, soft_wrap=True, width=None if sys.stderr.isatty() else 120)
@@ -97,10 +99,10 @@ class _Bars(Progress):
 
 
 class Bar:
-    """One progress bar; `advance` is safe to call from any thread."""
+    """One progress bar; `advance` is safe to call from any thread. A log file gets a line a minute before it."""
 
     def __init__(self, bars: Progress, description: str, total: float | None, completed: int = 0) -> None:
-        self._progress = bars
+        self._progress, self._told = bars, time.monotonic()
         self._task = bars.add_task(description, total=total, completed=completed, note="")
 
     @staticmethod
@@ -114,6 +116,12 @@ class Bar:
             self._progress.update(self._task, advance=amount)
         else:
             self._progress.update(self._task, advance=amount, note=note)
+        if time.monotonic() - self._told > MINUTE and not (self._progress.disable or console.is_terminal):
+            self._told = time.monotonic()
+            task = self._progress.tasks[self._task]
+            total = "" if task.total is None else f" of {task.total:,.0f}"
+            line = f"{task.description} {task.completed:,.0f}{total}  {task.fields['note']}"
+            console.print(line, highlight=False, markup=False)
 
 
 @contextmanager

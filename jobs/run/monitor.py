@@ -117,7 +117,7 @@ class Monitor:
         if due:
             self._write(t)
         if self.watches(t.step):
-            self._write_health(t, batch)
+            self._write_health(t, batch, result.norm)
         if last or (settings.knn_every and t.step % settings.knn_every == 0):
             self.evaluate(t)
 
@@ -178,10 +178,12 @@ class Monitor:
         if self.loggers is not None:
             self.loggers.log(t.step, scalars)
 
-    def _write_health(self, t: Training, batch: ViewBatch) -> None:
-        """Gradient norms, the spread of the features, and what the contrastive tasks were like."""
+    def _write_health(self, t: Training, batch: ViewBatch, norm: float) -> None:
+        """Gradient norms before clipping, the spread of the features, and what the contrastive tasks were like."""
         features_BD, curves = t.objective.seen_features_BD, {}
-        scalars = {f"grad/{layer}": float(norm) for layer, norm in gradient_norms(t.objective).items()}
+        clip = t.config.optimizer.clip_norm
+        clipped = norm / clip if 0 < clip < norm else 1.0
+        scalars = {f"grad/{layer}": clipped * float(own) for layer, own in gradient_norms(t.objective).items()}
         if features_BD is not None:
             sources_B = torch.from_numpy(batch.sources_B.astype(np.int64)).to(features_BD.device)
             scalars |= feature_health(gather(features_BD), gather(sources_B), t.data.sources)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobs import cli
+from jobs.run import command
 from jobs.run.command import parse
 from shards.errors import InputError
 
@@ -76,3 +77,16 @@ def test_missing_and_mistyped_values_are_one_line(argv: list[str], expected: str
     with pytest.raises(InputError, match=expected) as raised:
         parse(Needy, argv, "hardviews x")
     assert "\n" not in str(raised.value)
+
+
+def test_a_log_file_gets_lines_as_time_passes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with command.progress("pretraining", 2000, "steps", completed=500) as bar:
+        bar.advance(100)
+        monkeypatch.setattr(command, "MINUTE", -1.0)
+        bar.advance(200, note="loss 7.5 [50%]")
+        command.Bar.silent().advance(1)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "pretraining 800 of 2,000  loss 7.5 [50%]"
+    assert sum("2,000" in line for line in lines) == 1

@@ -17,6 +17,7 @@ from jobs.run.config import CheckpointConfig, PretrainConfig, from_plain, load_c
 from jobs.run.failure import TrainingFailedError
 from jobs.run.folder import RunFolder
 from jobs.run.metrics import read_metrics
+from jobs.run.optim import OptimizerConfig
 from jobs.run.presets import PRESETS, preset
 from models.objectives import Length, build_objective
 from models.objectives.moby import MoBY
@@ -33,9 +34,9 @@ def test_a_run_leaves_everything_behind(tiny: PretrainConfig, tmp_path: Path) ->
     np.testing.assert_array_equal(found["choice_B"], found["losses_BP"].argmax(1))
     lines = read_metrics(RunFolder(run).metrics)
     assert [line["step"] for line in lines if "train/loss" in line] == [2, 4, 6]
-    assert {"time/data", "time/selection", "time/forward", "time/backward", "time/optimizer", "time/log"} <= lines[
-        0
-    ].keys()
+    phases = {f"time/{name}" for name in ("data", "selection", "forward", "backward", "optimizer", "log", "step")}
+    speed = {"train/images_per_second", "data/wait_share", "system/memory_gb", "system/mfu"}
+    assert phases | speed <= lines[0].keys() and all(lines[0][name] > 0 for name in speed)
     assert any("health/rankme" in line for line in lines) and any(
         "grad/online.backbone.blocks.0" in line for line in lines
     )
@@ -52,6 +53,16 @@ def test_the_log_opens_in_xarray(tiny: PretrainConfig, tmp_path: Path) -> None:
     pretrain(replace(tiny, steps=1), tmp_path / "run")
     with xarray.open_zarr(tmp_path / "run" / "log.zarr" / "rank-00000", consolidated=False) as log:
         assert log["blur"].dims == ("row", "view") and log["loss"].dims == ("row", "pair") and log.sizes["row"] == 16
+
+
+def test_layers_show_their_gradients_before_clipping(tiny: PretrainConfig, tmp_path: Path) -> None:
+    monitor = replace(tiny.monitor, every=1, health_every=1)
+    pretrain(replace(tiny, monitor=monitor, optimizer=OptimizerConfig(clip_norm=0.1), steps=2), tmp_path / "run")
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    whole = [line["train/grad_norm"] for line in lines if "train/grad_norm" in line]
+    layers = [[v for k, v in line.items() if k.startswith("grad/")] for line in lines if "health/rankme" in line]
+    assert min(whole) > 0.1
+    assert np.linalg.norm(layers, axis=1) == pytest.approx(whole, rel=1e-3)
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
