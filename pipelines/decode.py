@@ -262,7 +262,8 @@ def _mend_borders(crops_BnSS3: Tensor, params: ViewParams) -> None:
     """Makes the margin of zeros undone in the outermost rows and columns, in place."""
     size = crops_BnSS3.shape[2]
     for axis, length_Bn in ((2, params.height), (3, params.width)):
-        share_Bn11 = torch.as_tensor(inner_share(length_Bn, size), device=crops_BnSS3.device)[..., None, None]
+        share_Bn = torch.from_numpy(inner_share(length_Bn, size)).to(crops_BnSS3.device, non_blocking=True)
+        share_Bn11 = share_Bn[..., None, None]
         for edge in {0, size - 1}:
             border_BnS3 = crops_BnSS3.select(axis, edge)
             border_BnS3.copy_((border_BnS3 / share_Bn11).round_().clamp_(max=255))
