@@ -32,7 +32,7 @@ BENCHES: dict[str, tuple[str, list[str]]] = {
     "colour": ("colour", []),
     "choices": ("step", []),
     "views-accuracy": ("views", ["--accuracy"]),
-    "run": ("run", ["--cycles", "1"]),
+    "run": ("run", []),
 }
 PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "kornia", "opencv-python-headless", "numpy", "zarr")
 _MAIN = "import sys; from jobs.benches.{module} import main; main(sys.argv[1:])"
