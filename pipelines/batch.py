@@ -10,12 +10,11 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.draw import draw, static_colour
-from pipelines.params import FIELDS, ViewParams, pairs
+from pipelines.params import FIELDS, ViewParams
 from pipelines.policies import Policy
 from shards.reader import SampleError
 
@@ -201,14 +200,6 @@ class ViewBatch:
     def scored(self) -> tuple[Tensor, ...]:
         """The crops that pairs are chosen from."""
         return self.crops if self.selection_crops is None else self.selection_crops
-
-    def take(self, choice_B: Tensor | NDArray[np.integer]) -> tuple[Tensor, ...]:
-        """The chosen pair of every image, [B, 2, 3, S, S], and the other groups' views unchanged."""
-        views_BNCHW, *others = self.crops
-        table_P2 = torch.from_numpy(pairs(views_BNCHW.shape[1]).copy()).to(views_BNCHW.device)
-        chosen_B2 = table_P2[torch.as_tensor(choice_B, device=views_BNCHW.device).long()]
-        rows_B1 = torch.arange(len(chosen_B2), device=views_BNCHW.device)[:, None]
-        return views_BNCHW[rows_B1, chosen_B2], *others
 
     def rows(self, part: slice) -> ViewBatch:
         """Neighbouring rows as a batch of their own, sharing memory; what was replaced stays with the whole."""

@@ -84,11 +84,6 @@ class ViewParams:
         """The same numpy index applied to every array: rows, `[:, views]`, a mask."""
         return ViewParams(**{name: getattr(self, name)[index] for name in FIELDS})
 
-    def take(self, choice_B: NDArray[np.integer]) -> ViewParams:
-        """[B, 2]: the two views of the chosen pair of each image."""
-        rows_B1 = np.arange(len(self))[:, None]
-        return self[rows_B1, pairs(self.shape[1])[np.asarray(choice_B)]]
-
     def flat(self) -> ViewParams:
         """[B·N]: views in a row, the views of an image side by side."""
         return ViewParams(**{name: getattr(self, name).reshape(-1) for name in FIELDS})

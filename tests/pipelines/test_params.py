@@ -33,14 +33,6 @@ def test_pairs_are_lexicographic(views: int) -> None:
         table[0] = 0
 
 
-def test_take_gives_the_chosen_pair(params: ViewParams) -> None:
-    choice = np.array([0, 4, 5])
-    taken = params.take(choice)
-    for name in FIELDS:
-        expected = [[getattr(params, name)[row, view] for view in pairs(4)[choice[row]]] for row in range(3)]
-        assert np.array_equal(getattr(taken, name), np.array(expected)), name
-
-
 def test_indexing_flattening_and_joining_agree(params: ViewParams) -> None:
     assert np.array_equal(params[1:].hue, params.hue[1:])
     assert np.array_equal(params[:, 2:].top, params.top[:, 2:])

@@ -16,7 +16,7 @@ from pipelines.batch import Order, Reader, Selection, ViewBatch
 from pipelines.crop import crop_views
 from pipelines.decode import PillowDecoder
 from pipelines.draw import draw, static_colour
-from pipelines.params import FIELDS, pairs
+from pipelines.params import FIELDS
 from pipelines.photometric import fused
 from pipelines.policies import build_policy
 from pipelines.stream import ViewStream, cores
@@ -227,14 +227,8 @@ def test_static_colours_are_those_of_one_draw(data: tuple[Reader, Order]) -> Non
     assert batch.selection_crops is not None and torch.equal(batch.selection_crops[0], expected)
 
 
-def test_taking_pairs_and_rows(data: tuple[Reader, Order]) -> None:
+def test_taking_rows(data: tuple[Reader, Order]) -> None:
     (batch,) = taken(data, 1, policy=MULTI_CROP.with_views(4), selection=Selection(size=10))
-    choice = torch.tensor([0, 5, 2, 3, 1, 4, 0, 5])
-    pair, local = batch.take(choice)
-    for row in range(8):
-        a, b = pairs(4)[choice[row]]
-        assert torch.equal(pair[row], batch.crops[0][row][[a, b]])
-    assert local is batch.crops[1]
     part = batch.rows(slice(2, 5))
     assert same(by_position([part]), {p: row for p, row in by_position([batch]).items() if 2 <= p < 5})
 
