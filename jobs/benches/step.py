@@ -1,10 +1,9 @@
 """`hardviews bench step`: what hard views and synthetic negatives add to a plain MoBY step, by turns in one run.
 
 Every side is a whole optimizer step: selection, loss, backward, AdamW, momentum and queues. `obvious` is the plain
-composition of `jobs.benches.obvious`. Then three short trainings measure how far cheaper choices agree with the full
-one, and their regret, after the first tenth of the steps: on random pairs, on pairs chosen in bf16, on pairs that the
-target chose. They are apart because regret depends on what is learned from: the target, about 100 steps behind, is a
-good judge of plain training and a poor one, at first, of a training that follows its own choices.
+composition of `jobs.benches.obvious`. Then short trainings of a small ViT measure how far cheaper choices agree with
+the full one, and their regret, after the first tenth of the steps. Regret depends on what is learned from, so each kind
+of step is judged on random pairs, on pairs of the full choice, and on pairs that it chose itself as training does.
 
 Shape suffixes: B images, N views, P pairs.
 """
@@ -14,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,8 @@ from models.backbones import BackboneConfig
 from models.negatives import NONE, NegativesConfig
 from models.objectives import Length, build_objective
 from models.objectives.moby import MoBY, MoBYConfig
-from models.selection import SelectionConfig, audit, select
+from models.precision import resolved
+from models.selection import SelectionConfig, audit, pairs, select
 from shards.errors import InputError
 
 RATE = 5e-4
@@ -54,7 +55,7 @@ class StepBench:
     """Views that pairs are chosen from."""
     rounds: int = 5
     """Times that each step is measured."""
-    steps: int = 40
+    steps: int = 200
     """Length of the trainings that agreement and regret are measured in (steps); 0 = leave them out."""
     audit_every: int = 4
     """Steps between two comparisons."""
@@ -65,39 +66,46 @@ class StepBench:
     json: bool = False
     """Print the figures as one JSON object on the last line."""
 
+    @property
+    def shape(self) -> BackboneConfig:
+        """The encoder whose steps are timed."""
+        return BackboneConfig(self.backbone, self.size, self.patch, depth=self.depth)
 
-# Side → how its pairs are scored. `precise` has no savings but the shared forwards; `full` scores in bf16.
+
+# Side → how its pairs are scored. `precise` computes as training does; the others as fast as the device can.
 SELECTIONS = {
     "precise": SelectionConfig(),
     "full": SelectionConfig(precision="auto"),
+    "alone": SelectionConfig(encoder="online-alone", precision="auto"),
     "target": SelectionConfig(encoder="target", precision="auto"),
 }
+JUDGES = ("full", "alone", "target")
+JUDGED = BackboneConfig("vit_tiny_patch16_224", 32, 8, width=96, depth=4, heads=3)  # what is trained to judge choices
 
 
 class Learner:
     """An objective with its optimizer."""
 
-    def __init__(self, bench: StepBench, negatives: NegativesConfig, *, target_bf16: bool = False) -> None:
+    def __init__(self, bench: StepBench, backbone: BackboneConfig, negatives: NegativesConfig) -> None:
         torch.manual_seed(0)
-        shape = BackboneConfig(bench.backbone, bench.size, bench.patch, depth=bench.depth)
-        backbone = replace(shape, target_precision="auto" if target_bf16 else "same")
         objective = build_objective(MoBYConfig(negatives), backbone, LONG)
         assert isinstance(objective, MoBY)
         self.moby = objective.to(bench.device).train()
         learned = [p for p in self.moby.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(learned, lr=RATE, weight_decay=0.05)
 
-    def step(self, views_BNCHW: Tensor, selection: SelectionConfig | None) -> Tensor | None:
-        """One step; of the first pair where there is no selection. Returns the choice."""
-        moby = self.moby
-        choice_B, scores = torch.zeros(len(views_BNCHW), dtype=torch.int64, device=views_BNCHW.device), None
+    def step(self, views_BNCHW: Tensor, selection: SelectionConfig | None) -> None:
+        """One step; on random pairs where there is no selection."""
+        moby, device = self.moby, views_BNCHW.device
+        choice_B = torch.randint(len(pairs(views_BNCHW.shape[1])), (len(views_BNCHW),), device=device)
+        scores = None
         if selection is not None:
             scores = moby.pair_losses((views_BNCHW,), selection)
-            choice_B = select(scores.losses_BP, selection.rule)
+            at_random_B = torch.rand(len(choice_B), device=device) < selection.share_at_random
+            choice_B = torch.where(at_random_B, choice_B, select(scores.losses_BP, selection.rule))
         loss, _ = moby.loss(moby.take((views_BNCHW,), choice_B, scores))
         self._descend(loss)
         moby.after_step()
-        return choice_B
 
     def obvious_step(self, views_BNCHW: Tensor) -> None:
         """One step of the obvious composition."""
@@ -115,8 +123,9 @@ class Learner:
         self.optimizer.step()
 
 
-def digit_views(bench: StepBench, step: int) -> Tensor:
-    """[B, N, 3, S, S]: crops of 20 to 100 % of the area of scikit-learn's digits, in varied brightness and contrast."""
+def digit_views(bench: StepBench, size: int, step: int) -> Tensor:
+    """[B, N, 3, S, S] of S = `size` pixels: crops of 20 to 100 % of the area of scikit-learn's digits, in varied
+    brightness and contrast."""
     generator = torch.Generator().manual_seed(step)
     digits = torch.from_numpy(load_digits(return_X_y=True)[0]).float().view(-1, 8, 8) / 16
     picked = torch.randint(len(digits), (bench.batch,), generator=generator)
@@ -130,7 +139,7 @@ def digit_views(bench: StepBench, step: int) -> Tensor:
     theta = torch.zeros(count, 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = side
     theta[:, :, 2] = between(-1, 1, 2) * (1 - side)[:, None]
-    grid = F.affine_grid(theta, [count, 3, bench.size, bench.size], align_corners=False)
+    grid = F.affine_grid(theta, [count, 3, size, size], align_corners=False)
     views = F.grid_sample(images, grid, align_corners=False)
     views = (views - 0.5) * between(0.4, 1.6, 3, 1, 1) + between(-0.4, 0.4, 1, 1, 1)
     return views.unflatten(0, (bench.batch, bench.views)).to(bench.device)
@@ -138,17 +147,19 @@ def digit_views(bench: StepBench, step: int) -> Tensor:
 
 def step_times(bench: StepBench) -> dict[str, float]:
     """Median milliseconds of each side's step; the sides take turns."""
-    views_BNCHW = digit_views(bench, 0)
-    plain, obvious, precise = (Learner(bench, negatives) for negatives in (NONE, ALWAYS, ALWAYS))
-    full, target = (Learner(bench, ALWAYS, target_bf16=True) for _ in range(2))
-    scored = {name: replace(s, views=bench.views) for name, s in SELECTIONS.items()}
-    sides: dict[str, Callable[[], object]] = {
-        "plain": lambda: plain.step(views_BNCHW, None),
-        "obvious": lambda: obvious.obvious_step(views_BNCHW),
-        "precise": lambda: precise.step(views_BNCHW, scored["precise"]),
-        "full": lambda: full.step(views_BNCHW, scored["full"]),
-        "target": lambda: target.step(views_BNCHW, scored["target"]),
-    }
+    views_BNCHW = digit_views(bench, bench.size, 0)
+    low = replace(bench.shape, target_precision="auto")  # as the scores, so that the loss uses the target's again
+    sides: dict[str, Callable[[], object]] = {}
+    for name, backbone, negatives in (
+        ("plain", bench.shape, NONE),
+        ("obvious", bench.shape, ALWAYS),
+        ("precise", bench.shape, ALWAYS),
+        *((name, low, ALWAYS) for name in JUDGES),
+    ):
+        learner = Learner(bench, backbone, negatives)
+        selection = replace(SELECTIONS[name], views=bench.views) if name in SELECTIONS else None
+        run = learner.obvious_step if name == "obvious" else partial(learner.step, selection=selection)
+        sides[name] = partial(run, views_BNCHW)
     times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(bench.rounds + 1):
         for name, side in sides.items():
@@ -162,17 +173,17 @@ def step_times(bench: StepBench) -> dict[str, float]:
 
 
 def choices(bench: StepBench, trained_by: str) -> dict[str, float]:
-    """Agreement and regret of the bf16 and the target choice: means over a training without its first tenth, in which
-    the learning rate rises. It learns from the pairs chosen by `trained_by` of SELECTIONS, or from random ones."""
-    learner = Learner(bench, ALWAYS, target_bf16=True)
+    """Agreement and regret of each of JUDGES: means over a training without its first tenth, in which the learning rate
+    rises. It learns from the pairs chosen by `trained_by` of SELECTIONS, or from random ones."""
+    learner = Learner(bench, replace(JUDGED, target_precision="auto"), ALWAYS)
     scored = {name: replace(s, views=bench.views) for name, s in SELECTIONS.items()}
     warm = max(1, bench.steps // 10)
     found: dict[str, list[float]] = {}
     for step in range(bench.steps):
-        views_BNCHW = digit_views(bench, step)
+        views_BNCHW = digit_views(bench, JUDGED.image_size, step)
         if step >= warm and (step - warm) % bench.audit_every == 0:
-            precise_BP = learner.moby.pair_losses((views_BNCHW,), scored["precise"]).losses_BP
-            for name in ("full", "target"):
+            precise_BP = learner.moby.pair_losses((views_BNCHW,), scored["precise"].full).losses_BP
+            for name in JUDGES:
                 losses_BP = learner.moby.pair_losses((views_BNCHW,), scored[name]).losses_BP
                 for key, value in audit(precise_BP, losses_BP.argmax(1), scored[name]).items():
                     found.setdefault(f"{key.removeprefix('selection/')}_{name}", []).append(float(value))
@@ -182,26 +193,30 @@ def choices(bench: StepBench, trained_by: str) -> dict[str, float]:
     return {f"{name}_{trained_by}": statistics.fmean(values) for name, values in found.items()}
 
 
-def measure(bench: StepBench) -> dict[str, float]:
-    """Figures by name: ratios to the plain step, times in milliseconds, agreement and regret as shares."""
+def measure(bench: StepBench) -> dict[str, float | str]:
+    """Figures by name: ratios to the plain step, times in milliseconds, agreement and regret as shares; the number
+    format of the fast scores."""
     times = step_times(bench)
     ratios = {
         "overhead": times["full"] / times["plain"],
         "overhead_precise": times["precise"] / times["plain"],
+        "overhead_alone": times["alone"] / times["plain"],
         "overhead_target": times["target"] / times["plain"],
         "baseline_overhead": times["obvious"] / times["plain"],
     }
     judged: dict[str, float] = {}
-    for trained_by in ("random", "full", "target") if bench.steps else ():
+    for trained_by in ("random", *JUDGES) if bench.steps else ():
         judged |= choices(bench, trained_by)
     if judged:  # by what each kind of step itself trains on
-        own = {
-            "agreement": "agreement_full_full",
-            "regret": "regret_full_full",
-            "regret_target": "regret_target_target",
-        }
-        ratios |= {name: judged[key] for name, key in own.items()}
-    return {**ratios, **judged, **{f"{name}_ms": value for name, value in times.items()}}
+        ratios |= {"agreement": judged["agreement_full_full"], "regret": judged["regret_full_full"]}
+        ratios |= {f"regret_{name}": judged[f"regret_{name}_{name}"] for name in ("alone", "target")}
+    arithmetic = resolved("auto", torch.device(bench.device))
+    return {
+        **ratios,
+        **judged,
+        **{f"{name}_ms": value for name, value in times.items()},
+        "precision": "fp32" if arithmetic == "same" else arithmetic,
+    }
 
 
 def main(argv: Sequence[str]) -> None:
@@ -222,22 +237,25 @@ def main(argv: Sequence[str]) -> None:
         print(json.dumps(figures))
 
 
-def table(bench: StepBench, figures: dict[str, float]) -> Table:
+def table(bench: StepBench, figures: dict[str, float | str]) -> Table:
     """A row per kind of step; agreement and regret by what the training learned from."""
     title = f"{bench.backbone}, {(bench.size // bench.patch) ** 2} tokens, depth {bench.depth}, batch {bench.batch}"
-    learned = [name for name in ("random", "full", "target") if f"regret_full_{name}" in figures]
+    learned = ("random pairs", "full choice", "its own choice") if "agreement" in figures else ()
     shares = [f"same choice, regret\nlearning from {name}" for name in learned]
     result = Table("step", "ms", "of plain", *shares, title=title)
     texts = {
         "plain": ("plain MoBY", ""),
         "obvious": ("obvious", "baseline_overhead"),
         "precise": ("scored in fp32", "overhead_precise"),
-        "full": ("full: in bf16", "overhead"),
-        "target": ("target alone, bf16", "overhead_target"),
+        "full": (f"full: in {figures['precision']}", "overhead"),
+        "alone": ("online alone, the same", "overhead_alone"),
+        "target": ("target alone, the same", "overhead_target"),
     }
     for name, (text, ratio) in texts.items():
-        keys = [(f"agreement_{name}_{by}", f"regret_{name}_{by}") for by in learned]
-        judged = [f"{figures[a]:.1%}, {figures[r]:.1%}" if a in figures else "" for a, r in keys]
+        judged = []
+        for trained_by in ("random", "full", name) if learned and name in JUDGES else ():
+            keys = (f"{what}_{name}_{trained_by}" for what in ("agreement", "regret"))
+            judged.append(", ".join(f"{figures[key]:.1%}" for key in keys))
         result.add_row(text, f"{figures[f'{name}_ms']:,.0f}", f"{figures[ratio]:.2f}×" if ratio else "1", *judged)
-    result.caption = f"{bench.views} views; with bf16 scores the target is in bf16 in the loss too"
+    result.caption = f"{bench.views} views; a quarter of the images that the target chooses for train on a random pair"
     return result

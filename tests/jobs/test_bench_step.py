@@ -1,0 +1,69 @@
+"""`hardviews bench step`: every side steps, and choices are judged by what each kind of step learns from."""
+
+import json
+
+import pytest
+
+from jobs import cli
+from jobs.benches import step
+from jobs.benches.step import JUDGES, SELECTIONS, StepBench, digit_views, step_times
+
+SMALL = ["--size", "16", "--patch", "8", "--depth", "1", "--batch", "8", "--rounds", "1"]
+
+
+def test_figures(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    assert cli.run(["bench", "step", *SMALL, "--steps", "11", "--audit-every", "5", "--json"]) == 0
+    text, last = capsys.readouterr().out.rstrip().rsplit("\n", 1)
+    figures = json.loads(last)
+    assert "online alone" in text and "target alone" in text
+    assert figures["overhead"] == figures["full_ms"] / figures["plain_ms"]
+    assert figures["baseline_overhead"] == figures["obvious_ms"] / figures["plain_ms"]
+    if figures["precision"] == "fp32":  # then the full choice is what it is compared with
+        assert figures["agreement"] > 0.99 and abs(figures["regret"]) < 1e-3
+    for judge in JUDGES:
+        for trained_by in ("random", *JUDGES):
+            assert 0 <= figures[f"agreement_{judge}_{trained_by}"] <= 1
+    assert figures["regret_target"] == figures["regret_target_target"]
+
+
+def test_each_side_forwards_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images through both backbones in a step; selection keeps what the loss would forward again."""
+    bench = StepBench(size=16, patch=8, depth=1, batch=4, rounds=1)
+    seen: dict[str, list[int]] = {}
+
+    def counted(self: step.Learner, views, selection):
+        kind = next((name for name, s in SELECTIONS.items() if selection is not None and s == selection), "plain")
+        counts = {"online": 0, "target": 0}
+
+        def hook(name):
+            def count(_, inputs, __):
+                counts[name] += len(inputs[0])
+
+            return count
+
+        hooks = [getattr(self.moby, name).backbone.register_forward_hook(hook(name)) for name in counts]
+        original(self, views, selection)
+        for handle in hooks:
+            handle.remove()
+        seen[kind] = [counts["online"] // 4, counts["target"] // 4]
+
+    original = step.Learner.step
+    monkeypatch.setattr(step.Learner, "step", counted)
+    step_times(bench)
+    # The online backbone forwards all views and, of the chosen two, what is not linear.
+    assert seen == {"plain": [2, 2], "precise": [6, 4], "full": [6, 4], "alone": [6, 2], "target": [2, 4]}
+
+
+def test_the_same_step_has_the_same_views() -> None:
+    bench = StepBench(batch=4)
+    views = digit_views(bench, 16, 3)
+    assert views.shape == (4, 4, 3, 16, 16) and views.equal(digit_views(bench, 16, 3))
+    assert not views.equal(digit_views(bench, 16, 4))
+
+
+@pytest.mark.parametrize("words", [["--batch", "0"], ["--rounds", "0"], ["--backbone", "resnet18"], ["--patch", "5"]])
+def test_bad_values_are_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["bench", "step", *SMALL, "--steps", "0", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("hardviews: ") and error.count("\n") == 1
