@@ -1,7 +1,5 @@
 """Many ranks compute what one rank computes on the whole batch: selections, loss, gradients, statistics, queues."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,20 +8,16 @@ import torch
 from models.distributed import gather, gather_with_gradient, rank, sum_over_ranks, world_size
 from models.heads import BatchNorm, BatchNorm2d
 
+from .launching import launch
 from .ranks import BATCH, step
 
 SCRIPT = Path(__file__).parent / "ranks.py"
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
 def test_a_world_of_many_is_a_world_of_one(world, tmp_path):
-    commands = [[sys.executable, str(SCRIPT), str(number), str(world), str(tmp_path)] for number in range(world)]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-    for process in processes:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
     alone = step(0, 1)
-    ranks = [torch.load(tmp_path / f"{number}.pt", weights_only=True) for number in range(world)]
+    ranks = launch(SCRIPT, tmp_path, world)
     torch.testing.assert_close(torch.cat([r["losses"] for r in ranks]), alone["losses"], rtol=1e-4, atol=1e-4)
     assert torch.equal(torch.cat([r["choice"] for r in ranks]), alone["choice"])
     for r in ranks:

@@ -1,7 +1,5 @@
 """Many ranks choose, lose, learn and analyse what one rank does on the whole batch, whatever the objective."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,26 +7,17 @@ import torch
 
 from models.objectives import OBJECTIVES
 
+from .launching import launch
 from .objective_ranks import NAMES, step
 
 SCRIPT = Path(__file__).parent / "objective_ranks.py"
 
 
-def launch(folder: Path, world: int) -> list[dict]:
-    commands = [[sys.executable, str(SCRIPT), str(rank), str(world), str(folder)] for rank in range(world)]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
-    for process in processes:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
-
-
-@pytest.mark.timeout(240)
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
 def test_selections_losses_and_gradients_are_those_of_one_rank(world, tmp_path):
     """Were SimCLR's gather to keep local gradients only, their average would be too small by the world size."""
     assert set(NAMES) == OBJECTIVES.keys()
-    ranks = launch(tmp_path, world)
+    ranks = launch(SCRIPT, tmp_path, world)
     for name in NAMES:
         alone, found = step(name, 0, 1), [rank[name] for rank in ranks]
         losses = torch.cat([rank["losses"] for rank in found])
