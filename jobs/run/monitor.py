@@ -66,7 +66,7 @@ class MemoryBank(nn.Module):
     def score(self, ids_B: Tensor, features_BD: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
         """How many labelled images their neighbours in the bank classify rightly, and how many have any there."""
         similarity_BM = (self._unit(features_BD) @ self.features_MD.T).float()
-        similarity_BM[:, self.labels_M < 0] = -torch.inf
+        similarity_BM.masked_fill_(self.labels_M < 0, -torch.inf)
         own_B1 = (ids_B % len(self.labels_M))[:, None]
         similarity_BM.scatter_(1, own_B1, -torch.inf)
         top = similarity_BM.topk(min(HEADLINE, similarity_BM.shape[1]), dim=1)
