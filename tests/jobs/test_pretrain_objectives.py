@@ -18,6 +18,7 @@ from jobs.run.data import run_policy
 from jobs.run.folder import RunFolder
 from jobs.run.log import open_log
 from jobs.run.metrics import read_metrics
+from jobs.run.optim import Schedule, build_optimizer, set_step
 from jobs.run.presets import PRESETS, preset
 from models.backbones import BackboneConfig
 from models.negatives import NONE, NegativesConfig
@@ -215,8 +216,14 @@ def test_every_preset_builds_and_takes_a_step(name: str) -> None:
     assert sum(views.shape[1] for views in chosen.crops) == trained
     loss, _ = objective.loss(chosen)
     loss.backward()
+    optimizer = build_optimizer(config.optimizer, objective)
+    set_step(optimizer, Schedule(config.optimizer, config.batch, 10, 1.0), 5)
+    learned = {name: p for name, p in objective.online.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in learned.items()}
+    optimizer.step()
     objective.after_step()
-    assert torch.isfinite(loss)
+    assert torch.isfinite(loss) and all(torch.isfinite(p).all() for p in learned.values())
+    assert any(not torch.equal(p, before[name]) for name, p in learned.items() if name.startswith("backbone"))
 
 
 def test_presets_have_the_papers_values() -> None:
