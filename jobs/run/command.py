@@ -121,7 +121,7 @@ class Bar:
             task = self._progress.tasks[self._task]
             total = "" if task.total is None else f" of {task.total:,.0f}"
             line = f"{task.description} {task.completed:,.0f}{total}  {task.fields['note']}"
-            console.print(line, highlight=False, markup=False)
+            console.print(line.rstrip(), highlight=False, markup=False)
 
 
 @contextmanager

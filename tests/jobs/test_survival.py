@@ -215,6 +215,48 @@ def test_four_ranks_do_what_one_does(without_chance: PretrainConfig, tmp_path: P
     same_curves(tmp_path / "one", tmp_path / "four")
 
 
+@pytest.fixture
+def hosts() -> Iterator[list[tuple[str, str, str]]]:
+    """Two hosts: network namespaces joined by a cable. Name, network device and address of each."""
+    found = [(f"hv{os.getpid()}-{n}", f"cable{n}", f"10.77.0.{n}") for n in (1, 2)]
+    (one, device, _), (two, other, _) = found
+    made = subprocess.run(["ip", "netns", "add", one], capture_output=True, check=False) if shutil.which("ip") else None
+    if made is None or made.returncode:
+        pytest.skip("network namespaces need iproute2 and root")
+    try:
+        ip("netns", "add", two)
+        ip("link", "add", device, "netns", one, "type", "veth", "peer", "name", other, "netns", two)
+        for name, device, address in found:
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", device)
+            ip("-n", name, "link", "set", device, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield found
+    finally:
+        for name, _, _ in found:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_hosts_do_what_one_does(tiny: PretrainConfig, tmp_path: Path, hosts: list[tuple[str, str, str]]) -> None:
+    save_config(tiny, tmp_path / "config.json")
+    meet = f"--nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-id=hosts --rdzv-endpoint={hosts[0][2]}:29500"
+    training = [WORKER, str(tmp_path / "config.json"), str(tmp_path / "two"), "new"]
+    processes = []
+    for name, device, address in hosts:
+        inside = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", *meet.split()]
+        leads = f"--rdzv-conf=is_host={int(address == hosts[0][2])}"
+        command = [*inside, leads, f"--local-addr={address}", *training]
+        processes.append(start(command, GLOO_SOCKET_IFNAME=device))
+    finish(processes, 400)
+    finish(two_ranks(str(tmp_path / "config.json"), str(tmp_path / "one"), "new"), 200)
+    same_run(tmp_path / "one", tmp_path / "two")
+
+
 def children(pid: int) -> list[int]:
     """Process ids of a process's children."""
     found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
