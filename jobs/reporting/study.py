@@ -155,6 +155,7 @@ def plot(summary: Mapping[str, Mapping[str, Any]], arms: Mapping[str, Changes], 
             panel.set_yticks(range(len(found)), list(found))
             panel.set_ylim(len(found) - 0.5, -0.5)
             panel.set_xlabel(label)
+            panel.locator_params(axis="x", nbins=5)
         panel.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=150)

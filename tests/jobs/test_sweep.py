@@ -171,8 +171,11 @@ def test_time_gives_up_a_score_that_lasts_too_long(digits, tmp_path, monkeypatch
     assert set(states(sweep.sweep(config)).values()) == {"trained", "new"}
 
 
-def test_another_process_s_run_is_left_to_it(digits, tmp_path):
+def test_other_arms_and_another_process_s_run_are_left_alone(digits, tmp_path):
     config = config_of(digits, tmp_path, seeds=1, probe_epochs=0)
+    assert exit_code([*flags(config), "--arms", "temperature=0.2"]) == 0  # and the table has all arms
+    rows = list(csv.DictReader((tmp_path / "runs.csv").read_text().splitlines()))
+    assert [row["state"] for row in rows] == ["new", "done"]
     with sweep.taken(tmp_path, "temperature=0.1-seed0") as free:
         assert free
         assert states(sweep.sweep(config)) == {"temperature=0.1-seed0": "new", "temperature=0.2-seed0": "done"}
