@@ -40,7 +40,7 @@ def pretrain(config: PretrainConfig, run: Path, *, resume: bool = False, overwri
     folder = RunFolder(run)
     with open_world(config.device, last_words=lambda why: record_failure(folder, RankLostError(why))) as world:
         if world.leads:
-            folder.create(resume=resume, overwrite=overwrite)
+            folder.check(resume=resume, overwrite=overwrite)
         world.barrier()
         return train(load_config(folder.config) if resume else config, folder, world, resume=resume)
 

@@ -140,7 +140,6 @@ def measure(bench: RunBench) -> dict[str, tuple[float, ...]]:
         sides: dict[str, Training] = {}
         for name, config in configs(bench, shards).items():
             run = RunFolder(folder / name)
-            run.create(resume=False, overwrite=False)
             sides[name] = open_training(config, run, world, stack, resume=False)
         batches = [next(sides["bare"].stream) for _ in range(BATCHES)]
         for t in sides.values():

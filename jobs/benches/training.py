@@ -202,7 +202,6 @@ def measure(bench: TrainingBench) -> dict[str, object]:
                 torch.cuda.reset_peak_memory_stats()
             with ExitStack() as run:
                 place = RunFolder(folder / side)
-                place.create(resume=False, overwrite=False)
                 config = config_of(side, bench, folder / "shards")
                 found[side] = measure_side(open_training(config, place, World(0, 1, device), run, False), bench, bar)
     return {"sides": found, **compared(found)}

@@ -57,8 +57,8 @@ class RunFolder:
     def evaluation(self) -> Path:
         return self.path / "evaluation"
 
-    def create(self, *, resume: bool, overwrite: bool) -> None:
-        """Makes an empty run folder, or leaves the one to be resumed as it is.
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Whether a run may begin here, or go on; changes nothing.
 
         Raises:
             InputError: the folder exists and neither flag is given; it is not a run; there is nothing to resume.
@@ -75,6 +75,11 @@ class RunFolder:
                 raise InputError(f"run: {self.path} exists and is not a run folder; choose another --run")
             if not overwrite:
                 raise InputError(f"run: {self.path} exists; go on with --resume or replace it with --overwrite")
+
+    def clear(self) -> None:
+        """Makes the folder an empty run's. To be called when nothing can be wrong with the new run any more, so that a
+        mistake in its command line costs no old one."""
+        if self.path.exists():
             shutil.rmtree(self.path)
         self.checkpoints.mkdir(parents=True)
 

@@ -102,7 +102,8 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
         guard.skipped, guard.in_a_row = saved["guard"]["skipped"], saved["guard"]["in_a_row"]
     saver = None
     if world.leads:
-        folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        if saved is None:
+            folder.clear()
         save_config(config, folder.config)
         keep_lines(folder.quarantine, step - 1)
         keep_lines(folder.curves, step)

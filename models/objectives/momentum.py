@@ -34,8 +34,8 @@ class MomentumObjective(Objective):
         self.target = momentum_encoder(self.online, backbone)  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def queries_and_keys(self, features: dict[str, Tensor | None], selection: SelectionConfig) -> tuple[Tensor, Tensor]:
-        """Unit queries and keys [N, B, D] of all views. Where only one encoder was run, its projections are the keys, and
-        through the online predictor the queries."""
+        """Unit queries and keys [N, B, D] of all views. Where only one encoder was run, its projections are the keys,
+        and through the online predictor the queries."""
         online, target = features["online"], features["target"]
         encoder, judged = (self.online, online) if target is None else (self.target, target)
         assert judged is not None

@@ -45,7 +45,7 @@ def backbone_at(step: int, config: BackboneConfig = TINY) -> torch.nn.Module:
 def write_run(path: Path, config: BackboneConfig = TINY, data: DataConfig | None = None) -> RunFolder:
     """A run folder with a configuration and a checkpoint for each of STEPS, without a log."""
     run = RunFolder(path)
-    run.create(resume=False, overwrite=False)
+    run.clear()
     save_config(PretrainConfig(data=data or DataConfig(), selection=SelectionConfig(views=3), backbone=config,
                                batch=6, device="cpu"), run.config)  # fmt: skip
     for step in STEPS:

@@ -13,29 +13,32 @@ from shards.errors import InputError
 
 def test_a_run_that_exists_is_refused_unless_told(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    folder.create(resume=False, overwrite=False)
+    folder.check(resume=False, overwrite=False)
+    assert not folder.path.exists()
+    folder.clear()
     write_json(folder.config, {})
     with pytest.raises(InputError, match="--resume or replace it with --overwrite"):
-        folder.create(resume=False, overwrite=False)
+        folder.check(resume=False, overwrite=False)
     (folder.checkpoints / "left.pt").touch()
-    folder.create(resume=True, overwrite=False)
+    folder.check(resume=True, overwrite=False)
+    folder.check(resume=False, overwrite=True)
     assert (folder.checkpoints / "left.pt").exists()
-    folder.create(resume=False, overwrite=True)
-    assert not (folder.checkpoints / "left.pt").exists()
+    folder.clear()
+    assert folder.checkpoints.is_dir() and not (folder.checkpoints / "left.pt").exists()
 
 
 def test_overwrite_never_removes_what_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match="is not a run folder"):
-        RunFolder(tmp_path).create(resume=False, overwrite=True)
+        RunFolder(tmp_path).check(resume=False, overwrite=True)
     assert (tmp_path / "thesis.txt").exists()
 
 
 def test_resume_of_nothing_and_both_flags_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no run to resume"):
-        RunFolder(tmp_path / "none").create(resume=True, overwrite=False)
+        RunFolder(tmp_path / "none").check(resume=True, overwrite=False)
     with pytest.raises(InputError, match="exclude each other"):
-        RunFolder(tmp_path / "none").create(resume=True, overwrite=True)
+        RunFolder(tmp_path / "none").check(resume=True, overwrite=True)
     with pytest.raises(InputError, match="no run folder"):
         open_run(tmp_path)
 
@@ -58,7 +61,7 @@ def test_every_logger_takes_scalars_without_a_network(
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     folder = RunFolder(tmp_path / "run")
-    folder.create(resume=False, overwrite=False)
+    folder.clear()
     loggers = Loggers([name], folder, 0, {"seed": 1})
     loggers.log(3, {"train/loss": 0.5, "train/spike": math.nan})
     loggers.close()
@@ -75,7 +78,7 @@ def test_tensorboard_reads_back_and_a_resumed_run_replaces_what_it_repeats(tmp_p
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = RunFolder(tmp_path / "run")
-    folder.create(resume=False, overwrite=False)
+    folder.check(resume=False, overwrite=False)
     for resumed, steps in ((0, (7, 8, 9)), (7, (8, 10))):
         loggers = Loggers(["tensorboard"], folder, resumed, {})
         for step in steps:

@@ -72,7 +72,6 @@ def test_a_resumed_run_goes_on(on_gpu: PretrainConfig, tmp_path: Path) -> None:
     pretrain(config, tmp_path / "whole")
     with ExitStack() as stack:  # 4 of 6 steps, then a checkpoint is what is left of the process
         folder = RunFolder(tmp_path / "broken")
-        folder.create(resume=False, overwrite=False)
         t = open_training(config, folder, World(0, 1, torch.device("cuda", 0)), stack, False)
         for _ in range(4):
             t.monitor.after_step(t, batch := next(t.stream), train_step(t, batch))
@@ -87,7 +86,6 @@ def test_a_step_waits_for_the_device_once(on_gpu: PretrainConfig, tmp_path: Path
     config = replace(on_gpu, compile=compiled, steps=100)
     with ExitStack() as stack:
         folder = RunFolder(tmp_path / "run")
-        folder.create(resume=False, overwrite=False)
         t = open_training(config, folder, World(0, 1, torch.device("cuda", 0)), stack, False)
         batches = [next(t.stream) for _ in range(6)]
         for batch in batches[:3]:
@@ -105,7 +103,6 @@ def test_a_step_waits_for_the_device_once(on_gpu: PretrainConfig, tmp_path: Path
 def test_views_are_replayed_to_the_bit(on_gpu: PretrainConfig, tmp_path: Path) -> None:
     with ExitStack() as stack:
         folder = RunFolder(tmp_path / "run")
-        folder.create(resume=False, overwrite=False)
         config = replace(on_gpu, compile="on", precision="fp32")
         t = open_training(config, folder, World(0, 1, torch.device("cuda", 0)), stack, False)
         batch = next(t.stream)

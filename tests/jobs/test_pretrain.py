@@ -218,6 +218,18 @@ def test_an_existing_run_is_refused(tiny: PretrainConfig, tmp_path: Path) -> Non
     assert pretrain(replace(tiny, steps=2), tmp_path / "run", overwrite=True) == "finished"
 
 
+def test_a_mistake_leaves_no_folder_behind_and_costs_no_old_run(tiny: PretrainConfig, tmp_path: Path) -> None:
+    mistaken = replace(tiny, data=replace(tiny.data, real=str(tmp_path / "nowhere")))
+    with pytest.raises(InputError):
+        pretrain(mistaken, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    pretrain(replace(tiny, steps=1), tmp_path / "run")
+    before = rows(tmp_path / "run")
+    with pytest.raises(InputError):
+        pretrain(mistaken, tmp_path / "run", overwrite=True)
+    np.testing.assert_array_equal(rows(tmp_path / "run")["ids_B"], before["ids_B"])
+
+
 def every_selection() -> dict[str, Callable[[PretrainConfig], PretrainConfig]]:
     def selecting(**changes):
         return lambda config: replace(config, selection=replace(config.selection, **changes))

@@ -55,7 +55,7 @@ def write_run(folder: Path, views: ViewsConfig) -> tuple[RunFolder, list[ViewBat
         seed=11,
     )
     run = RunFolder(folder / "run")
-    run.create(resume=False, overwrite=False)
+    run.clear()
     save_config(config, run.config)
     data = open_data(config)
     shards = [{"root": m.root, "source": m.source, "fingerprint": m.fingerprint} for m in data.manifests]
