@@ -3,7 +3,7 @@
 Every side is a whole optimizer step: selection, loss, backward, AdamW, momentum and queues. `obvious` is the plain
 composition of `jobs.benches.obvious`. Then short trainings of a small ViT measure how far cheaper choices agree with
 the full one, and their regret, after the first tenth of the steps. Regret depends on what is learned from, so each kind
-of step is judged on random pairs, on pairs of the full choice, and on pairs that it chose itself as training does.
+of step is judged on pairs of the full choice, and on pairs that it chose itself as training does.
 
 Shape suffixes: B images, N views, P pairs.
 """
@@ -13,28 +13,33 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from jobs.benches.obvious import loop_pair_losses, naive_loss
 from jobs.run.command import parse
+from jobs.run.schedule import warmup_cosine
 from models.backbones import BackboneConfig
 from models.negatives import NONE, NegativesConfig
 from models.objectives import Length, build_objective
 from models.objectives.moby import MoBY, MoBYConfig
 from models.precision import resolved
 from models.selection import SelectionConfig, audit, pairs, select
+from pipelines.crop import crop_views
+from pipelines.draw import draw
+from pipelines.photometric import fused
+from pipelines.policies import build_policy
 from shards.errors import InputError
 
-RATE = 5e-4
+RATE, JUDGED_RATE = 5e-4, 1e-3
 ALWAYS = NegativesConfig(start_epoch=0, last_epochs_without=0)
-LONG = Length(100_000, 1000)  # what is measured is the beginning of a long run: the target's momentum stays near 0.99
+LONG = Length(100_000, 1000)  # the length of the runs whose steps are timed
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,9 @@ class StepBench:
     """Views that pairs are chosen from."""
     rounds: int = 5
     """Times that each step is measured."""
-    steps: int = 200
+    steps: int = 400
     """Length of the trainings that agreement and regret are measured in (steps); 0 = leave them out."""
-    audit_every: int = 4
+    audit_every: int = 10
     """Steps between two comparisons."""
     threads: int = 0
     """CPU threads; 0 for torch's own choice."""
@@ -80,15 +85,17 @@ SELECTIONS = {
     "target": SelectionConfig(encoder="target", precision="auto"),
 }
 JUDGES = ("full", "alone", "target")
-JUDGED = BackboneConfig("vit_tiny_patch16_224", 32, 8, width=96, depth=4, heads=3)  # what is trained to judge choices
+# What is trained to judge choices: small, with a queue that the first tenth of a short training fills.
+JUDGED = BackboneConfig("vit_tiny_patch16_224", 32, 8, width=64, depth=2, heads=2)
+JUDGED_OBJECTIVE = MoBYConfig(ALWAYS, queue=1024, hidden=256)
 
 
 class Learner:
     """An objective with its optimizer."""
 
-    def __init__(self, bench: StepBench, backbone: BackboneConfig, negatives: NegativesConfig) -> None:
+    def __init__(self, bench: StepBench, config: MoBYConfig, backbone: BackboneConfig, length: Length) -> None:
         torch.manual_seed(0)
-        objective = build_objective(MoBYConfig(negatives), backbone, LONG)
+        objective = build_objective(config, backbone, length)
         assert isinstance(objective, MoBY)
         self.moby = objective.to(bench.device).train()
         learned = [p for p in self.moby.parameters() if p.requires_grad]
@@ -123,31 +130,33 @@ class Learner:
         self.optimizer.step()
 
 
-def digit_views(bench: StepBench, size: int, step: int) -> Tensor:
-    """[B, N, 3, S, S] of S = `size` pixels: crops of 20 to 100 % of the area of scikit-learn's digits, in varied
-    brightness and contrast."""
-    generator = torch.Generator().manual_seed(step)
-    digits = torch.from_numpy(load_digits(return_X_y=True)[0]).float().view(-1, 8, 8) / 16
-    picked = torch.randint(len(digits), (bench.batch,), generator=generator)
-    images = digits[picked].repeat_interleave(bench.views, 0)[:, None].expand(-1, 3, -1, -1)
-    count = len(images)
+PATCH = 64  # side of the images, pixels
 
-    def between(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(count, *shape, generator=generator)
 
-    side = between(0.2, 1.0).sqrt()
-    theta = torch.zeros(count, 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = side
-    theta[:, :, 2] = between(-1, 1, 2) * (1 - side)[:, None]
-    grid = F.affine_grid(theta, [count, 3, size, size], align_corners=False)
-    views = F.grid_sample(images, grid, align_corners=False)
-    views = (views - 0.5) * between(0.4, 1.6, 3, 1, 1) + between(-0.4, 0.4, 1, 1, 1)
-    return views.unflatten(0, (bench.batch, bench.views)).to(bench.device)
+@cache
+def photographs() -> Tensor:
+    """uint8 [M, 64, 64, 3]: overlapping patches of the two photographs that scikit-learn carries."""
+    images = [torch.tensor(image) for image in load_sample_images().images]
+    rows = [image.unfold(0, PATCH, 8).unfold(1, PATCH, 8) for image in images]
+    return torch.cat([patches.flatten(0, 1) for patches in rows]).permute(0, 2, 3, 1).contiguous()
+
+
+def photograph_views(bench: StepBench, size: int, step: int) -> Tensor:
+    """[B, N, 3, S, S] of S = `size` pixels: views of BYOL's policy of patches of photographs."""
+    images, policy = photographs(), build_policy("byol", size, bench.views)
+    ids_B = np.random.default_rng(step).choice(len(images), bench.batch, replace=False)
+    params = draw(policy, ids_B, np.full(bench.batch, step), 0, np.full((bench.batch, 2), PATCH))
+    crops_BNSS3 = torch.empty(bench.batch, bench.views, size, size, 3, dtype=torch.uint8)
+    for row, number in enumerate(ids_B):
+        crop_views(images[number], params[row], crops_BNSS3[row])
+    views_BN3SS = torch.empty(bench.batch, bench.views, 3, size, size)
+    fused(crops_BNSS3.flatten(0, 1).numpy(), params, views_BN3SS.flatten(0, 1))
+    return views_BN3SS.to(bench.device)
 
 
 def step_times(bench: StepBench) -> dict[str, float]:
     """Median milliseconds of each side's step; the sides take turns."""
-    views_BNCHW = digit_views(bench, bench.size, 0)
+    views_BNCHW = photograph_views(bench, bench.size, 0)
     low = replace(bench.shape, target_precision="auto")  # as the scores, so that the loss uses the target's again
     sides: dict[str, Callable[[], object]] = {}
     for name, backbone, negatives in (
@@ -156,7 +165,7 @@ def step_times(bench: StepBench) -> dict[str, float]:
         ("precise", bench.shape, ALWAYS),
         *((name, low, ALWAYS) for name in JUDGES),
     ):
-        learner = Learner(bench, backbone, negatives)
+        learner = Learner(bench, MoBYConfig(negatives), backbone, LONG)
         selection = replace(SELECTIONS[name], views=bench.views) if name in SELECTIONS else None
         run = learner.obvious_step if name == "obvious" else partial(learner.step, selection=selection)
         sides[name] = partial(run, views_BNCHW)
@@ -173,14 +182,16 @@ def step_times(bench: StepBench) -> dict[str, float]:
 
 
 def choices(bench: StepBench, trained_by: str) -> dict[str, float]:
-    """Agreement and regret of each of JUDGES: means over a training without its first tenth, in which the learning rate
-    rises. It learns from the pairs chosen by `trained_by` of SELECTIONS, or from random ones."""
-    learner = Learner(bench, replace(JUDGED, target_precision="auto"), ALWAYS)
+    """Agreement and regret of each of JUDGES: means over a whole short training without its first tenth. The learning
+    rate rises in that tenth and falls by a cosine after it, the target's momentum goes from 0.99 to 1. It learns from
+    the pairs chosen by `trained_by` of SELECTIONS."""
+    backbone, length = replace(JUDGED, target_precision="auto"), Length(bench.steps, bench.steps)
+    learner = Learner(bench, JUDGED_OBJECTIVE, backbone, length)
     scored = {name: replace(s, views=bench.views) for name, s in SELECTIONS.items()}
     warm = max(1, bench.steps // 10)
     found: dict[str, list[float]] = {}
     for step in range(bench.steps):
-        views_BNCHW = digit_views(bench, JUDGED.image_size, step)
+        views_BNCHW = photograph_views(bench, JUDGED.image_size, step)
         if step >= warm and (step - warm) % bench.audit_every == 0:
             precise_BP = learner.moby.pair_losses((views_BNCHW,), scored["precise"].full).losses_BP
             for name in JUDGES:
@@ -188,8 +199,8 @@ def choices(bench: StepBench, trained_by: str) -> dict[str, float]:
                 for key, value in audit(precise_BP, losses_BP.argmax(1), scored[name]).items():
                     found.setdefault(f"{key.removeprefix('selection/')}_{name}", []).append(float(value))
         for group in learner.optimizer.param_groups:
-            group["lr"] = RATE * min(1.0, (step + 1) / warm)
-        learner.step(views_BNCHW, scored.get(trained_by))
+            group["lr"] = warmup_cosine(step, bench.steps, warm, JUDGED_RATE)
+        learner.step(views_BNCHW, scored[trained_by])
     return {f"{name}_{trained_by}": statistics.fmean(values) for name, values in found.items()}
 
 
@@ -205,7 +216,7 @@ def measure(bench: StepBench) -> dict[str, float | str]:
         "baseline_overhead": times["obvious"] / times["plain"],
     }
     judged: dict[str, float] = {}
-    for trained_by in ("random", *JUDGES) if bench.steps else ():
+    for trained_by in JUDGES if bench.steps else ():
         judged |= choices(bench, trained_by)
     if judged:  # by what each kind of step itself trains on
         ratios |= {"agreement": judged["agreement_full_full"], "regret": judged["regret_full_full"]}
@@ -240,7 +251,7 @@ def main(argv: Sequence[str]) -> None:
 def table(bench: StepBench, figures: dict[str, float | str]) -> Table:
     """A row per kind of step; agreement and regret by what the training learned from."""
     title = f"{bench.backbone}, {(bench.size // bench.patch) ** 2} tokens, depth {bench.depth}, batch {bench.batch}"
-    learned = ("random pairs", "full choice", "its own choice") if "agreement" in figures else ()
+    learned = ("full choice", "its own choice") if "agreement" in figures else ()
     shares = [f"same choice, regret\nlearning from {name}" for name in learned]
     result = Table("step", "ms", "of plain", *shares, title=title)
     texts = {
@@ -253,7 +264,7 @@ def table(bench: StepBench, figures: dict[str, float | str]) -> Table:
     }
     for name, (text, ratio) in texts.items():
         judged = []
-        for trained_by in ("random", "full", name) if learned and name in JUDGES else ():
+        for trained_by in ("full", name) if learned and name in JUDGES else ():
             keys = (f"{what}_{name}_{trained_by}" for what in ("agreement", "regret"))
             judged.append(", ".join(f"{figures[key]:.1%}" for key in keys))
         result.add_row(text, f"{figures[f'{name}_ms']:,.0f}", f"{figures[ratio]:.2f}×" if ratio else "1", *judged)
