@@ -91,8 +91,10 @@ def train(
     *,
     views: int = 4,
     sgd: bool = False,
+    clones: float = 0.0,
 ) -> tuple[float, float, dict[str, float]]:
-    """kNN accuracy before and after, and the last metrics with `image_std`. 256 views a step, by AdamW or by SGD."""
+    """kNN accuracy before and after, and the last metrics with `image_std`. 256 views a step, by AdamW or by SGD;
+    a share of the images are `clones`, the kNN's never."""
     torch.manual_seed(0)
     data, batch = toy(), 256 // views
     objective = build_objective(config, backbone, Length(steps, steps / 10)).train()
@@ -102,7 +104,8 @@ def train(
     before, metrics = knn(objective, data), {}
     for _ in range(steps):
         rows = torch.randint(len(data.labels) // 2, (batch,))
-        crops = (data.views(rows, views),)
+        cloned = torch.rand(batch) < clones if clones else None
+        crops = (data.views(rows, views, cloned_B=cloned),)
         if isinstance(objective, DINO) and objective.config.local_views:
             crops = (*crops, data.views(rows, 2 * objective.config.local_views, SIDE // 2))
         scores = objective.pair_losses(crops, selection)
