@@ -5,7 +5,7 @@ Shape suffixes: B images, N views, P = N(N−1)/2 pairs in lexicographic order, 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
@@ -98,8 +98,13 @@ class SelectionConfig:
     @property
     def full(self) -> "SelectionConfig":
         """The same rule without any of the savings: what `audit` compares with."""
-        without = SelectionConfig(self.views, self.rule, batchnorm=self.batchnorm, cross_policy=self.cross_policy)
-        return replace(without, reuse=False)  # nothing trains on it
+        return SelectionConfig(
+            self.views,
+            self.rule,
+            batchnorm=self.batchnorm,
+            cross_policy=self.cross_policy,
+            reuse=False,  # nothing trains on it
+        )
 
 
 @cache

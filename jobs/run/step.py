@@ -100,7 +100,9 @@ def choose(t: Training, batch: ViewBatch) -> Choice:
     def drawn(purpose: Purpose, count: int) -> np.ndarray:
         return uniform(t.config.seed, batch.epochs_B, batch.ids_B, [0], purpose, count)[:, 0]
 
-    random_B = select(on_device(t, drawn(Purpose.CHOICE, len(pairs(selection.views)))), "random", barred_P)
+    def random_pairs() -> Tensor:
+        return select(on_device(t, drawn(Purpose.CHOICE, len(pairs(selection.views)))), "random", barred_P)
+
     if selection.scores(t.step):
         scores = t.objective.pair_losses(batch.scored, selection)
         best_B = select(scores.losses_BP, selection.rule, barred_P)
@@ -108,11 +110,12 @@ def choose(t: Training, batch: ViewBatch) -> Choice:
         scores, iou_BP = None, pair_iou(batch.params[:, : selection.views])
         best_B = select(on_device(t, iou_BP), "lowest-iou", barred_P)
     else:
+        random_B = random_pairs()
         return Choice(random_B, random_B)
     if selection.share_at_random == 0:
         return Choice(best_B, best_B, scores)
     at_random_B = on_device(t, drawn(Purpose.SHARE, 1)[:, 0] < selection.share_at_random)
-    return Choice(torch.where(at_random_B, random_B, best_B), best_B, scores)
+    return Choice(torch.where(at_random_B, random_pairs(), best_B), best_B, scores)
 
 
 def update(t: Training, loss: float, finite: bool) -> None:
