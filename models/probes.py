@@ -83,7 +83,6 @@ def task_statistics(task: Contrast, count: int = 1024) -> dict[str, Tensor]:
     """What a contrastive task was like, per image: float [B] by name (MoCHi, section 3; figures 2b and 2c).
 
     - `proxy`, `proxy_synthetic`: 1 where the key ranks above all real negatives, above these and all synthetic ones
-    - `alignment`: squared distance of query and key
     - `false_negatives`: share of the `count` most similar negatives that have the query's class
     - `false_components`, `false_pairs`: share of synthetic negatives with such a negative in them, and of mixings of
       two such negatives
@@ -94,7 +93,7 @@ def task_statistics(task: Contrast, count: int = 1024) -> dict[str, Tensor]:
     similarity_BK = similarities(task)
     positive_B = (task.q_BD * task.k_BD).sum(1)
     ranked_B = positive_B > similarity_BK.max(1).values
-    found = {"proxy": ranked_B.float(), "alignment": (task.q_BD - task.k_BD).square().sum(1)}
+    found = {"proxy": ranked_B.float()}
     false_BK = false_negatives(task)
     if false_BK is not None:
         nearest = similarity_BK.topk(min(count, similarity_BK.shape[1]), dim=1)
@@ -138,28 +137,41 @@ def false_negatives(task: Contrast) -> Tensor | None:
     return same_class(task.labels_B, task.negative_labels_K).float().masked_fill(unknown_B[:, None], torch.nan)
 
 
+def by_source(sources_B: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """Suffix → bool [B]: which images it is about, none → all, `/source` → a source's own. `sources_B` holds each
+    image's index into `names`."""
+    return {"": sources_B >= 0} | {f"/{name}": sources_B == number for number, name in enumerate(names)}
+
+
+@torch.no_grad()
+def positives_report(
+    pairs: Sequence[tuple[Tensor, Tensor]], sources_B: Tensor, names: Sequence[str]
+) -> dict[str, Tensor]:
+    """`alignment` of positive pairs and `uniformity` of their first members, means over `pairs`, which are embeddings
+    [B, D] of the same images; over all images and for each source under `name/source`, where it has two or more."""
+    found = {}
+    for suffix, own_B in by_source(sources_B, names).items():
+        if own_B.sum() > 1:
+            own = [(first_BD[own_B], second_BD[own_B]) for first_BD, second_BD in pairs]
+            found["alignment" + suffix] = torch.stack([alignment(*pair) for pair in own]).mean()
+            found["uniformity" + suffix] = torch.stack([uniformity(first_BD) for first_BD, _ in own]).mean()
+    return found
+
+
 @torch.no_grad()
 def contrast_report(
-    tasks: Sequence[Contrast], sources_B: Tensor | None = None, names: Sequence[str] = ()
+    tasks: Sequence[Contrast], sources_B: Tensor, names: Sequence[str]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Scalars and curves of a step's contrastive tasks, means over tasks: `task_statistics`, `uniformity` and the
-    curve `matching_probabilities`; where sources are given, besides for each source under `name/source`.
-
-    `sources_B` holds each image's index into `names`. Scalars that nothing is known about are NaN.
-    """
-    groups: dict[str, Tensor | None] = {"": None}
-    if sources_B is not None:
-        groups |= {f"/{name}": sources_B == number for number, name in enumerate(names)}
+    """Scalars and curves of a step's contrastive tasks, means over tasks: `task_statistics` and the curve
+    `matching_probabilities`, over all images and for each source under `name/source`. Scalars that nothing is known
+    about are NaN."""
     scalars: dict[str, list[Tensor]] = {}
     curves: dict[str, list[Tensor]] = {}
     for task in tasks:
         statistics, probabilities_BM = task_statistics(task), matching_probabilities(task)
-        for suffix, own_B in groups.items():
-            rows = slice(None) if own_B is None else own_B
+        for suffix, own_B in by_source(sources_B, names).items():
             for name, values_B in statistics.items():
-                scalars.setdefault(name + suffix, []).append(values_B[rows].nanmean())
-            if len(task.q_BD[rows]) > 1:
-                scalars.setdefault("uniformity" + suffix, []).append(uniformity(task.q_BD[rows]))
-            curves.setdefault("matching_probabilities" + suffix, []).append(probabilities_BM[rows].mean(0))
+                scalars.setdefault(name + suffix, []).append(values_B[own_B].nanmean())
+            curves.setdefault("matching_probabilities" + suffix, []).append(probabilities_BM[own_B].mean(0))
     means = {name: torch.stack(values).mean() for name, values in scalars.items()}
     return means, {name: torch.stack(values).mean(0) for name, values in curves.items()}

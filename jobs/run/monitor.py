@@ -2,7 +2,7 @@
 
 Figures of losses, choices and contrastive tasks in `train/` and `selection/` are means over the images of all ranks and
 all steps since the last line (what the objective itself reports: of the newest step). `health/` is about the newest
-step's features of all ranks, `contrast/`, `grad/`, `time/` and `system/` about the leading rank.
+step's features and embeddings of all ranks, `contrast/`, `grad/`, `time/` and `system/` about the leading rank.
 
 Shape suffixes: B images of this rank, M rows of the memory bank, D width, P pairs, C classes.
 """
@@ -32,7 +32,7 @@ from jobs.run.world import World
 from models.backbones import feature_width
 from models.distributed import gather
 from models.objectives import Objective
-from models.probes import contrast_report, feature_std, rankme
+from models.probes import by_source, contrast_report, feature_std, positives_report, rankme
 from pipelines.batch import ViewBatch
 from pipelines.params import pair_iou
 
@@ -64,7 +64,7 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def score(self, ids_B: Tensor, features_BD: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
-        """How many labelled images their neighbours in the bank classify rightly, and how many have any there."""
+        """bool [B] each: which labelled images their neighbours in the bank classify rightly, which have any there."""
         similarity_BM = (self._unit(features_BD) @ self.features_MD.T).float()
         similarity_BM.masked_fill_(self.labels_M < 0, -torch.inf)
         own_B1 = (ids_B % len(self.labels_M))[:, None]
@@ -75,7 +75,7 @@ class MemoryBank(nn.Module):
         votes_BC.scatter_add_(1, voters, (top.values / TEMPERATURE).exp())
         counted_B = (labels_B >= 0) & torch.isfinite(top.values[:, 0])
         right_B = (votes_BC.argmax(1) == labels_B) & counted_B
-        return right_B.sum(), counted_B.sum()
+        return right_B, counted_B
 
     @torch.no_grad()
     def update(self, ids_B: Tensor, features_BD: Tensor, labels_B: Tensor) -> None:
@@ -101,7 +101,7 @@ class Monitor:
         self._sums: dict[str, tuple[Total, Total]] = {}
 
     def watches(self, step: int) -> bool:
-        """Whether the contrastive tasks of step number `step` (from 1) are analysed."""
+        """Whether features, embeddings and contrastive tasks of step number `step` (from 1) are analysed."""
         return bool(self.config.monitor.health_every) and step % self.config.monitor.health_every == 0
 
     def after_step(self, t: Training, batch: ViewBatch, result: StepResult) -> None:
@@ -150,7 +150,9 @@ class Monitor:
         ids, labels = (torch.from_numpy(v.astype(np.int64)).to(device, non_blocking=True) for v in rows)
         gathered = (gather(ids), gather(features_BD), gather(labels))
         if due:
-            self._add("monitor/bank_knn", *bank.score(*gathered))
+            right_B, counted_B = bank.score(*gathered)
+            for suffix, own_B in by_source(gather(sources(batch, device)), t.data.sources).items():
+                self._add(f"monitor/bank_knn{suffix}", (right_B & own_B).sum(), (counted_B & own_B).sum())
         bank.update(*gathered)
 
     def _means(self) -> dict[str, float]:
@@ -179,19 +181,25 @@ class Monitor:
             self.loggers.log(t.step, scalars)
 
     def _write_health(self, t: Training, batch: ViewBatch, norm: float) -> None:
-        """Gradient norms before clipping, the spread of the features, and what the contrastive tasks were like."""
-        features_BD, curves = t.objective.seen_features_BD, {}
+        """Gradient norms before clipping, the spread of the features, alignment and uniformity of the embeddings that
+        the loss compared, and what the contrastive tasks were like."""
+        objective, names = t.objective, t.data.sources
         clip = t.config.optimizer.clip_norm
         clipped = norm / clip if 0 < clip < norm else 1.0
-        scalars = {f"grad/{layer}": clipped * float(own) for layer, own in gradient_norms(t.objective).items()}
-        if features_BD is not None:
-            sources_B = torch.from_numpy(batch.sources_B.astype(np.int64)).to(features_BD.device)
-            scalars |= feature_health(gather(features_BD), gather(sources_B), t.data.sources)
-            if self.loggers is not None and t.objective.contrasts:
-                last_B = sources_B[-len(t.objective.contrasts[0].q_BD) :]  # with gradient accumulation, the last part
-                means, curves = contrast_report(t.objective.contrasts, last_B, t.data.sources)
-                scalars |= {f"contrast/{name}": float(value) for name, value in means.items() if not value.isnan()}
-        t.objective.contrasts.clear()
+        scalars = {f"grad/{layer}": clipped * float(own) for layer, own in gradient_norms(objective).items()}
+        sources_B, curves = sources(batch, self.world.device), {}
+        if objective.seen_features_BD is not None:
+            scalars |= feature_health(gather(objective.seen_features_BD), gather(sources_B), names)
+        if objective.positives:
+            pairs = [(gather(first_BD), gather(second_BD)) for first_BD, second_BD in objective.positives]
+            # With gradient accumulation, these and the tasks are of the last part.
+            last_B = sources_B[-len(objective.positives[0][0]) :]
+            scalars |= prefixed("health", positives_report(pairs, gather(last_B), names))
+            if self.loggers is not None and objective.contrasts:
+                means, curves = contrast_report(objective.contrasts, last_B, names)
+                scalars |= prefixed("contrast", means)
+        objective.positives.clear()
+        objective.contrasts.clear()
         if self.loggers is not None:
             self.loggers.log(t.step, scalars)
             write_curves(t.folder.curves, t.step, curves)
@@ -230,40 +238,44 @@ def note(scalars: dict[str, float]) -> str:
 
 
 def choice_statistics(t: Training, batch: ViewBatch, result: StepResult) -> dict[str, tuple[float, int]]:
-    """Sum and count over images of: whether the pair of least overlap was chosen, the chosen pair's overlap; per source
-    besides the chosen pair's loss, and what it is above the mean pair's."""
+    """Sum and count over images, all and of each source, of: whether the pair of least overlap was chosen, the chosen
+    pair's overlap, its loss, and what that is above the mean pair's."""
     views = t.config.selection.views
     if views == 2:
         return {}
     iou_BP = pair_iou(batch.params[:, :views])
     rows = np.arange(len(result.choice_B))
     chosen_iou_B = iou_BP[rows, result.choice_B]
-    lowest_B = chosen_iou_B <= iou_BP.min(1)
-    everyone = np.ones(len(rows), np.bool_)
-    found = {"selection/lowest_iou_share": summed(lowest_B, everyone)}
-    found["selection/chosen_iou"] = summed(chosen_iou_B, everyone)
-    for number, source in enumerate(t.data.sources):
-        own_B = batch.sources_B == number
-        found[f"selection/lowest_iou_share/{source}"] = summed(lowest_B, own_B)
-        if result.losses_BP is not None:
-            chosen_B, mean_B = result.losses_BP[rows, result.choice_B], result.losses_BP.mean(1)
-            found[f"selection/chosen_loss/{source}"] = summed(chosen_B, own_B)
-            found[f"selection/gain/{source}"] = summed(chosen_B - mean_B, own_B)
-    return found
+    values = {"lowest_iou_share": chosen_iou_B <= iou_BP.min(1), "chosen_iou": chosen_iou_B}
+    if result.losses_BP is not None:
+        chosen_loss_B = result.losses_BP[rows, result.choice_B]
+        values |= {"chosen_loss": chosen_loss_B, "gain": chosen_loss_B - result.losses_BP.mean(1)}
+    groups = {"": np.ones(len(rows), np.bool_)}
+    groups |= {f"/{source}": batch.sources_B == number for number, source in enumerate(t.data.sources)}
+    return {
+        f"selection/{name}{suffix}": (float(values_B[own_B].sum()), int(own_B.sum()))
+        for name, values_B in values.items()
+        for suffix, own_B in groups.items()
+    }
 
 
-def summed(values_B: np.ndarray, own_B: np.ndarray) -> tuple[float, int]:
-    """Sum and count of the values that `own_B` marks."""
-    return float(values_B[own_B].sum()), int(own_B.sum())
+def sources(batch: ViewBatch, device: torch.device) -> Tensor:
+    """int64 [B]: each image's source."""
+    return torch.from_numpy(batch.sources_B.astype(np.int64)).to(device, non_blocking=True)
+
+
+def prefixed(group: str, scalars: dict[str, Tensor]) -> dict[str, float]:
+    """The scalars on the host, under `group/name`, without those that nothing is known about."""
+    return {f"{group}/{name}": float(value) for name, value in scalars.items() if not value.isnan()}
 
 
 def feature_health(features_BD: Tensor, sources_B: Tensor, names: Sequence[str]) -> dict[str, float]:
     """Standard deviation and RankMe of features, over all and by source; nothing where they are not finite."""
     if not bool(torch.isfinite(features_BD).all()):
         return {}
-    groups = {"": features_BD} | {f"/{name}": features_BD[sources_B == n] for n, name in enumerate(names)}
     scalars = {}
-    for suffix, rows_BD in groups.items():
+    for suffix, own_B in by_source(sources_B, names).items():
+        rows_BD = features_BD[own_B]
         if len(rows_BD) > 1:
             scalars[f"health/feature_std{suffix}"] = float(feature_std(rows_BD))
             scalars[f"health/rankme{suffix}"] = float(rankme(rows_BD))

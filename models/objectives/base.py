@@ -129,10 +129,11 @@ class Objective(nn.Module):
         self.target = None
         self.length = length
         self.step = 0
-        # What monitors look at after a step: features of the images it trained on and, while `watching` is set, the
-        # contrastive tasks of the newest loss, for models.probes.
+        # What monitors look at after a step: features of the images it trained on and, while `watching` is set, of the
+        # newest loss the embeddings that it compares and its contrastive tasks, for models.probes.
         self.seen_features_BD: Tensor | None = None
         self.watching = False
+        self.positives: list[tuple[Tensor, Tensor]] = []
         self.contrasts: list[Contrast] = []
 
     @property
@@ -260,6 +261,11 @@ class Objective(nn.Module):
     def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
         """Scalar loss with its graph, and scalar metrics. What a subclass defines."""
         raise TypeError(f"{type(self).__name__} defines no loss")
+
+    def keep_positives(self, *pairs: tuple[Tensor, Tensor]) -> None:
+        """While watched, remembers the pairs of embeddings [B, D] of the same images whose directions a loss draws
+        together, both ways: first views with second ones, second with first. Else forgets the last ones."""
+        self.positives = [(a_BD.detach(), b_BD.detach()) for a_BD, b_BD in pairs] if self.watching else []
 
     def after_step(self) -> None:
         """To be called after each optimizer step."""

@@ -58,5 +58,6 @@ class BYOL(MomentumObjective):
         with torch.no_grad():
             k1, k2 = self.keys(chosen)
         self.seen_features_BD = features1.detach()
+        self.keep_positives((q1, k2), (q2, k1))
         cosine1, cosine2 = (q1 * k2).sum(1).mean(), (q2 * k1).sum(1).mean()
         return 4 - 2 * cosine1 - 2 * cosine2, {"cosine": (cosine1 + cosine2).detach() / 2}

@@ -188,35 +188,39 @@ class DINO(Objective):
         return Chosen((pair, crops[1][rows_B1, local_BL]), features, views_BM=views_BM)
 
     def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
-        teacher_B2K = self.targets(chosen)
-        # The global views come last, so that monitors see their features.
-        parts = [self.against(teacher_B2K, crops) for crops in reversed(chosen.crops)]
-        cross_B2V = torch.cat(parts[::-1], 2)
+        teacher_B2K, keys_B2D = self.targets(chosen)
+        globals_B2CHW, *locals_ = chosen.crops
+        parts = [self.against(teacher_B2K, crops) for crops in locals_]
+        parts.insert(0, self.against(teacher_B2K, globals_B2CHW, keys_B2D))
+        cross_B2V = torch.cat(parts, 2)
         return pair_loss(cross_B2V).mean(), {"teacher_entropy": entropy(teacher_B2K)}
 
     @torch.no_grad()
-    def targets(self, chosen: Chosen) -> Tensor:
-        """[B, 2, K]: distributions that the target makes of the global views; their outputs go into the centre."""
+    def targets(self, chosen: Chosen) -> tuple[Tensor, Tensor]:
+        """Of the global views, distributions [B, 2, K] that the target makes of them, whose outputs go into the centre,
+        and its embeddings [B, 2, D] before the last layer."""
         globals_B2CHW = chosen.crops[0]
         features_B2D = chosen.features_B2D
         if features_B2D is None:
             features_B2D = self.target.features(globals_B2CHW.flatten(0, 1)).unflatten(0, globals_B2CHW.shape[:2])
-        outputs_B2K = self.target.head(features_B2D)
+        head = head_of(self.target)
+        keys_B2D = head.bottleneck(features_B2D)
+        outputs_B2K = keys_B2D @ head.last().T
         self._pending.append(outputs_B2K.float().mean((0, 1)))
-        return self.teach(outputs_B2K)
+        return self.teach(outputs_B2K), keys_B2D
 
-    def against(self, teacher_B2K: Tensor, crops_BnCHW: Tensor) -> Tensor:
-        """[B, 2, n]: cross entropies of the targets with what the online encoder predicts for a group of views."""
-        self._freeze()
-        features = self.online.features(crops_BnCHW.flatten(0, 1))
-        self.seen_features_BD = features.unflatten(0, crops_BnCHW.shape[:2])[:, 0].detach()
-        predicted_BnK = self.predict(self.online.head(features)).unflatten(0, crops_BnCHW.shape[:2])
-        return cross_entropies(teacher_B2K, predicted_BnK)
-
-    def _freeze(self) -> None:
-        head = self.online.projector
-        assert isinstance(head, DINOHead)
+    def against(self, teacher_B2K: Tensor, crops_BnCHW: Tensor, keys_B2D: Tensor | None = None) -> Tensor:
+        """[B, 2, n]: cross entropies of the targets with what the online encoder predicts for a group of views. Where
+        these are the global ones, `keys_B2D` are their target embeddings, for monitors."""
+        head, shape = head_of(self.online), crops_BnCHW.shape[:2]
         head.frozen = self.epoch < self.config.freeze_epochs
+        features = self.online.features(crops_BnCHW.flatten(0, 1))
+        embedded = head.bottleneck(features)
+        if keys_B2D is not None:
+            self.seen_features_BD = features.unflatten(0, shape)[:, 0].detach()
+            (q1, q2), (k1, k2) = embedded.unflatten(0, shape).unbind(1), keys_B2D.unbind(1)
+            self.keep_positives((q1, k2), (q2, k1))
+        return cross_entropies(teacher_B2K, self.predict(embedded @ head.last().T).unflatten(0, shape))
 
     def after_step(self) -> None:
         """Moves target and centre."""
@@ -229,6 +233,12 @@ class DINO(Objective):
     def skip_step(self) -> None:
         self._pending.clear()
         super().skip_step()
+
+
+def head_of(encoder: Encoder) -> DINOHead:
+    """The encoder's head, which has no predictor behind it."""
+    assert isinstance(encoder.projector, DINOHead) and encoder.predictor is None
+    return encoder.projector
 
 
 def entropy(distributions: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from models.backbones import BackboneConfig
 from models.distributed import gather
 from models.objectives.base import Chosen, Length, Metrics
-from models.objectives.dino import DINO, DINOConfig, DINOHead, entropy, pair_loss
+from models.objectives.dino import DINO, DINOConfig, entropy, head_of, pair_loss
 from models.selection import SelectionConfig
 
 
@@ -144,11 +144,11 @@ class IBOT(DINO):
         device = globals_B2CHW.device
         masked_M, weight_M = (x.to(device, non_blocking=True) for x in (masked_M, weight_M))
         with self._target_tap.noting():
-            teacher_B2K = self.targets(chosen)
+            teacher_B2K, keys_B2D = self.targets(chosen)
             taught_MK = self.patch_targets(self._target_tap.patches, masked_M)
         parts = [self.against(teacher_B2K, crops) for crops in locals_]
         with self._online_tap.noting(mask_VHW.to(device, non_blocking=True)):
-            parts.insert(0, self.against(teacher_B2K, globals_B2CHW))
+            parts.insert(0, self.against(teacher_B2K, globals_B2CHW, keys_B2D))
             patches_MD = self._online_tap.patches.flatten(0, 1)[masked_M]
         predicted_MK = self.predict(self.online.projector(patches_MD))
         # A view's masked patches count as one, and a view without any as nothing (equation 2 there).
@@ -168,8 +168,7 @@ class IBOT(DINO):
     @torch.no_grad()
     def patch_targets(self, patches_VTD: Tensor, masked_M: Tensor) -> Tensor:
         """[M, K]: what the target makes of the masked patches; the outputs of all patches go into the centre."""
-        head = self.target.projector
-        assert isinstance(head, DINOHead)
+        head = head_of(self.target)
         bottleneck = head.bottleneck(patches_VTD.flatten(0, 1))
         last_KD = head.last()
         # The last layer is linear: the mean of its outputs is its output for the mean.

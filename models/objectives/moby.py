@@ -82,6 +82,7 @@ class MoBY(MomentumObjective):
             k1, k2 = self.keys(chosen)
         tasks = [self._task(q1, k2, self.queue2, labels_B), self._task(q2, k1, self.queue1, labels_B)]
         self.contrasts = [task.detached() for task in tasks] if self.watching else []
+        self.keep_positives((q1, k2), (q2, k1))
         self.keep_keys(k1, k2, labels_B)
         self.seen_features_BD = features1.detach()
         return learn(tasks)

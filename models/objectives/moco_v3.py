@@ -73,6 +73,7 @@ class MoCoV3(MomentumObjective):
             k1, k2 = self.keys(chosen)
         tasks = [self._task(q1, k2, labels_B), self._task(q2, k1, labels_B)]
         self.contrasts = [task.detached() for task in tasks] if self.watching else []
+        self.keep_positives((q1, k2), (q2, k1))
         self.seen_features_BD = features1.detach()
         loss, metrics = learn(tasks)
         return 2 * self.config.temperature * loss, metrics

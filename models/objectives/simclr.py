@@ -67,6 +67,7 @@ class SimCLR(Objective):
         all1, all2 = gather_with_gradient(z1), gather_with_gradient(z2)
         tasks = [self._task(z1, z2, [all2, all1], labels_B), self._task(z2, z1, [all1, all2], labels_B)]
         self.contrasts = [task.detached() for task in tasks] if self.watching else []
+        self.keep_positives((z1, z2), (z2, z1))
         self.seen_features_BD = features1.detach()
         loss, metrics = learn(tasks)
         return loss / 2, metrics | {"cosine": (z1 * z2).sum(1).mean().detach()}

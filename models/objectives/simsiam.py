@@ -52,6 +52,7 @@ class SimSiam(Objective):
         z1, z2 = self.online.projector(features1), self.online.projector(features2)
         p1, p2 = self.online.predict(z1), self.online.predict(z2)
         self.seen_features_BD = features1.detach()
+        self.keep_positives((p1, z2), (p2, z1))
         cosine = ((unit(p1) * unit(z2.detach())).sum(1) + (unit(p2) * unit(z1.detach())).sum(1)).mean() / 2
         # 1/√D where embeddings are spread, 0 where they have collapsed (SimSiam, figure 2)
         spread = unit(z1.detach()).std(0).mean()

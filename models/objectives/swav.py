@@ -94,9 +94,11 @@ class SwAV(Objective):
 
     def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
         features1, features2 = self.pair_features(chosen)
-        s1, s2 = self.scores(self.online.head(features1)), self.scores(self.online.head(features2))
+        z1, z2 = self.online.head(features1), self.online.head(features2)
+        s1, s2 = self.scores(z1), self.scores(z2)
         c1, c2 = self.codes(s1), self.codes(s2)
         self.seen_features_BD = features1.detach()
+        self.keep_positives((z1, z2), (z2, z1))
         temperature = self.config.temperature
         loss1 = -(c1 * (s2 / temperature).log_softmax(1)).sum(1).mean()
         loss2 = -(c2 * (s1 / temperature).log_softmax(1)).sum(1).mean()

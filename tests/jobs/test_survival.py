@@ -198,9 +198,11 @@ def test_many_ranks_do_what_one_does_and_a_run_goes_on_at_another_world_size(
 
 def same_curves(first: Path, second: Path) -> None:
     """The same metrics at the same steps, to float tolerance."""
-    lines = [[e for e in read_metrics(run / "metrics.jsonl") if "train/loss" in e] for run in (first, second)]
-    for name in ("train/loss", "train/grad_norm", "train/proxy", "monitor/bank_knn", "selection/gain/real"):
-        wanted, found = ([entry.get(name, np.nan) for entry in entries] for entries in lines)
+    lines = [read_metrics(run / "metrics.jsonl") for run in (first, second)]
+    analysed = ("health/rankme", "health/alignment", "health/uniformity/synthetic")
+    for name in ("train/loss", "train/grad_norm", "train/proxy", "monitor/bank_knn", "selection/gain/real", *analysed):
+        wanted, found = ([entry[name] for entry in entries if name in entry] for entries in lines)
+        assert found
         np.testing.assert_allclose(found, wanted, rtol=2e-2 if name == "selection/gain/real" else 2e-3, err_msg=name)
 
 

@@ -15,14 +15,19 @@ from torch.distributed.run import get_args_parser
 
 from jobs.benches import run as bench_run
 from jobs.pretrain import pretrain
+from jobs.run import monitor
 from jobs.run.config import PretrainConfig
+from jobs.run.folder import RunFolder
 from jobs.run.health import forward_flops
+from jobs.run.log import open_log
 from jobs.run.metrics import read_metrics
 from jobs.run.monitor import MemoryBank, feature_health
 from jobs.run.training import make_objective
 from models.backbones import BackboneConfig, build_backbone
 from models.objectives import Length
 from models.objectives.base import Chosen
+from models.probes import positives_report
+from pipelines.params import ViewParams, pairs
 from shards.errors import InputError
 
 
@@ -111,23 +116,85 @@ def test_health_is_told_by_source_and_features_that_are_not_finite_do_not_stop_a
 def test_the_bank_votes_by_class_and_never_for_itself() -> None:
     bank, ids_B, labels_B = MemoryBank(8, 2, 2), torch.arange(4), torch.tensor([0, 0, 1, 1])
     features_BD = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
-    assert [int(n) for n in bank.score(ids_B, features_BD, labels_B)] == [0, 0]  # nobody is in it
+
+    def scored() -> list[list[bool]]:
+        return [found_B.tolist() for found_B in bank.score(ids_B, features_BD, labels_B)]
+
+    assert scored() == [[False] * 4] * 2  # nobody is in it
     bank.update(ids_B[:1], features_BD[:1], labels_B[:1])
-    assert [int(n) for n in bank.score(ids_B, features_BD, labels_B)] == [1, 3]
+    assert scored() == [[False, True, False, False], [False, True, True, True]]
     bank.update(ids_B, features_BD, labels_B)
-    assert [int(n) for n in bank.score(ids_B, features_BD, labels_B)] == [4, 4]
+    assert scored() == [[True] * 4] * 2
 
 
 def test_contrastive_tasks_are_analysed_on_health_steps(tiny: PretrainConfig, tmp_path: Path) -> None:
     pretrain(tiny, tmp_path / "run")
     lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "contrast/proxy" in line]
     assert [line["step"] for line in lines] == [3, 6]
-    names = {f"contrast/{name}" for name in ("proxy", "proxy_synthetic", "alignment", "uniformity", "false_negatives")}
-    assert names | {"contrast/proxy/real", "contrast/alignment/synthetic"} <= lines[-1].keys()
+    names = {f"contrast/{name}" for name in ("proxy", "proxy_synthetic", "false_negatives")}
+    assert names | {"contrast/proxy/real", "contrast/false_negatives/synthetic"} <= lines[-1].keys()
     assert lines[-1]["contrast/proxy_synthetic"] <= lines[-1]["contrast/proxy"]
     curve = read_metrics(tmp_path / "run" / "curves.jsonl")[-1]["matching_probabilities"]
     assert curve["rank"][0] == 1 and curve["rank"][-1] == 50  # the queue's length
     assert curve["value"] == sorted(curve["value"], reverse=True) and 0 < sum(curve["value"]) <= 1
+
+
+def overlap(params: ViewParams, image: int, a: int, b: int) -> float:
+    """Intersection over union of two crop boxes of an image."""
+    first, second = (
+        {
+            (y, x)
+            for y in range(params.top[image, view], params.top[image, view] + params.height[image, view])
+            for x in range(params.left[image, view], params.left[image, view] + params.width[image, view])
+        }
+        for view in (a, b)
+    )
+    return len(first & second) / len(first | second)
+
+
+def test_choices_are_told_by_source_as_the_log_has_them(tiny: PretrainConfig, tmp_path: Path) -> None:
+    pretrain(replace(tiny, steps=2), tmp_path / "run")  # its only line is about both steps
+    (line,) = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "selection/chosen_iou" in line]
+    (log,) = open_log(RunFolder(tmp_path / "run").log).chunks(1000)
+    wanted: dict[str, list[float]] = {}
+    for image, (choice, source) in enumerate(zip(log.choice_B, log.sources_B, strict=True)):
+        ious = [overlap(log.params, image, a, b) for a, b in pairs(4)]
+        losses = log.losses_BP[image]
+        found = {
+            "chosen_iou": ious[choice],
+            "lowest_iou_share": float(ious[choice] == min(ious)),
+            "chosen_loss": losses[choice],
+            "gain": losses[choice] - losses.mean(),
+        }
+        for name, value in found.items():
+            for suffix in ("", ("/real", "/synthetic")[source]):
+                wanted.setdefault(f"selection/{name}{suffix}", []).append(value)
+    assert len(wanted) == 4 * 3 and len(wanted["selection/chosen_iou"]) == 32
+    for name, values in wanted.items():
+        assert line[name] == pytest.approx(np.mean(values), rel=1e-4), name
+
+
+def test_embeddings_of_the_last_part_are_told_by_its_own_sources(
+    tiny: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def noted(pairs_, sources_B, names):
+        seen.append((len(pairs_[0][0]), sources_B.tolist()))
+        return positives_report(pairs_, sources_B, names)
+
+    monkeypatch.setattr(monitor, "positives_report", noted)
+    pretrain(replace(tiny, steps=3, accumulate=2), tmp_path / "run")
+    log = list(open_log(RunFolder(tmp_path / "run").log).chunks(1000))
+    assert seen == [(8, np.concatenate([part.sources_B for part in log])[-8:].tolist())]
+
+
+def test_the_bank_is_told_by_source(tiny: PretrainConfig, tmp_path: Path) -> None:
+    pretrain(replace(tiny, steps=4), tmp_path / "run")
+    line = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "train/loss" in line][-1]
+    # A quarter of the 16 images is synthetic, and all have neighbours by then.
+    real, synthetic = line["monitor/bank_knn/real"], line["monitor/bank_knn/synthetic"]
+    assert real != synthetic and line["monitor/bank_knn"] == pytest.approx((12 * real + 4 * synthetic) / 16)
 
 
 def test_the_run_benchmark_tells_what_watching_adds(monkeypatch: pytest.MonkeyPatch) -> None:

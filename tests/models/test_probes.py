@@ -1,5 +1,6 @@
 """Probes of features and of contrastive tasks against loops and known cases."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -13,12 +14,14 @@ from models.probes import (
     contrast_report,
     feature_std,
     matching_probabilities,
+    positives_report,
     rankme,
     task_statistics,
     uniformity,
     weighted_knn,
 )
 
+from .objective_cases import CONFIGS, built, crops_for
 from .toys import SIX, unit_rows
 
 
@@ -135,11 +138,79 @@ def test_report_by_source():
     sources = torch.tensor([0, 0, 1, 0, 1, 1])
     one, other = task(), task()
     scalars, curves = contrast_report([one, other], sources, ("real", "synthetic"))
-    values = [task_statistics(t)["alignment"][sources == 1].mean() for t in (one, other)]
-    torch.testing.assert_close(scalars["alignment/synthetic"], torch.stack(values).mean())
-    torch.testing.assert_close(
-        scalars["uniformity/real"], (uniformity(one.q_BD[sources == 0]) + uniformity(other.q_BD[sources == 0])) / 2
-    )
-    assert curves["matching_probabilities/real"].shape == (30,)
-    assert set(contrast_report([one])[0]) == {n for n in scalars if "/" not in n}
+    for name, own in {"proxy": slice(None), "proxy/real": sources == 0, "proxy/synthetic": sources == 1}.items():
+        values = [task_statistics(t)["proxy"][own].mean() for t in (one, other)]
+        torch.testing.assert_close(scalars[name], torch.stack(values).mean())
+    wanted = matching_probabilities(one)[sources == 0].mean(0) + matching_probabilities(other)[sources == 0].mean(0)
+    torch.testing.assert_close(curves["matching_probabilities/real"], wanted / 2)
     assert not scalars["false_negatives/synthetic"].isnan()  # an unknown class does not make the mean unknown
+
+
+def compared(name, objective, x1, x2):
+    """Pairs of embeddings that the paper's loss compares, in both directions."""
+    if name == "simsiam":
+        z1, z2 = (objective.online.projector(objective.online.backbone(x)) for x in (x1, x2))
+        return (objective.online.predictor(z1), z2), (objective.online.predictor(z2), z1)
+    if name in ("simclr", "swav"):
+        z1, z2 = objective.online(x1), objective.online(x2)
+        return (z1, z2), (z2, z1)
+    if name in ("dino", "ibot"):  # what the head makes unit rows of, before its last layer
+        q1, q2 = (objective.online.projector.layers(objective.online.backbone(x)) for x in (x1, x2))
+        k1, k2 = (objective.target.projector.layers(objective.target.backbone(x)) for x in (x1, x2))
+    else:
+        q1, q2, k1, k2 = (encoder(x) for encoder in (objective.online, objective.target) for x in (x1, x2))
+    return (q1, k2), (q2, k1)
+
+
+def on_sphere(row):
+    return row / row.square().sum().sqrt()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_alignment_and_uniformity_of_what_an_objective_compares(name):
+    """Wang & Isola (2020), equations 1 and 2 with their α = 2 and t = 2, pair by pair; in all and by source."""
+    objective = built(name, **({"mask_probability": 0.0} if name == "ibot" else {}))
+    chosen = objective.take(crops_for(name, batch=6), torch.zeros(6, dtype=torch.int64), None)
+    with torch.no_grad():
+        pairs = compared(name, objective, *chosen.crops[0].unbind(1))
+    objective.loss(chosen)
+    assert objective.positives == []
+    objective.watching = True
+    objective.loss(chosen)[0].backward()
+    assert all(not rows.requires_grad for pair in objective.positives for rows in pair)
+    sources = torch.tensor([0, 1, 0, 0, 1, 2])  # of the last source, one image is too few
+    found = positives_report(objective.positives, sources, ("real", "synthetic", "rare"))
+    images = {"": range(6), "/real": (0, 2, 3), "/synthetic": (1, 4)}
+    assert found.keys() == {f"{kind}{suffix}" for kind in ("alignment", "uniformity") for suffix in images}
+    for suffix, own in images.items():
+        distances, potentials = [], []
+        for first, second in pairs:
+            distances += [(on_sphere(first[i]) - on_sphere(second[i])).square().sum() for i in own]
+            kernel = [
+                (-2 * (on_sphere(first[i]) - on_sphere(first[j])).square().sum()).exp()
+                for i in own
+                for j in own
+                if i < j
+            ]
+            potentials.append(torch.stack(kernel).mean().log())
+        torch.testing.assert_close(found[f"alignment{suffix}"], torch.stack(distances).mean(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[f"uniformity{suffix}"], torch.stack(potentials).mean(), rtol=1e-4, atol=1e-5)
+    objective.watching = False
+    objective.loss(chosen)
+    assert objective.positives == []
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_watching_changes_nothing_that_is_learned(name):
+    objective = built(name)
+    other, chosen = copy.deepcopy(objective), objective.take(crops_for(name), torch.zeros(5, dtype=torch.int64), None)
+    other.watching = True
+    for one in (objective, other):
+        torch.manual_seed(1)
+        one.loss(chosen)[0].backward()
+        one.after_step()
+    for p, q in zip(objective.parameters(), other.parameters(), strict=True):
+        assert (p.grad is None and q.grad is None) or torch.equal(p.grad, q.grad)
+    one, two = objective.state_dict(), other.state_dict()
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[n], two[n]) for n in one if torch.is_tensor(one[n]))
