@@ -1,5 +1,6 @@
 """Work in pieces: training stops with a checkpoint before a time is up, and whatever still runs is given up then."""
 
+import math
 import os
 import signal
 import threading
@@ -9,15 +10,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-TO_STOP_S = 60.0  # for a step, a checkpoint and the closing of files; at most a fifth of the time
-TO_LEAVE_S = 20.0  # for table, picture and the end of the process; at most a twentieth of the time
+TO_STOP_S = 60.0  # for a step, a checkpoint and the closing of files; at most half of the time
+# For table, picture and the end of the process, which take some 6 s of a core (loading matplotlib and taking down the
+# interpreter are most of it), so several times that where others work on it too; at most a quarter of the time.
+TO_LEAVE_S = 20.0
+EVERY_S = 0.1  # between looks at the clock
 
 
-@dataclass
+@dataclass(frozen=True)
 class TimeLimit:
-    """Whether it is time to stop; `over` means that nothing new should begin."""
+    """When it is time to stop (seconds of CLOCK_BOOTTIME)."""
 
-    over: bool = False
+    to_stop: float = math.inf
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing new should begin."""
+        return now() >= self.to_stop
 
 
 @contextmanager
@@ -28,34 +37,33 @@ def time_limit(minutes: float, began: float) -> Iterator[TimeLimit]:
     gives up what has not stopped, such as an evaluation: as a KeyboardInterrupt with `over` set. Nothing is lost but
     time, because a run is the same however often it is stopped.
     """
-    limit = TimeLimit()
     if not minutes:
-        yield limit
+        yield TimeLimit()
         return
     idle = signal.getsignal(signal.SIGTERM)
     whole = 60 * minutes
-    left = whole - (now() - began)
+    end = began + whole
+    limit, to_leave = TimeLimit(end - min(TO_STOP_S, whole / 2)), end - min(TO_LEAVE_S, whole / 4)
+    left = threading.Event()
 
-    def stop() -> None:
-        limit.over = True
-        if signal.getsignal(signal.SIGTERM) is not idle:  # training listens
-            os.kill(os.getpid(), signal.SIGTERM)
+    def watch() -> None:
+        told = False
+        while not left.wait(EVERY_S):
+            # Training listens from when it has opened everything, which may be after it is told to stop.
+            if limit.over and not told and signal.getsignal(signal.SIGTERM) is not idle:
+                os.kill(os.getpid(), signal.SIGTERM)
+                told = True
+            if now() >= to_leave:
+                os.kill(os.getpid(), signal.SIGINT)
+                return
 
-    def leave() -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-
-    timers = [
-        threading.Timer(max(0.0, left - min(TO_STOP_S, whole / 5)), stop),
-        threading.Timer(max(0.0, left - min(TO_LEAVE_S, whole / 20)), leave),
-    ]
-    for timer in timers:
-        timer.daemon = True
-        timer.start()
+    watcher = threading.Thread(target=watch, name="time-limit", daemon=True)
+    watcher.start()
     try:
         yield limit
     finally:
-        for timer in timers:
-            timer.cancel()
+        left.set()
+        watcher.join()
 
 
 def now() -> float:

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,10 @@ import torch
 
 from jobs import cli, sweep
 from jobs.reporting.study import RunResult
-from jobs.run import checkpoint, trainer
+from jobs.run import checkpoint, time_limit, trainer
 from jobs.run.folder import RunFolder
 from jobs.run.studies import STUDIES
-from jobs.run.time_limit import now, process_began, time_limit
+from jobs.run.time_limit import now, process_began
 from jobs.sweep import SweepConfig
 from shards.errors import InputError
 
@@ -165,10 +166,35 @@ def test_time_stops_training_with_a_checkpoint_and_says_that_more_is_to_be_done(
 
 
 def test_time_gives_up_a_score_that_lasts_too_long(digits, tmp_path, monkeypatch):
-    config = config_of(digits, tmp_path, seeds=1, minutes=0.05)
+    config = config_of(digits, tmp_path, seeds=1, minutes=0.1)
+    monkeypatch.setattr(time_limit, "TO_STOP_S", 1.0)
+    monkeypatch.setattr(time_limit, "TO_LEAVE_S", 0.5)
     monkeypatch.setattr(sweep, "process_began", now)
     monkeypatch.setattr(sweep, "score", lambda *_: signal.pause())
     assert set(states(sweep.sweep(config)).values()) == {"trained", "new"}
+
+
+def test_training_that_listens_after_the_time_to_stop_is_told_all_the_same():
+    told = threading.Event()
+    with time_limit.time_limit(10, now() - 541) as limit:  # 1 s after training was to stop
+        assert limit.over
+        before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+        try:
+            assert told.wait(5)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(("minutes", "to_stop", "to_leave"), [(10, 60, 20), (60, 60, 20), (1, 30, 15), (0.1, 3, 1.5)])
+def test_there_is_time_to_stop_and_to_leave_however_short_the_whole(minutes, to_stop, to_leave):
+    """Without so much, a study of one minute ended 11 s late on a busy machine, and whoever waited killed it."""
+    with time_limit.time_limit(minutes, began=now() - 60 * minutes + to_stop + 1) as limit:
+        assert not limit.over and limit.to_stop == pytest.approx(now() + 1, abs=0.5)
+    with pytest.raises(KeyboardInterrupt), time_limit.time_limit(minutes, now() - 60 * minutes + to_leave) as limit:
+        assert limit.over
+        threading.Event().wait(5)
+    with time_limit.time_limit(minutes, began=now() - 60 * minutes + to_leave + 1):
+        threading.Event().wait(0.3)
 
 
 def test_other_arms_and_another_process_s_run_are_left_alone(digits, tmp_path):
@@ -223,6 +249,6 @@ def test_a_study_is_not_for_torchrun(digits, tmp_path, monkeypatch):
 
 
 def test_no_limit_sets_no_alarm_and_a_process_knows_when_it_began():
-    with time_limit(0, now()) as limit:
+    with time_limit.time_limit(0, now()) as limit:
         assert not limit.over
     assert 0 < now() - process_began() < 86_400
