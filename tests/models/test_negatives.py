@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from jobs.benches.obvious import naive_similarities, naive_vectors
 from models.contrast import Contrast, info_nce, learn
@@ -148,6 +149,29 @@ def test_no_vector_is_kept_for_the_backward_pass():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
         synthetic_similarities(config, q, queue, q @ queue.T, drawn)
     assert max(sizes) <= max(8 * 64 * 7, 64 * 128)
+
+
+class Operations(TorchDispatchMode):
+    """Counts tensor operations inside."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("gradient", ["dot", "cosine"])
+def test_few_or_many_negatives_take_the_same_number_of_operations(gradient):
+    """SynCo makes kinds 5 and 6 one by one, by a Python loop of autograd calls."""
+    found = []
+    for batch, count in ((2, 2), (6, 8)):
+        config, x, queue, drawn = setting((batch, 40, 16, 8), (count,) * 6, gradient=gradient)
+        q = F.normalize(x.requires_grad_(), dim=1)
+        with Operations() as operations:
+            synthetic_similarities(config, q, queue, q @ queue.T, drawn).sum().backward()
+        found.append(operations.count)
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
