@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import tyro
-from rich.console import Console
 
 from jobs.evaluation import linear, protocols
 from jobs.evaluation.backbones import ModelConfig
@@ -21,7 +20,7 @@ from jobs.evaluation.images import align_labels, open_images
 from jobs.pretrain import pretrain
 from jobs.reporting.study import RunResult, read_result, scores_file, seconds_left, span, table_of, write_results
 from jobs.run import checkpoint
-from jobs.run.command import console, fail, parse, warn
+from jobs.run.command import console, fail, parse, tables, warn
 from jobs.run.config import PretrainConfig, load_config
 from jobs.run.data import open_data
 from jobs.run.ending import record_failure
@@ -266,7 +265,7 @@ def main(argv: Sequence[str]) -> None:
     """Entry point of `hardviews sweep`."""
     config = parse(SweepConfig, argv, prog="hardviews sweep")
     results = sweep(config)
-    Console().print(table_of(results))
+    tables.print(table_of(results))
     for name in ("summary.json", "runs.csv", "results.png"):
         if (config.out / name).is_file():
             print(config.out / name)

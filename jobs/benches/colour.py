@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from jobs.run.command import parse
+from jobs.run.command import parse, tables
 from jobs.run.world import pick_device
 from pipelines.draw import draw
 from pipelines.photometric_device import fused_on_device
@@ -80,6 +79,6 @@ def main(argv: Sequence[str]) -> None:
     )
     for name in ("compiled", "eager", "copy"):
         table.add_row(name, f"{figures[f'{name}_ms']:,.2f}")
-    Console().print(table)
+    tables.print(table)
     if bench.json:
         print(json.dumps(figures))

@@ -16,12 +16,11 @@ from pathlib import Path
 from random import Random
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from jobs.benches.negatives import milliseconds
-from jobs.run.command import parse
+from jobs.run.command import parse, tables
 from models.objectives.dino import DINOConfig, best_locals, cross_entropies
 from models.selection import pairs
 from shards.errors import InputError
@@ -178,7 +177,7 @@ def main(argv: Sequence[str]) -> None:
     if bench.threads > 0:
         torch.set_num_threads(bench.threads)
     figures = measure(bench)
-    Console().print(table(bench, figures))
+    tables.print(table(bench, figures))
     if bench.json:
         print(json.dumps(figures))
 

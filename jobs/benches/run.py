@@ -21,10 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from jobs.run.command import parse, progress
+from jobs.run.command import parse, progress, tables
 from jobs.run.config import CheckpointConfig, DataConfig, MonitorConfig, PretrainConfig
 from jobs.run.digits import write_digits
 from jobs.run.folder import RunFolder
@@ -176,6 +175,6 @@ def main(argv: Sequence[str]) -> None:
     for name, text in rows.items():
         table.add_row(text, *("{:+.1%} ({:+.1%} to {:+.1%})".format(*figures[f"{name}_{c}"]) for c in ("cpu", "wall")))
     table.caption = "shares of a bare step, a checkpoint every 100 steps; 95 % intervals"
-    Console().print(table)
+    tables.print(table)
     if bench.json:
         print(json.dumps(figures))

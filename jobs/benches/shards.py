@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from jobs.benches.photographs import jpeg
-from jobs.run.command import parse, progress
+from jobs.run.command import parse, progress, tables
 from shards.errors import InputError
 from shards.manifest import columns_name, index_name, open_manifest, write_manifest
 from shards.order import SampleOrder
@@ -76,7 +75,7 @@ def main(argv: list[str]) -> None:
         for part in config.parts:
             figures[part] = MEASURES[part](config)
             bar.advance(1, part)
-    Console().print(table(figures))
+    tables.print(table(figures))
     if config.json:
         print(json.dumps(figures))
 

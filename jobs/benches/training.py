@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from jobs.benches.views import make_photographs, make_shards
-from jobs.run.command import Bar, parse, progress
+from jobs.run.command import Bar, parse, progress, tables
 from jobs.run.config import DataConfig, MonitorConfig, PretrainConfig
 from jobs.run.folder import RunFolder
 from jobs.run.health import forward_flops, peak_flops
@@ -225,6 +224,6 @@ def main(argv: Sequence[str]) -> None:
         row = (f"{one['streamed_ms']:,.1f}", f"{one['resident_ms']:,.1f}", f"{one['data_share']:+.1%}")
         table.add_row(name, *row, f"{one['images_per_second']:,.0f}", f"{one['mfu']:.0%}")
     table.caption = ", ".join(f"{name} {value:.3f}" for name, value in figures.items() if isinstance(value, float))
-    Console().print(table)
+    tables.print(table)
     if bench.json:
         print(json.dumps(figures))
