@@ -1,8 +1,8 @@
 """What is watched while training: losses, choices, speed, health, kNN of the training stream and of held-out images.
 
 Figures of losses, choices and contrastive tasks in `train/` and `selection/` are means over the images of all ranks and
-all steps since the last line (what the objective itself reports: of the newest step). `health/` is about the newest
-step's features and embeddings of all ranks, `contrast/`, `grad/`, `time/` and `system/` about the leading rank.
+all steps since the last line that have them. `health/` is about the newest step's features and embeddings of all ranks,
+`contrast/`, `grad/`, `time/` and `system/` about the leading rank. docs/metrics.md names all.
 
 Shape suffixes: B images of this rank, M rows of the memory bank, D width, P pairs, C classes.
 """
@@ -108,6 +108,8 @@ class Monitor:
         """Takes in one step; every `monitor.every` steps, writes means since the last time."""
         self._add("train/loss", result.loss, 1)
         self._add("train/grad_norm", result.norm, 1)
+        for name, value in t.metrics.items():
+            self._add(name if "/" in name else f"train/{name}", value.detach(), 1)
         for name, (total, count) in choice_statistics(t, batch, result).items():
             self._add(name, total, count)
         settings, last = self.config.monitor, t.step == t.length.steps
@@ -164,8 +166,6 @@ class Monitor:
         return {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count}
 
     def _write(self, t: Training) -> None:
-        for name, value in t.metrics.items():
-            self._add(name if "/" in name else f"train/{name}", value.detach(), 1)
         scalars = self._means()
         scalars["train/lr"] = t.schedule.lr(t.step - 1)
         scalars["train/weight_decay"] = t.schedule.weight_decay(t.step - 1)

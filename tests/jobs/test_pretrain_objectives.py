@@ -1,6 +1,7 @@
 """Pretraining with every objective, multi-crop included: what trains is what the log says; presets build and step."""
 
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -57,6 +58,18 @@ def of(tiny: PretrainConfig, name: str, **changes: object) -> PretrainConfig:
     return replace(tiny, objective=SMALL[name], views=views, steps=2, **changes)
 
 
+def undocumented(names: set[str]) -> set[str]:
+    """Scalars that docs/metrics.md does not name; those by source are marked there with a star."""
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+
+    def entry(name: str) -> str:
+        whole, by_source = re.subn("/(real|synthetic)$", "", name)
+        kinds = {"grad": "`grad/LAYER`", "time": "`time/PHASE`"}
+        return kinds.get(name.split("/")[0], f"`{whole}`" + " ★" * by_source)
+
+    return {name for name in names - {"step", "time"} if entry(name) not in page}
+
+
 @pytest.mark.parametrize("name", sorted(OBJECTIVES.keys() - {"moby"}))  # which test_pretrain.py trains
 def test_every_objective_pretrains_and_its_log_marks_what_trained(
     name: str, tiny: PretrainConfig, tmp_path: Path
@@ -66,6 +79,7 @@ def test_every_objective_pretrains_and_its_log_marks_what_trained(
     watched = {key for line in read_metrics(run / "metrics.jsonl") for key in line}
     for kind in ("feature_std", "rankme", "alignment", "uniformity"):
         assert {f"health/{kind}{source}" for source in ("", "/real", "/synthetic")} <= watched
+    assert undocumented(watched) == set()
     (part,) = open_log(RunFolder(run).log).chunks(1000)
     assert part.losses_BP.shape == (32, 6) and np.isfinite(part.losses_BP).all()
     np.testing.assert_array_equal(part.choice_B, part.losses_BP.argmax(1))
@@ -163,6 +177,7 @@ def test_contrastive_tasks_are_analysed_by_source_and_the_oracle_has_no_false_ne
         pretrain(config, tmp_path / run)
         scalars[run] = [line for line in read_metrics(tmp_path / run / "metrics.jsonl") if "contrast/proxy" in line][-1]
     of_classes = ("false_negatives", "false_components", "false_pairs")
+    assert undocumented(set(scalars["plain"])) == set()
     for kind in ("proxy", "proxy_synthetic", *of_classes):
         for source in ("", "/real", "/synthetic"):
             assert f"contrast/{kind}{source}" in scalars["plain"]

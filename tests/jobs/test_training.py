@@ -174,6 +174,16 @@ def test_choices_are_told_by_source_as_the_log_has_them(tiny: PretrainConfig, tm
         assert line[name] == pytest.approx(np.mean(values), rel=1e-4), name
 
 
+def test_audits_are_told_in_the_next_line(tiny: PretrainConfig, tmp_path: Path) -> None:
+    """Whatever steps they fall on: here the first and the fourth, where lines are about two steps each."""
+    pretrain(replace(tiny, selection=replace(tiny.selection, audit_every=3)), tmp_path / "run")
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    for name in ("selection/agreement", "selection/regret"):
+        assert [line["step"] for line in lines if name in line] == [2, 4]
+    agreements = [line["selection/agreement"] for line in lines if "selection/agreement" in line]
+    assert agreements == [1.0, 1.0]  # the rule in full is what chose
+
+
 def test_embeddings_of_the_last_part_are_told_by_its_own_sources(
     tiny: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
