@@ -136,7 +136,8 @@ class MonitorConfig:
     every: int = 10
     """Steps between lines of metrics."""
     health_every: int = 100
-    """Steps between gradient norms by layer, feature standard deviation and RankMe; 0 = never."""
+    """Steps between gradient norms by layer, features' standard deviation and RankMe, embeddings' alignment and
+    uniformity, and analyses of contrastive tasks; 0 = never."""
     bank: int = 16_384
     """Images whose features are kept in a memory bank that every step updates, for a kNN accuracy of every step's
     images against it; 0 = none."""
