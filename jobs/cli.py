@@ -1,12 +1,16 @@
 """The `hardviews` command: finds the job, runs it, and says in one line what went wrong.
 
-Exit code 2 is a user's mistake, 1 training that cannot go on, 75 a sweep with runs still to do, 130 an interruption.
+Exit code 2 is a user's mistake, 1 training that cannot go on, 75 a sweep with runs still to do, 130 an interruption,
+141 an output that nobody reads any more.
 """
 
 import difflib
 import importlib
 import os
+import select
+import signal
 import sys
+from typing import TextIO
 
 from jobs.run.command import fail
 from jobs.run.failure import TrainingFailedError
@@ -66,8 +70,26 @@ def run(argv: list[str]) -> int:
     return 0
 
 
+def unread(stream: TextIO) -> bool:
+    """Whether the other end of a pipe is closed, as `head` does when it has seen enough."""
+    waiting = select.poll()
+    waiting.register(stream, 0)  # an error is told without being asked for
+    return bool(waiting.poll(0))
+
+
 def main() -> None:
     """Entry point of the console script."""
     # Idle OpenMP threads sleep instead of spinning: on shared cores spinning made a training step 8 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    sys.exit(run(sys.argv[1:]))
+    try:
+        try:
+            sys.exit(run(sys.argv[1:]))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        closed = [stream for stream in (sys.stdout, sys.stderr) if unread(stream)]
+        if not closed:  # it was a connection
+            raise
+        for stream in closed:  # for what is still to be written at the end of the process
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        sys.exit(128 + signal.SIGPIPE)

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from jobs.analyse import analyse
@@ -16,7 +15,7 @@ from jobs.generate import GenerateConfig
 from jobs.generate import run as generate
 from jobs.pretrain import pretrain
 from jobs.report import write_report
-from jobs.run.command import console, parse
+from jobs.run.command import console, parse, tables
 from jobs.run.config import CheckpointConfig, DataConfig, MonitorConfig, PretrainConfig
 from jobs.run.digits import split_folder, write_digits
 from jobs.run.metrics import read_metrics
@@ -152,7 +151,7 @@ def table(facts: dict[str, str]) -> None:
     grid = Table(show_header=False)
     for name in (*order, "time", "report"):
         grid.add_row(name, facts[name])
-    Console().print(grid)
+    tables.print(grid)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -3,12 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from jobs.evaluation import protocols
 from jobs.evaluation.maps import MapsConfig, draw_maps
-from jobs.run.command import parse
+from jobs.run.command import parse, tables
 from shards.errors import InputError
 
 # Kind → (flags, what does it). Scores are printed and kept as JSON; maps are pictures.
@@ -53,6 +52,6 @@ def show(result: dict[str, Any]) -> None:
         text = f"{score:.1f}" if name == "rankme" else f"{100 * score:.2f}"
         spread_text = "" if spread is None else f" ± {spread if name == 'rankme' else 100 * spread:.2f}"
         table.add_row(name, text + spread_text + ("" if name == "rankme" else " %"))
-    Console().print(table)
+    tables.print(table)
     if "file" in result:
         print(result["file"])

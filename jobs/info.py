@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import tyro
-from rich.console import Console
 from rich.table import Table
 
-from jobs.run.command import parse
+from jobs.run.command import parse, tables
 from shards.manifest import Manifest, open_manifest
 
 SAMPLED_SHARDS = 64  # column files read for the image sizes of a large data set
@@ -60,14 +59,13 @@ def class_table(manifests: list[Manifest], limit: int) -> Table:
 def run(config: InfoConfig) -> None:
     """Prints the tables."""
     manifests = [open_manifest(folder) for folder in config.folders]
-    console = Console()
     for manifest in manifests:
         table = Table("", manifest.root, show_header=True)
         for name, text in facts(manifest).items():
             table.add_row(name, text)
-        console.print(table)
+        tables.print(table)
     if config.classes and any(manifest.classes for manifest in manifests):
-        console.print(class_table(manifests, config.classes))
+        tables.print(class_table(manifests, config.classes))
 
 
 def main(argv: list[str]) -> None:

@@ -23,10 +23,19 @@ Config = TypeVar("Config")
 # The type of a union's default decides which of its members the flags are for.
 MARKS = (tyro.conf.AvoidSubcommands,)
 MINUTE = 60.0
+
+
+class _Output(Console):
+    """Leaves it to `jobs.cli` to end the process where nobody reads what is printed."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 # Progress and notes go to stderr, so that what a job prints as its result can be piped.
 # A log file has no width of its own, and 80 columns would cut the bars.
-console = Console(stderr=True, soft_wrap=True, width=None if sys.stderr.isatty() else 120)
-tables = Console(width=None if sys.stdout.isatty() else 120)
+console = _Output(stderr=True, soft_wrap=True, width=None if sys.stderr.isatty() else 120)
+tables = _Output(width=None if sys.stdout.isatty() else 120)
 
 
 def parse(config: type[Config], argv: Sequence[str], prog: str, default: Config | None = None) -> Config:

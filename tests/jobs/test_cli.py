@@ -1,5 +1,6 @@
 """The `hardviews` command: jobs are found, a user's mistake is one line and exit code 2."""
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -53,6 +54,30 @@ def test_a_mistake_is_one_line_without_a_traceback(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("hardviews: ") and done.stderr.count("\n") == 1
+
+
+HELP, PRESET = ["--help"], ["pretrain", "moby-vit-tiny", "--help"]
+
+
+@pytest.mark.parametrize(("argv", "closed"), [(HELP, "stdout"), (PRESET, "stdout"), (["nothing"], "stderr")])
+def test_an_output_that_nobody_reads_any_more_ends_the_command_quietly(argv: list[str], closed: str) -> None:
+    """As when piped into `head`; a shell says 141 of other programs that a closed pipe ends."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    other = {"stdout": "stderr", "stderr": "stdout"}[closed]
+    command = [str(Path(sys.executable).with_name("hardviews")), *argv]
+    done = subprocess.run(command, text=True, check=False, **{closed: writing, other: subprocess.PIPE})
+    os.close(writing)
+    assert (done.returncode, getattr(done, other)) == (141, "")
+
+
+def test_a_broken_connection_is_no_closed_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: list[str]) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(cli, "run", broken)
+    with pytest.raises(BrokenPipeError):
+        cli.main()
 
 
 @dataclass(frozen=True)
