@@ -25,7 +25,7 @@ def uncoupled(tiny: PretrainConfig) -> PretrainConfig:
         objective=DINOConfig(outputs=24, hidden=16, bottleneck=12, local_views=2, freeze_epochs=0),
         views=ViewsConfig("dino", local_views=3, local_size=8),
         backbone=replace(tiny.backbone, drop_path=0.0),
-        optimizer=OptimizerConfig("sgd", lr=0.5, lr_batch=0, warmup_epochs=0, clip_norm=0.3),
+        optimizer=OptimizerConfig("sgd", lr=0.5, lr_batch=16, warmup_epochs=0, clip_norm=0.3),
         monitor=replace(tiny.monitor, every=1),
         steps=3,
     )

@@ -200,7 +200,9 @@ def same_curves(first: Path, second: Path) -> None:
     """The same metrics at the same steps, to float tolerance."""
     lines = [read_metrics(run / "metrics.jsonl") for run in (first, second)]
     analysed = ("health/rankme", "health/alignment", "health/uniformity/synthetic")
-    for name in ("train/loss", "train/grad_norm", "train/proxy", "monitor/bank_knn", "selection/gain/real", *analysed):
+    schedules = ("train/epoch", "train/lr")  # of the global step, however many ranks share its batch
+    learned = ("train/loss", "train/grad_norm", "train/proxy", "monitor/bank_knn", "selection/gain/real")
+    for name in (*schedules, *learned, *analysed):
         wanted, found = ([entry[name] for entry in entries if name in entry] for entries in lines)
         assert found
         np.testing.assert_allclose(found, wanted, rtol=2e-2 if name == "selection/gain/real" else 2e-3, err_msg=name)
