@@ -194,9 +194,11 @@ def test_embeddings_of_the_last_part_are_told_by_its_own_sources(
         return positives_report(pairs_, sources_B, names)
 
     monkeypatch.setattr(monitor, "positives_report", noted)
-    pretrain(replace(tiny, steps=3, accumulate=2), tmp_path / "run")
+    data = replace(tiny.data, synthetic_share=0.4)  # so that parts have sources of their own
+    pretrain(replace(tiny, data=data, steps=3, accumulate=2), tmp_path / "run")
     log = list(open_log(RunFolder(tmp_path / "run").log).chunks(1000))
-    assert seen == [(8, np.concatenate([part.sources_B for part in log])[-8:].tolist())]
+    newest_B = np.concatenate([part.sources_B for part in log])[-16:].tolist()
+    assert newest_B[:8] != newest_B[8:] and seen == [(8, newest_B[8:])]
 
 
 def test_the_bank_is_told_by_source(tiny: PretrainConfig, tmp_path: Path) -> None:
