@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from jobs.run.ending import record_failure
 from jobs.run.failure import RankLostError
 from jobs.run.folder import RunFolder
 from jobs.run.presets import PRESETS, preset
+from jobs.run.studies import differences
 from jobs.run.trainer import train
 from jobs.run.world import open_world
 from shards.errors import InputError
@@ -25,7 +27,7 @@ class PretrainArguments:
     run: Path
     """Run folder to write: configuration, checkpoints, metrics, augmentation log."""
     resume: bool = False
-    """Go on from the run's newest intact checkpoint, with the run's own configuration."""
+    """Go on from the run's newest intact checkpoint, with the run's own configuration; no flag can change it."""
     overwrite: bool = False
     """Replace the run in that folder."""
     config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = field(default_factory=PretrainConfig)
@@ -45,6 +47,20 @@ def pretrain(config: PretrainConfig, run: Path, *, resume: bool = False, overwri
         return train(load_config(folder.config) if resume else config, folder, world, resume=resume)
 
 
+def check_kept(given: PretrainConfig, default: PretrainConfig, own: PretrainConfig) -> None:
+    """Whether the flags of a resumed run, which keeps its `own` configuration, say nothing else.
+
+    Raises:
+        InputError: a flag that would be ignored.
+    """
+    for name in sorted({*differences(given, default)} & {*differences(given, own)}):
+        value = reduce(getattr, name.split("."), given)
+        raise InputError(
+            f"{name}: {value} is not what the run was begun with, and a resumed run keeps its configuration; leave it "
+            f"out, or begin anew with --overwrite or another --run"
+        )
+
+
 def main(argv: Sequence[str]) -> None:
     usage = f"presets: {', '.join(PRESETS)}"
     if not argv or argv[0] in ("-h", "--help"):
@@ -58,6 +74,8 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(f"preset: the first argument is a preset, not {name}; {usage}")
     default = PretrainArguments(tyro.MISSING, config=preset(name))
     arguments = parse(PretrainArguments, flags, f"hardviews pretrain {name}", default)
+    if arguments.resume and (kept := RunFolder(arguments.run).config).is_file():
+        check_kept(arguments.config, default.config, load_config(kept))
     state = pretrain(arguments.config, arguments.run, resume=arguments.resume, overwrite=arguments.overwrite)
     if state == "interrupted":
         raise SystemExit(130)

@@ -60,7 +60,8 @@ class FiniteGuard:
             good = [str(entry.path) for entry in entries(Path(checkpoints)) if entry.step <= first] or ["none"]
             raise TrainingFailedError(
                 f"step {step}: the loss is {loss} and {self.in_a_row} steps in a row were not finite; {where}; "
-                f"last good checkpoint: {good[-1]}; lower --optimizer.lr or set --optimizer.clip-norm"
+                f"last good checkpoint: {good[-1]}; --resume keeps the settings and so meets the same again: begin "
+                f"anew (--overwrite, or another --run) with a lower --optimizer.lr or with --optimizer.clip-norm 1"
             )
 
     def passed(self) -> None:

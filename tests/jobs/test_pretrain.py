@@ -102,6 +102,22 @@ def test_too_many_steps_that_are_not_finite_stop_the_run(
     assert checkpoint.load_newest(RunFolder(tmp_path / "run").checkpoints)["step"] == 4
 
 
+def test_what_a_run_says_that_ends_so_is_what_helps(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = f"--data.real {digits / 'train'} --backbone.depth 1 --batch 16 --steps 4 --monitor.max-bad-steps 1".split()
+    command = ["pretrain", "moby-vit-tiny", "--run", "run", *flags, "--monitor.bank", "0", "--optimizer.clip-norm", "1"]
+    hasty = [*command, "--optimizer.lr", "1e30"]
+    for argv in (hasty, [*hasty, "--resume"]):
+        assert cli.run(argv) == 1
+        assert "--resume keeps the settings and so meets the same again: begin anew" in capsys.readouterr().err
+    calm = [*command, "--optimizer.lr", "1e-4"]
+    assert cli.run([*calm, "--resume"]) == 2
+    assert "optimizer.lr: 0.0001 is not what the run was begun with, and a resumed" in capsys.readouterr().err
+    assert cli.run([*calm, "--overwrite"]) == 0
+
+
 def test_held_out_knn_is_measured_at_start_and_end(tiny: PretrainConfig, digits: Path, tmp_path: Path) -> None:
     monitor = replace(tiny.monitor, knn_train=str(digits / "train"), knn_test=str(digits / "test"), knn_every=4)
     pretrain(replace(tiny, monitor=monitor), tmp_path / "run")
