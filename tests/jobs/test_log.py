@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -176,6 +177,20 @@ def test_errors_of_the_background_thread_surface(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         log.close()
     assert_whole(read(tmp_path / "log"), 200)
+
+
+def test_a_slow_disk_slows_training_rather_than_filling_the_memory(tmp_path, monkeypatch):
+    writes = threading.Event()
+    monkeypatch.setattr(log_format, "sync", lambda _: writes.wait(60))
+    log = AugmentationLog(tmp_path / "log", 0, 4, shard_rows=256)
+    training = threading.Thread(target=lambda: [append(log, step, step * 256, 256, 4) for step in range(20)])
+    training.start()
+    training.join(1)
+    assert training.is_alive() and log.rows <= 4 * 256
+    writes.set()
+    training.join()
+    log.close()
+    assert_whole(read(tmp_path / "log"), 20 * 256)
 
 
 @pytest.mark.parametrize(("views", "rows"), [(4, 65_536), (16, 32_768), (100, 2_048)])
