@@ -13,6 +13,7 @@ from jobs.run.config import PretrainConfig, load_config
 from jobs.run.ending import record_failure
 from jobs.run.failure import RankLostError
 from jobs.run.folder import RunFolder
+from jobs.run.memory import keep_freed_memory
 from jobs.run.presets import PRESETS, preset
 from jobs.run.studies import differences
 from jobs.run.trainer import train
@@ -39,6 +40,7 @@ def pretrain(config: PretrainConfig, run: Path, *, resume: bool = False, overwri
     Raises:
         InputError: a folder, value or file that does not fit.
     """
+    keep_freed_memory()
     folder = RunFolder(run)
     with open_world(config.device, last_words=lambda why: record_failure(folder, RankLostError(why))) as world:
         if world.leads:

@@ -27,6 +27,7 @@ from jobs.run.command import parse, progress, tables
 from jobs.run.config import CheckpointConfig, DataConfig, MonitorConfig, PretrainConfig
 from jobs.run.digits import write_digits
 from jobs.run.folder import RunFolder
+from jobs.run.memory import keep_freed_memory
 from jobs.run.presets import preset
 from jobs.run.step import train_step
 from jobs.run.training import Training, open_training, save
@@ -164,6 +165,7 @@ def measure(bench: RunBench) -> dict[str, tuple[float, ...]]:
 
 
 def main(argv: Sequence[str]) -> None:
+    keep_freed_memory()
     bench = parse(RunBench, argv, prog="hardviews bench run")
     if bench.threads > 0:
         torch.set_num_threads(bench.threads)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from jobs.benches.obvious import loop_pair_losses, naive_loss
 from jobs.run.command import parse
+from jobs.run.memory import keep_freed_memory
 from jobs.run.schedule import warmup_cosine
 from models.backbones import BackboneConfig
 from models.negatives import NONE, NegativesConfig
@@ -231,6 +232,7 @@ def measure(bench: StepBench) -> dict[str, float | str]:
 
 
 def main(argv: Sequence[str]) -> None:
+    keep_freed_memory()
     bench = parse(StepBench, argv, prog="hardviews bench step")
     if bench.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device: cuda asked for, but torch sees no CUDA device; take --device cpu")

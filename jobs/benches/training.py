@@ -23,6 +23,7 @@ from jobs.run.command import Bar, parse, progress, tables
 from jobs.run.config import DataConfig, MonitorConfig, PretrainConfig
 from jobs.run.folder import RunFolder
 from jobs.run.health import forward_flops, peak_flops
+from jobs.run.memory import keep_freed_memory
 from jobs.run.presets import hard, moby, synby
 from jobs.run.step import train_step
 from jobs.run.training import Training, open_training
@@ -214,6 +215,7 @@ def compared(found: dict[str, dict[str, object]]) -> dict[str, float]:
 
 
 def main(argv: Sequence[str]) -> None:
+    keep_freed_memory()
     bench = parse(TrainingBench, argv, prog="hardviews bench training")
     figures = measure(bench)
     sides = figures["sides"]
