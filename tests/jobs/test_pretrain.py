@@ -21,6 +21,7 @@ from jobs.run.optim import OptimizerConfig
 from jobs.run.presets import PRESETS, preset
 from models.objectives import Length, build_objective
 from models.objectives.moby import MoBY
+from models.selection import pairs
 from shards.errors import InputError
 
 
@@ -275,3 +276,14 @@ def test_every_variant_of_selection_trains(name: str, tiny: PretrainConfig, tmp_
     scored = ~np.isnan(found["losses_BP"]).all(1)
     expected = {"random": [], "lowest-iou": [], "two views": [], "every": [0]}.get(name, [0, 1, 2])
     assert sorted(set(found["step_B"][scored])) == expected
+    # HVP offers seven ways to select, of which two run: each of ours has to make a difference, and the right one.
+    pretrain(replace(config, selection=tiny.selection), tmp_path / "hardest")
+    assert not np.array_equal(found["losses_BP"], rows(tmp_path / "hardest")["losses_BP"], equal_nan=True)
+    if name == "easiest":
+        np.testing.assert_array_equal(found["choice_B"], found["losses_BP"].argmin(1))
+    if name == "lowest-iou":
+        lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+        assert {line["selection/lowest_iou_share"] for line in lines if "train/loss" in line} == {1.0}
+    if name == "cross":
+        first_B, second_B = np.array(pairs(4))[found["choice_B"]].T
+        assert ((first_B + second_B) % 2 == 1).all()
