@@ -277,8 +277,10 @@ def test_every_variant_of_selection_trains(name: str, tiny: PretrainConfig, tmp_
     expected = {"random": [], "lowest-iou": [], "two views": [], "every": [0]}.get(name, [0, 1, 2])
     assert sorted(set(found["step_B"][scored])) == expected
     # HVP offers seven ways to select, of which two run: each of ours has to make a difference, and the right one.
-    pretrain(replace(config, selection=tiny.selection), tmp_path / "hardest")
-    assert not np.array_equal(found["losses_BP"], rows(tmp_path / "hardest")["losses_BP"], equal_nan=True)
+    if name in ("static", "resolution", "layer", "bf16"):
+        pretrain(replace(config, selection=tiny.selection, steps=1), tmp_path / "full")
+        full_BP = rows(tmp_path / "full")["losses_BP"]
+        assert np.abs(found["losses_BP"][: len(full_BP)] - full_BP).max() > 1e-3  # rounding gives 1e-6
     if name == "easiest":
         np.testing.assert_array_equal(found["choice_B"], found["losses_BP"].argmin(1))
     if name == "lowest-iou":
