@@ -13,7 +13,7 @@ from runs_of_training import rows, weights
 from jobs import cli
 from jobs.pretrain import pretrain
 from jobs.run import checkpoint
-from jobs.run.config import CheckpointConfig, PretrainConfig, from_plain, load_config, to_plain
+from jobs.run.config import CheckpointConfig, PretrainConfig, ViewsConfig, from_plain, load_config, to_plain
 from jobs.run.failure import TrainingFailedError
 from jobs.run.folder import RunFolder
 from jobs.run.metrics import read_metrics
@@ -22,6 +22,7 @@ from jobs.run.presets import PRESETS, preset
 from models.objectives import Length, build_objective
 from models.objectives.moby import MoBY
 from models.selection import pairs
+from pipelines.policies import IouScript
 from shards.errors import InputError
 
 
@@ -245,6 +246,11 @@ def test_a_mistake_leaves_no_folder_behind_and_costs_no_old_run(tiny: PretrainCo
     with pytest.raises(InputError):
         pretrain(mistaken, tmp_path / "run", overwrite=True)
     np.testing.assert_array_equal(rows(tmp_path / "run")["ids_B"], before["ids_B"])
+
+
+def test_a_scripted_overlap_reaches_the_draws() -> None:
+    script = IouScript(start=(0.1, 0.2), samples=8)
+    assert ViewsConfig("dino", local_views=3, iou=script).build(16, 4).iou == script
 
 
 def every_selection() -> dict[str, Callable[[PretrainConfig], PretrainConfig]]:
