@@ -127,6 +127,12 @@ def test_the_bank_votes_by_class_and_never_for_itself() -> None:
     assert scored() == [[True] * 4] * 2
 
 
+def test_images_are_scored_before_the_bank_takes_them_in(tiny: PretrainConfig, tmp_path: Path) -> None:
+    pretrain(replace(tiny, steps=2, monitor=replace(tiny.monitor, every=1)), tmp_path / "run")
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "train/loss" in line]
+    assert ["monitor/bank_knn" in line for line in lines] == [False, True]  # nobody is in it at the first step
+
+
 def test_contrastive_tasks_are_analysed_on_health_steps(tiny: PretrainConfig, tmp_path: Path) -> None:
     pretrain(tiny, tmp_path / "run")
     lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "contrast/proxy" in line]
