@@ -71,27 +71,29 @@ class NegativesConfig:
     def __post_init__(self) -> None:
         for kind in KINDS:
             if getattr(self, kind) < 0:
-                raise ValueError(f"negatives.{kind}: {getattr(self, kind)} must be 0 or above")
+                raise ValueError(f"objective.negatives.{kind}: {getattr(self, kind)} must be 0 or above")
         if self.hardest < 1:
-            raise ValueError(f"negatives.hardest: {self.hardest} must be at least 1")
+            raise ValueError(f"objective.negatives.hardest: {self.hardest} must be at least 1")
         for field in ("sigma", "delta", "eta", "start_epoch", "last_epochs_without"):
             if getattr(self, field) < 0:
-                raise ValueError(f"negatives.{field}: {getattr(self, field)} must be 0 or above")
+                raise ValueError(f"objective.negatives.{field}: {getattr(self, field)} must be 0 or above")
         if self.share is not None and not (0 < self.share < 1 and self.total):
             raise ValueError(
-                f"negatives.share: {self.share} must lie between 0 and 1, with counts above 0 as its proportions; "
-                f"for no synthetic negatives leave it out and set the counts to 0"
+                f"objective.negatives.share: {self.share} must lie between 0 and 1, with counts above 0 as its "
+                f"proportions; for no synthetic negatives leave it out and set the counts to 0"
             )
         if not 0 <= self.alpha_max <= 1:
-            raise ValueError(f"negatives.alpha_max: {self.alpha_max} must lie between 0 and 1")
+            raise ValueError(f"objective.negatives.alpha_max: {self.alpha_max} must lie between 0 and 1")
         if self.beta_max < 1:
-            raise ValueError(f"negatives.beta_max: {self.beta_max} must be at least 1")
+            raise ValueError(f"objective.negatives.beta_max: {self.beta_max} must be at least 1")
         if self.gradient not in ("dot", "cosine"):
-            raise ValueError(f"negatives.gradient: {self.gradient!r} is unknown; take dot or cosine")
+            raise ValueError(f"objective.negatives.gradient: {self.gradient!r} is unknown; take dot or cosine")
         if self.stop_epoch is not None and self.stop_epoch <= self.start_epoch:
-            raise ValueError(f"negatives.stop_epoch: {self.stop_epoch} must be above start_epoch {self.start_epoch}")
+            raise ValueError(
+                f"objective.negatives.stop_epoch: {self.stop_epoch} must be above start_epoch {self.start_epoch}"
+            )
         if self.of_epochs is not None and self.of_epochs <= 0:
-            raise ValueError(f"negatives.of_epochs: {self.of_epochs} must be above 0; None = no reference")
+            raise ValueError(f"objective.negatives.of_epochs: {self.of_epochs} must be above 0; None = no reference")
 
     @property
     def counts(self) -> dict[str, int]:
@@ -148,7 +150,7 @@ def check_hardest(config: NegativesConfig, negatives: int) -> None:
     """
     if config.total and config.hardest > negatives:
         raise ValueError(
-            f"negatives.hardest: {config.hardest} is more than the {negatives} negatives there are; "
+            f"objective.negatives.hardest: {config.hardest} is more than the {negatives} negatives there are; "
             f"lower it, or give more negatives"
         )
 

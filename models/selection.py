@@ -33,14 +33,15 @@ class SelectionConfig:
     """hardest: largest loss; easiest: smallest (collapses); random: plain training; lowest-iou: least overlap."""
     encoder: Literal["online", "target", "online-alone"] = "online"
     """Whose features are scored. online: the online encoder's against the target's keys, as the loss does. One forward
-    fewer: online-alone, the online encoder's against its own; target, the target's against its own. Both pass through
-    the online predictor as queries. The target's features serve the loss again, but it lags: see random_share."""
+    fewer: online-alone, the online encoder's against its own keys; target, the target's, whose features serve the loss
+    again. The target lags: it guesses what the online encoder would say, and corrects its guesses by what training saw
+    of both (models/correction.py; MoBY, MoCo v3, BYOL); see also random_share."""
     every: int = 1
     """Select on every k-th step; on the others a random pair trains."""
     random_share: float | None = None
     """Share of the images (0 to 1) that train on a random pair all the same, drawn anew in every step; None = 0.25 with
-    `encoder = target`, else 0. Where nothing but its own choices trains, the lagging target soon takes pairs for hard
-    that the online encoder has learned meanwhile, and overlooks what it forgot."""
+    `encoder = target`, else 0. Where nothing but its own choices trains, the lagging target takes pairs for hard that
+    the online encoder has learned meanwhile, overlooks what it forgot, and sees nothing to correct its guesses by."""
     precision: Precision = "same"
     """Number format of the scoring forwards: as in training; bf16, which is many times slower than fp32 on a processor
     without units for it; auto = bf16 where there are such units, else as in training; int8 or fp8 in the backbone's

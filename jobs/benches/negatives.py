@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from jobs.benches.obvious import naive_info_nce, naive_similarities
-from jobs.run.command import parse
+from jobs.run.command import parse, tables
 from jobs.run.memory import keep_freed_memory
 from models.contrast import info_nce
 from models.negatives import Draws, NegativesConfig, draw, synthetic_similarities
@@ -127,7 +126,7 @@ def main(argv: Sequence[str]) -> None:
     if bench.threads > 0:
         torch.set_num_threads(bench.threads)
     figures = measure(bench)
-    Console().print(table(bench, figures))
+    tables.print(table(bench, figures))
     if bench.json:
         print(json.dumps(figures))
 

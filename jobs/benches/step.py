@@ -17,13 +17,12 @@ from functools import cache, partial
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from jobs.benches.obvious import loop_pair_losses, naive_loss
-from jobs.run.command import parse
+from jobs.run.command import parse, tables
 from jobs.run.memory import keep_freed_memory
 from jobs.run.schedule import warmup_cosine
 from models.backbones import BackboneConfig
@@ -61,9 +60,10 @@ class StepBench:
     """Views that pairs are chosen from."""
     rounds: int = 5
     """Times that each step is measured."""
-    steps: int = 400
-    """Length of the trainings that agreement and regret are measured in (steps); 0 = leave them out."""
-    audit_every: int = 10
+    steps: int = 1600
+    """Length of the three trainings that agreement and regret are measured in (steps), some ten minutes on two cores;
+    0 = leave them out. The shorter, the more of a training passes while the target still lags behind its start."""
+    audit_every: int = 20
     """Steps between two comparisons."""
     threads: int = 0
     """CPU threads; 0 for torch's own choice."""
@@ -245,7 +245,7 @@ def main(argv: Sequence[str]) -> None:
         figures = measure(bench)
     except ValueError as error:
         raise InputError(str(error)) from error
-    Console().print(table(bench, figures))
+    tables.print(table(bench, figures))
     if bench.json:
         print(json.dumps(figures))
 

@@ -1,8 +1,7 @@
 """`hardviews bench views`: N views per image, beside the loader that people use, in one run and by turns.
 
 Both sides read the same images by the same policy with as many cores. Rounds alternate, figures are medians over the
-rounds, and each side rests while the others are timed. Two more measurements stop after decode, and after decode and
-crops.
+rounds, and each side rests while the others are timed. Two more measurements decode, and decode and crop, alone.
 """
 
 from __future__ import annotations
@@ -25,13 +24,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from jobs.benches.accuracy import differences, markdown
 from jobs.benches.ordinary import PREFETCH, ordinary_batches
 from jobs.benches.photographs import jpeg
-from jobs.run.command import parse, progress
+from jobs.run.command import parse, progress, tables
 from jobs.run.log import AugmentationLog
 from pipelines.crop import crop_views
 from pipelines.decode import Decoder, open_decoder
@@ -180,33 +178,25 @@ class Parts:
         return self._pending.popleft().result()
 
 
-def decoding(reader: SampleReader) -> Callable[[int], int]:
-    """Decodes chunks of bytes that lie in memory: what the decoder alone can do on this machine."""
-    data = [item for item in reader.read(np.arange(min(KEPT, len(reader)))) if not isinstance(item, SampleError)]
+def decoding(reader: SampleReader, policy: Policy | None) -> Callable[[int], int]:
+    """Decodes chunks of bytes that lie in memory and, with a policy, crops all views by boxes drawn before: what the
+    decoder and the crops alone can do on this machine."""
+    first = np.arange(min(KEPT, len(reader)))
+    read = {number: item for number, item in enumerate(reader.read(first)) if not isinstance(item, SampleError)}
+    ids, data = first[list(read)], list(read.values())
+    params = draw(policy, ids, np.zeros_like(ids), SEED, reader.sizes(ids)) if policy else None
     local = threading.local()
 
     def work(position: int) -> int:
-        chunk = [data[place % len(data)] for place in range(position, position + CHUNK)]
-        return len(_decoder(local).decode(chunk))
-
-    return work
-
-
-def cropping(reader: SampleReader, policy: Policy) -> Callable[[int], int]:
-    """Draws, reads, decodes and crops chunks; nothing is coloured."""
-    order = SampleOrder([manifest.counts for manifest in reader.manifests], [1.0], SEED)
-    local = threading.local()
-
-    def work(position: int) -> int:
-        samples = order.at(position, CHUNK)
-        params = draw(policy, samples.ids, samples.epochs, SEED, reader.sizes(samples.ids))
-        data = [item for item in reader.read(samples.ids) if not isinstance(item, SampleError)]
-        crops = [torch.empty(group.count, group.size, group.size, 3, dtype=torch.uint8) for group in policy.groups]
-        for row, image in enumerate(_decoder(local).decode(data)):
-            assert isinstance(image, torch.Tensor), image
-            for span, crops_nSS3 in zip(policy.spans, crops, strict=True):
-                crop_views(image, params[row][span], crops_nSS3)
-        return len(data)
+        places = [place % len(data) for place in range(position, position + CHUNK)]
+        images = _decoder(local).decode([data[place] for place in places])
+        if policy and params:
+            crops = [torch.empty(group.count, group.size, group.size, 3, dtype=torch.uint8) for group in policy.groups]
+            for place, image in zip(places, images, strict=True):
+                if isinstance(image, torch.Tensor):
+                    for span, crops_nSS3 in zip(policy.spans, crops, strict=True):
+                        crop_views(image, params[place][span], crops_nSS3)
+        return len(images)
 
     return work
 
@@ -238,7 +228,7 @@ def views_figures(config: ViewsBench) -> dict[str, object]:
         stack.callback(reader.close)
         ours = OurViews(config, manifest, reader, policy, scratch / "log.zarr")
         stack.callback(ours.close)
-        decode, crops = (Parts(config, work) for work in (decoding(reader), cropping(reader, policy)))
+        decode, crops = (Parts(config, decoding(reader, cropped)) for cropped in (None, policy))
         for part in (decode, crops):
             stack.callback(part.pool.shutdown, cancel_futures=True)
         ordinary = ordinary_batches(files, policy, config.batch, threads)
@@ -376,6 +366,6 @@ def main(argv: list[str]) -> None:
         print(json.dumps([vars(difference) for difference in found]) if config.json else markdown(found))
         return
     figures = views_figures(config)
-    Console().print(table(figures))
+    tables.print(table(figures))
     if config.json:
         print(json.dumps(figures))

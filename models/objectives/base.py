@@ -44,6 +44,8 @@ class Scores:
     """The target backbone's features of the views, where they are exactly what the loss would compute again."""
     known: KnownOutputs | None = None
     """What the online backbone's linear layers gave for the views, where the loss would compute it again."""
+    judged_BND: Tensor | None = None
+    """The target backbone's features of the views, where it scored alone and guessed the online encoder's queries."""
     local_BPL: Tensor | None = None
     """Multi-crop: for each pair, the numbers of the local views that go with it (its hardest ones)."""
 
@@ -58,6 +60,8 @@ class Chosen:
     """The target backbone's features."""
     known: tuple[list[Tensor], list[Tensor]] | None = None
     """Outputs of the online backbone's linear layers for the first and the second views."""
+    judged_B2D: Tensor | None = None
+    """The target backbone's features that queries were guessed from."""
     views_BM: Tensor | None = None
     """Multi-crop: numbers of all chosen views, over all groups side by side; None where it is just the pair."""
 
@@ -181,7 +185,8 @@ class Objective(nn.Module):
         with without_side_effects(self, selection.batchnorm == "running"), self.arithmetic(selection, device):
             features = self.score_features(views_BNCHW, selection, known)
             losses_BP = self.pair_table(features, selection)
-        return Scores(losses_BP.float(), features["target"] if reused else None, known)
+        target, alone = features["target"], selection.encoder == "target"
+        return Scores(losses_BP.float(), target if reused else None, known, target if alone else None)
 
     def score_features(
         self, views_BNCHW: Tensor, selection: SelectionConfig, known: KnownOutputs | None = None
@@ -238,12 +243,14 @@ class Objective(nn.Module):
 
     def take(self, crops: tuple[Tensor, ...], choice_B: Tensor, scores: Scores | None) -> Chosen:
         """The chosen pair's crops of every image, in one gather, and the features that the loss may use again."""
-        features = scores.features_BND if scores is not None else None
-        known = scores.known if scores is not None else None
+        pair = (take_pair(crops[0], choice_B), *crops[1:])
+        if scores is None:
+            return Chosen(pair)
         return Chosen(
-            (take_pair(crops[0], choice_B), *crops[1:]),
-            None if features is None else take_pair(features, choice_B),
-            None if known is None else known.take(choice_B),
+            pair,
+            None if scores.features_BND is None else take_pair(scores.features_BND, choice_B),
+            None if scores.known is None else scores.known.take(choice_B),
+            None if scores.judged_BND is None else take_pair(scores.judged_BND, choice_B),
         )
 
     def pair_features(self, chosen: Chosen) -> tuple[Tensor, Tensor]:

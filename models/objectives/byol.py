@@ -10,11 +10,10 @@ Shape suffixes: B images, N views, P pairs, D width.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from models.backbones import BackboneConfig
-from models.heads import mlp, unit
+from models.heads import mlp
 from models.objectives.base import Chosen, Length, Metrics, check_positive, products
 from models.objectives.momentum import MomentumObjective
 from models.selection import SelectionConfig, pair_index
@@ -44,7 +43,7 @@ class BYOL(MomentumObjective):
         def heads(features: int) -> tuple[nn.Module, nn.Module]:
             return mlp(features, config.hidden, config.width), mlp(config.width, config.hidden, config.width)
 
-        super().__init__(backbone, length, heads, config.momentum)
+        super().__init__(backbone, length, heads, config.width, config.momentum)
 
     def pair_table(self, features: dict[str, Tensor | None], selection: SelectionConfig) -> Tensor:
         q_NBD, k_NBD = self.queries_and_keys(features, selection)
@@ -53,11 +52,6 @@ class BYOL(MomentumObjective):
         return (4 - 2 * cosine_NNB[a, b] - 2 * cosine_NNB[b, a]).T
 
     def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
-        features1, features2 = self.pair_features(chosen)
-        q1, q2 = unit(self.online.head(features1)), unit(self.online.head(features2))
-        with torch.no_grad():
-            k1, k2 = self.keys(chosen)
-        self.seen_features_BD = features1.detach()
-        self.keep_positives((q1, k2), (q2, k1))
+        q1, q2, k1, k2 = self.embeddings(chosen)
         cosine1, cosine2 = (q1 * k2).sum(1).mean(), (q2 * k1).sum(1).mean()
         return 4 - 2 * cosine1 - 2 * cosine2, {"cosine": (cosine1 + cosine2).detach() / 2}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from models.backbones import BackboneConfig
 from models.contrast import Contrast, learn, queue_pair_losses, same_class
 from models.distributed import gather
-from models.heads import mlp, unit
+from models.heads import mlp
 from models.negatives import NegativesConfig
 from models.objectives.base import Chosen, Length, Metrics, check_positive
 from models.objectives.momentum import MomentumObjective
@@ -65,7 +65,7 @@ class MoBY(MomentumObjective):
         def heads(features: int) -> tuple[nn.Module, nn.Module]:
             return mlp(features, config.hidden, config.width), mlp(config.width, config.hidden, config.width)
 
-        super().__init__(backbone, length, heads, config.momentum)
+        super().__init__(backbone, length, heads, config.width, config.momentum)
         self.config = config
         self.queue1, self.queue2 = Queue(config.queue, config.width), Queue(config.queue, config.width)
         self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -76,15 +76,10 @@ class MoBY(MomentumObjective):
         return queue_pair_losses(*self.queries_and_keys(features, selection), *queues, self.config.temperature)
 
     def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
-        features1, features2 = self.pair_features(chosen)
-        q1, q2 = unit(self.online.head(features1)), unit(self.online.head(features2))
-        with torch.no_grad():
-            k1, k2 = self.keys(chosen)
+        q1, q2, k1, k2 = self.embeddings(chosen)
         tasks = [self._task(q1, k2, self.queue2, labels_B), self._task(q2, k1, self.queue1, labels_B)]
         self.contrasts = [task.detached() for task in tasks] if self.watching else []
-        self.keep_positives((q1, k2), (q2, k1))
         self.keep_keys(k1, k2, labels_B)
-        self.seen_features_BD = features1.detach()
         return learn(tasks)
 
     def keep_keys(self, k1_BD: Tensor, k2_BD: Tensor, labels_B: Tensor | None = None) -> None:

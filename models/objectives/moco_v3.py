@@ -10,13 +10,12 @@ Shape suffixes: B images, P pairs, D width.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from models.backbones import BackboneConfig
 from models.contrast import Contrast, learn
 from models.distributed import gather
-from models.heads import mlp, unit
+from models.heads import mlp
 from models.in_batch import batch_contrast, batch_pair_losses, check_others
 from models.negatives import NONE, NegativesConfig
 from models.objectives.base import Chosen, Length, Metrics, check_positive
@@ -56,7 +55,7 @@ class MoCoV3(MomentumObjective):
             projector = mlp(features, config.hidden, config.width, layers=3, last_norm=True)
             return projector, mlp(config.width, config.hidden, config.width, layers=2, last_norm=True)
 
-        super().__init__(backbone, length, heads, config.momentum)
+        super().__init__(backbone, length, heads, config.width, config.momentum)
         self.config = config
 
     def check_batch(self, images: int) -> None:
@@ -67,14 +66,9 @@ class MoCoV3(MomentumObjective):
         return 2 * self.config.temperature * batch_pair_losses(q_NBD, k_NBD, self.config.temperature)
 
     def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
-        features1, features2 = self.pair_features(chosen)
-        q1, q2 = unit(self.online.head(features1)), unit(self.online.head(features2))
-        with torch.no_grad():
-            k1, k2 = self.keys(chosen)
+        q1, q2, k1, k2 = self.embeddings(chosen)
         tasks = [self._task(q1, k2, labels_B), self._task(q2, k1, labels_B)]
         self.contrasts = [task.detached() for task in tasks] if self.watching else []
-        self.keep_positives((q1, k2), (q2, k1))
-        self.seen_features_BD = features1.detach()
         loss, metrics = learn(tasks)
         return 2 * self.config.temperature * loss, metrics
 

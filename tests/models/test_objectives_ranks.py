@@ -16,7 +16,7 @@ SCRIPT = Path(__file__).parent / "objective_ranks.py"
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
 def test_selections_losses_and_gradients_are_those_of_one_rank(world, tmp_path):
     """Were SimCLR's gather to keep local gradients only, their average would be too small by the world size."""
-    assert set(NAMES) == OBJECTIVES.keys()
+    assert {name.partition("/")[0] for name in NAMES} == OBJECTIVES.keys()
     ranks = launch(SCRIPT, tmp_path, world)
     for name in NAMES:
         alone, found = step(name, 0, 1), [rank[name] for rank in ranks]
@@ -29,7 +29,8 @@ def test_selections_losses_and_gradients_are_those_of_one_rank(world, tmp_path):
                 assert rank[group].keys() == alone[group].keys()
                 for part, value in alone[group].items():
                     difference = (rank[group][part] - value).float().norm()
-                    assert difference <= 2e-4 * value.float().norm() + 2e-4, f"{name} {group} {part}: {difference}"
+                    rounding = 1e-3 if part == "correction.weight_XD" else 2e-4  # that one solves a linear system
+                    assert difference <= rounding * value.float().norm() + 2e-4, f"{name} {group} {part}: {difference}"
         for number, task in enumerate(alone["analyses"]):
             for part, value in task.items():
                 together = torch.cat([rank["analyses"][number][part] for rank in found])
