@@ -181,8 +181,8 @@ def test_errors_of_the_background_thread_surface(tmp_path, monkeypatch):
 
 def test_a_slow_disk_slows_training_rather_than_filling_the_memory(tmp_path, monkeypatch):
     writes = threading.Event()
-    monkeypatch.setattr(log_format, "sync", lambda _: writes.wait(60))
     log = AugmentationLog(tmp_path / "log", 0, 4, shard_rows=256)
+    monkeypatch.setattr(log_format, "sync", lambda _: writes.wait(60))
     training = threading.Thread(target=lambda: [append(log, step, step * 256, 256, 4) for step in range(20)])
     training.start()
     training.join(1)

@@ -283,8 +283,13 @@ def test_a_lost_rank_ends_the_job_within_a_minute_with_the_reason(
 ) -> None:
     save_config(replace(tiny, steps=100_000), tmp_path / "config.json")
     process = start(torchrun(str(tmp_path / "config.json"), str(tmp_path / "run"), "new"))
+    checkpoints = RunFolder(tmp_path / "run").checkpoints
     try:
         trains(tmp_path / "run", process)
+        while not any(
+            entry.facts["step"] >= 2 for entry in checkpoint.entries(checkpoints)
+        ):  # written beside training, which may be ahead of it
+            time.sleep(0.05)
         began = time.monotonic()
         first, second = children(process.pid)
         os.kill(first if how == signal.SIGKILL else second, how)
@@ -299,7 +304,7 @@ def test_a_lost_rank_ends_the_job_within_a_minute_with_the_reason(
         state = RunFolder(tmp_path / "run").read_state()
         assert state["reason"] in said, said[-3000:]
         assert state["state"] == "failed" and reason in state["reason"] and "\n" not in state["reason"]
-        assert checkpoint.load_newest(RunFolder(tmp_path / "run").checkpoints)["step"] >= 2
+        assert checkpoint.load_newest(checkpoints)["step"] >= 2
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
