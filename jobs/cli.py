@@ -14,6 +14,7 @@ from typing import TextIO
 
 from jobs.run.command import fail
 from jobs.run.failure import TrainingFailedError
+from jobs.run.waiting import wait_briefly
 from shards.errors import InputError
 
 # Job → what it does. Each lives in the module of its name, whose `main(argv)` runs it; modules load on use, so that
@@ -79,8 +80,7 @@ def unread(stream: TextIO) -> bool:
 
 def main() -> None:
     """Entry point of the console script."""
-    # Idle OpenMP threads sleep instead of spinning: on shared cores spinning made a training step 8 times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    wait_briefly(os.environ)
     try:
         try:
             sys.exit(run(sys.argv[1:]))

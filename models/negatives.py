@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 # Elements of gathered rows that are held at once where their inner products are needed: on a CPU few enough to stay in
-# its caches, enough to make little of what a call costs (measured with B = 512, L = 128, D = 256: 31 ms of one core in
-# blocks of 2¹⁵, 13 in those of 2¹⁸, 16 in those of 2²⁰).
-BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 22}
+# its caches, enough to make little of what a call and its threads' waking cost (measured with six kinds, B = 512, L =
+# 128, D = 256, forward and backward, on one core and on two: 108 and 63 ms in blocks of 2¹⁸, 93 and 59 in those of 2¹⁹,
+# 115 and 52 in those of 2²¹, 213 and 140 in those of 2²³).
+BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 22}
 SMALLEST = 1e-12
 KINDS: tuple[str, ...] = ("interpolation", "extrapolation", "mixing", "noise", "perturbation", "adversarial")
 

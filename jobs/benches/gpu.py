@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from jobs.run.waiting import wait_briefly
+
 _VIEWS = ["--batch", "256", "--made", "1024", "--dtype", "bfloat16", "--rounds", "3"]
 _STEP = ["--backbone", "vit_small_patch16_224", "--size", "224", "--patch", "16", "--depth", "12", "--batch", "128"]
 # Name → module of the benchmark and its flags, what is wanted most first. Four views is hard-view selection's case, two
@@ -67,7 +69,8 @@ def run_bench(module: str, flags: list[str], device: str = "cuda") -> object:
         RuntimeError: it failed; its error output is on the terminal.
     """
     command = [sys.executable, "-c", _MAIN.format(module=module), *flags, "--device", device, "--json"]
-    environment = {"OMP_WAIT_POLICY": "passive", **os.environ}  # as the `hardviews` command sets it
+    environment = dict(os.environ)
+    wait_briefly(environment)  # as the `hardviews` command does
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
     print(done.stdout, flush=True)
     if done.returncode:

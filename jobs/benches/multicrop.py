@@ -21,7 +21,6 @@ from torch import Tensor
 
 from jobs.benches.negatives import milliseconds
 from jobs.run.command import parse, tables
-from jobs.run.memory import keep_freed_memory
 from models.objectives.dino import DINOConfig, best_locals, cross_entropies
 from models.selection import pairs
 from shards.errors import InputError
@@ -165,7 +164,6 @@ def measure(bench: MulticropBench) -> dict[str, float]:
 
 
 def main(argv: Sequence[str]) -> None:
-    keep_freed_memory()
     bench = parse(MulticropBench, argv, prog="hardviews bench multicrop")
     if bench.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device: cuda asked for, but torch sees no CUDA device; take --device cpu")

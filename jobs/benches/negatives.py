@@ -17,7 +17,6 @@ from torch import Tensor
 
 from jobs.benches.obvious import naive_info_nce, naive_similarities
 from jobs.run.command import parse, tables
-from jobs.run.memory import keep_freed_memory
 from models.contrast import info_nce
 from models.negatives import Draws, NegativesConfig, draw, synthetic_similarities
 from shards.errors import InputError
@@ -114,7 +113,6 @@ def measure(bench: NegativesBench) -> dict[str, float]:
 
 
 def main(argv: Sequence[str]) -> None:
-    keep_freed_memory()
     bench = parse(NegativesBench, argv, prog="hardviews bench negatives")
     if bench.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device: cuda asked for, but torch sees no CUDA device; take --device cpu")
