@@ -61,7 +61,7 @@ class StepBench:
     rounds: int = 5
     """Times that each step is measured."""
     steps: int = 1600
-    """Length of the three trainings that agreement and regret are measured in (steps), some ten minutes on two cores;
+    """Length of the three trainings that agreement and regret are measured in (steps), half an hour of a core;
     0 = leave them out. The shorter, the more of a training passes while the target still lags behind its start."""
     audit_every: int = 20
     """Steps between two comparisons."""
