@@ -1,10 +1,12 @@
-"""Guessing the online encoder's queries from what the target made of the views.
+"""Guessing what both backbones make of a view from what was scored of it.
 
-Shape suffixes: B images, F width of the features, X = F + 1 with a constant, D width of the embedding.
+Shape suffixes: B images, F width of the features, S of what was scored (F to 2F), X = 2F + 1: what was scored, zeros up
+to twice the width, and a constant; Y = 2F: the online encoder's features and the target's, side by side.
 """
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from models.distributed import sum_over_ranks
 
@@ -13,55 +15,61 @@ RIDGE = 1e-3  # of the mean square of a feature
 
 
 class Correction(nn.Module):
-    """What a guess misses, as a linear function of the features it was made from: ridge regression on the newest steps.
+    """What is missing from scored x to the features y of both backbones, as a linear function of x: ridge regression on
+    the newest steps. With x′ for the first F numbers of x,
 
-        y ≈ guess(x) + Wᵀ[x; 1],   W = (A + ε tr(A)/X · I)⁻¹ C
-        A = Σ λᵃ [x; 1][x; 1]ᵀ,   C = Σ λᵃ [x; 1] (y − guess(x))ᵀ   over images that trained a steps ago, λ = 0.9
+        y ≈ [x′; x′] + Wᵀ[x; 1],   W = (A + ε tr(A)/X · I)⁻¹ C
+        A = Σ λᵃ [x; 1][x; 1]ᵀ,   C = Σ λᵃ [x; 1] (y − [x′; x′])ᵀ   over images that trained a steps ago, λ = 0.9
 
-    Sums are over all ranks, so that every rank corrects alike. Until the first step nothing is corrected.
+    Where x is the target's features, its half of C and W is 0. Sums are over all ranks, so that every rank corrects
+    alike. Until the first step nothing is corrected.
     """
 
     gram_XX: Tensor
-    cross_XD: Tensor
-    weight_XD: Tensor
+    cross_XY: Tensor
+    weight_XY: Tensor
 
-    def __init__(self, features: int, width: int) -> None:
+    def __init__(self, features: int) -> None:
         super().__init__()
-        self.register_buffer("gram_XX", torch.zeros(features + 1, features + 1))
-        self.register_buffer("cross_XD", torch.zeros(features + 1, width))
-        self.register_buffer("weight_XD", torch.zeros(features + 1, width))
+        self._width, known = features, 2 * features + 1
+        self.register_buffer("gram_XX", torch.zeros(known, known))
+        self.register_buffer("cross_XY", torch.zeros(known, 2 * features))
+        self.register_buffer("weight_XY", torch.zeros(known, 2 * features))
         self._pending: list[tuple[Tensor, Tensor]] = []
 
-    def forward(self, guess_BD: Tensor, features_BF: Tensor) -> Tensor:
-        """The guess, corrected; leading axes as given, fp32."""
-        with torch.autocast(guess_BD.device.type, enabled=False):
-            return guess_BD.float() + with_one(features_BF) @ self.weight_XD
+    def forward(self, scored_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """The online encoder's features and the target's, as guessed; leading axes as given, fp32."""
+        with torch.autocast(scored_BS.device.type, enabled=False):
+            x_BX = self.known(scored_BS)
+            online_BF, target_BF = (x_BX[..., : self._width] + half for half in (x_BX @ self.weight_XY).chunk(2, -1))
+        return online_BF, target_BF
 
     @torch.no_grad()
-    def learn(self, features_BF: Tensor, missing_BD: Tensor) -> None:
-        """Remembers what guesses from these features missed, for `update`."""
-        with torch.autocast(features_BF.device.type, enabled=False):
-            x_XB = with_one(features_BF).T
-            self._pending.append((x_XB @ x_XB.T, x_XB @ missing_BD.float()))
+    def learn(self, scored_BS: Tensor, online_BF: Tensor, target_BF: Tensor) -> None:
+        """Remembers what was scored of images and what the backbones made of them, for `update`."""
+        with torch.autocast(scored_BS.device.type, enabled=False):
+            x_BX = self.known(scored_BS)
+            missing_BY = torch.cat([y_BF.float() - x_BX[:, : self._width] for y_BF in (online_BF, target_BF)], 1)
+            self._pending.append((x_BX.T @ x_BX, x_BX.T @ missing_BY))
+
+    def known(self, scored_BS: Tensor) -> Tensor:
+        """[…, X]: in fp32, with zeros behind, whose weights stay 0, and a constant at the end."""
+        missing = len(self.gram_XX) - scored_BS.shape[-1] - 1
+        return pad(pad(scored_BS.float(), (0, missing)), (0, 1), value=1)
 
     @torch.no_grad()
     def update(self) -> None:
         """Takes in what was learned since the last call, of all ranks; to be called after each optimizer step."""
         if not self._pending:
             return
-        gram_XX, cross_XD = (torch.stack(parts).sum(0) for parts in zip(*self._pending, strict=True))
+        gram_XX, cross_XY = (torch.stack(parts).sum(0) for parts in zip(*self._pending, strict=True))
         self._pending.clear()
         self.gram_XX.mul_(FORGET).add_(sum_over_ranks(gram_XX))
-        self.cross_XD.mul_(FORGET).add_(sum_over_ranks(cross_XD))
+        self.cross_XY.mul_(FORGET).add_(sum_over_ranks(cross_XY))
         ridge = RIDGE * self.gram_XX.diagonal().mean() * torch.eye(len(self.gram_XX), device=gram_XX.device)
         factor, _ = torch.linalg.cholesky_ex(self.gram_XX + ridge)  # unlike cholesky, without waiting for the device
-        self.weight_XD.copy_(torch.cholesky_solve(self.cross_XD, factor))
+        self.weight_XY.copy_(torch.cholesky_solve(self.cross_XY, factor))
 
     def skip(self) -> None:
         """Forgets what was learned since the last update."""
         self._pending.clear()
-
-
-def with_one(features_BF: Tensor) -> Tensor:
-    """[…, X]: fp32 features and a constant beside them."""
-    return torch.cat([features_BF.float(), torch.ones_like(features_BF[..., :1], dtype=torch.float32)], -1)

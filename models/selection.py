@@ -34,8 +34,8 @@ class SelectionConfig:
     encoder: Literal["online", "target", "online-alone"] = "online"
     """Whose features are scored. online: the online encoder's against the target's keys, as the loss does. One forward
     fewer: online-alone, the online encoder's against its own keys; target, the target's, whose features serve the loss
-    again. The target lags: it guesses what the online encoder would say, and corrects its guesses by what training saw
-    of both (models/correction.py; MoBY, MoCo v3, BYOL); see also random_share."""
+    again. The target lags: what the online encoder would say is guessed, from what training saw of both
+    (models/correction.py; MoBY, MoCo v3, BYOL); see also layer and random_share."""
     every: int = 1
     """Select on every k-th step; on the others a random pair trains."""
     random_share: float | None = None
@@ -49,7 +49,9 @@ class SelectionConfig:
     resolution: int | None = None
     """Side of the views while scoring (pixels); None = as in training."""
     layer: int | None = None
-    """Score a ViT's features after this many blocks; None = all of them."""
+    """Score what a ViT has after this many blocks; None = all of them. The heads judge those features as they are; with
+    `encoder = target`, MoBY, MoCo v3 and BYOL guess from them what both backbones make of the views, and the target
+    goes on from there with the chosen pair alone. The cheapest way: half the blocks cost an eighth of a plain step."""
     static_colour: bool = False
     """One colour draw for all views of an image while scoring (HVP, section 6.1.3)."""
     batchnorm: Literal["view", "joint", "running"] = "view"
@@ -196,24 +198,3 @@ def without_side_effects(module: nn.Module, running: bool = False) -> Iterator[N
             norm.track_running_stats = tracks
         for part, mode in modes.items():
             part.training = mode
-
-
-@contextmanager
-def first_blocks(backbone: nn.Module, layer: int | None) -> Iterator[None]:
-    """Inside, a ViT stops after `layer` blocks (its final norm and pooling still follow).
-
-    Raises:
-        ValueError: the backbone has no blocks, or fewer.
-    """
-    if layer is None:
-        yield
-        return
-    blocks = getattr(backbone, "blocks", None)
-    if not isinstance(blocks, nn.Sequential) or layer > len(blocks):
-        there = f"has {len(blocks)}" if isinstance(blocks, nn.Sequential) else "is no ViT"
-        raise ValueError(f"selection.layer: {layer} blocks asked for, but the backbone {there}")
-    try:
-        backbone.blocks = blocks[:layer]
-        yield
-    finally:
-        backbone.blocks = blocks

@@ -26,6 +26,7 @@ from jobs.run.command import parse, tables
 from jobs.run.memory import keep_freed_memory
 from jobs.run.schedule import warmup_cosine
 from models.backbones import BackboneConfig
+from models.blocks import half_depth
 from models.negatives import NONE, NegativesConfig
 from models.objectives import Length, build_objective
 from models.objectives.moby import MoBY, MoBYConfig
@@ -61,7 +62,7 @@ class StepBench:
     rounds: int = 5
     """Times that each step is measured."""
     steps: int = 1600
-    """Length of the three trainings that agreement and regret are measured in (steps), half an hour of a core;
+    """Length of the four trainings that agreement and regret are measured in (steps), 40 minutes of a core;
     0 = leave them out. The shorter, the more of a training passes while the target still lags behind its start."""
     audit_every: int = 20
     """Steps between two comparisons."""
@@ -78,17 +79,23 @@ class StepBench:
         return BackboneConfig(self.backbone, self.size, self.patch, depth=self.depth)
 
 
-# Side → how its pairs are scored. `precise` computes as training does; the others as fast as the device can.
-SELECTIONS = {
-    "precise": SelectionConfig(),
-    "full": SelectionConfig(precision="auto"),
-    "alone": SelectionConfig(encoder="online-alone", precision="auto"),
-    "target": SelectionConfig(encoder="target", precision="auto"),
-}
-JUDGES = ("full", "alone", "target")
+JUDGES = ("full", "alone", "target", "early")
 # What is trained to judge choices: small, with a queue that the first tenth of a short training fills.
 JUDGED = BackboneConfig("vit_tiny_patch16_224", 32, 8, width=64, depth=2, heads=2)
 JUDGED_OBJECTIVE = MoBYConfig(ALWAYS, queue=1024, hidden=256)
+
+
+def selections(views: int, backbone: BackboneConfig) -> dict[str, SelectionConfig]:
+    """Side → how its pairs are scored. `precise` computes as training does; the others as fast as the device can."""
+    fast = SelectionConfig(views, precision="auto")
+    target = replace(fast, encoder="target")
+    return {
+        "precise": SelectionConfig(views),
+        "full": fast,
+        "alone": replace(fast, encoder="online-alone"),
+        "target": target,
+        "early": replace(target, layer=half_depth(backbone)),
+    }
 
 
 class Learner:
@@ -159,6 +166,7 @@ def step_times(bench: StepBench) -> dict[str, float]:
     """Median milliseconds of each side's step; the sides take turns."""
     views_BNCHW = photograph_views(bench, bench.size, 0)
     low = replace(bench.shape, target_precision="auto")  # as the scores, so that the loss uses the target's again
+    scored = selections(bench.views, bench.shape)
     sides: dict[str, Callable[[], object]] = {}
     for name, backbone, negatives in (
         ("plain", bench.shape, NONE),
@@ -167,8 +175,7 @@ def step_times(bench: StepBench) -> dict[str, float]:
         *((name, low, ALWAYS) for name in JUDGES),
     ):
         learner = Learner(bench, MoBYConfig(negatives), backbone, LONG)
-        selection = replace(SELECTIONS[name], views=bench.views) if name in SELECTIONS else None
-        run = learner.obvious_step if name == "obvious" else partial(learner.step, selection=selection)
+        run = learner.obvious_step if name == "obvious" else partial(learner.step, selection=scored.get(name))
         sides[name] = partial(run, views_BNCHW)
     times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(bench.rounds + 1):
@@ -185,10 +192,10 @@ def step_times(bench: StepBench) -> dict[str, float]:
 def choices(bench: StepBench, trained_by: str) -> dict[str, float]:
     """Agreement and regret of each of JUDGES: means over a whole short training without its first tenth. The learning
     rate rises in that tenth and falls by a cosine after it, the target's momentum goes from 0.99 to 1. It learns from
-    the pairs chosen by `trained_by` of SELECTIONS."""
+    the pairs that `trained_by` of JUDGES chooses."""
     backbone, length = replace(JUDGED, target_precision="auto"), Length(bench.steps, bench.steps)
     learner = Learner(bench, JUDGED_OBJECTIVE, backbone, length)
-    scored = {name: replace(s, views=bench.views) for name, s in SELECTIONS.items()}
+    scored = selections(bench.views, JUDGED)
     warm = max(1, bench.steps // 10)
     found: dict[str, list[float]] = {}
     for step in range(bench.steps):
@@ -214,6 +221,7 @@ def measure(bench: StepBench) -> dict[str, float | str]:
         "overhead_precise": times["precise"] / times["plain"],
         "overhead_alone": times["alone"] / times["plain"],
         "overhead_target": times["target"] / times["plain"],
+        "overhead_early": times["early"] / times["plain"],
         "baseline_overhead": times["obvious"] / times["plain"],
     }
     judged: dict[str, float] = {}
@@ -221,7 +229,7 @@ def measure(bench: StepBench) -> dict[str, float | str]:
         judged |= choices(bench, trained_by)
     if judged:  # by what each kind of step itself trains on
         ratios |= {"agreement": judged["agreement_full_full"], "regret": judged["regret_full_full"]}
-        ratios |= {f"regret_{name}": judged[f"regret_{name}_{name}"] for name in ("alone", "target")}
+        ratios |= {f"regret_{name}": judged[f"regret_{name}_{name}"] for name in ("alone", "target", "early")}
     arithmetic = resolved("auto", torch.device(bench.device))
     return {
         **ratios,
@@ -263,6 +271,7 @@ def table(bench: StepBench, figures: dict[str, float | str]) -> Table:
         "full": (f"full: in {figures['precision']}", "overhead"),
         "alone": ("online alone, the same", "overhead_alone"),
         "target": ("target alone, the same", "overhead_target"),
+        "early": ("half of the target, the same", "overhead_early"),
     }
     for name, (text, ratio) in texts.items():
         judged = []

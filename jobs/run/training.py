@@ -194,7 +194,8 @@ def checkpoint_activations(encoder: Encoder, name: str) -> None:
 def compile_encoders(config: PretrainConfig, objective: Objective, device: torch.device) -> None:
     """torch.compile of the backbones in place, where the configuration asks for it, and by default on CUDA.
 
-    Each of the few shapes of batches has code of its own: to score and to train, per size of crops.
+    Each of the few shapes of batches has code of its own: to score and to train, per size of crops. A target that stops
+    early to score has two parts, each compiled.
     """
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
         from torch._dynamo import config as dynamo  # takes seconds to import
@@ -203,6 +204,9 @@ def compile_encoders(config: PretrainConfig, objective: Objective, device: torch
         for encoder in (objective.online, objective.target):
             if encoder is not None:
                 encoder.backbone.compile(dynamic=False)
+                if config.selection.layer is not None:
+                    encoder.begin = torch.compile(encoder.begin, dynamic=False)
+                    encoder.finish = torch.compile(encoder.finish, dynamic=False)
 
 
 def fingerprints(data: Data) -> list[dict[str, Any]]:

@@ -13,11 +13,12 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from models.backbones import BackboneConfig, build_backbone
+from models.blocks import Begun, begin, finish, first_blocks
 from models.contrast import Contrast
 from models.known import KnownOutputs, known_outputs
 from models.momentum import target_of
 from models.precision import Precision, arithmetic, check_units, resolved
-from models.selection import SelectionConfig, audit, first_blocks, take_pair, without_side_effects
+from models.selection import SelectionConfig, audit, take_pair, without_side_effects
 
 Metrics = dict[str, Tensor]
 
@@ -44,8 +45,10 @@ class Scores:
     """The target backbone's features of the views, where they are exactly what the loss would compute again."""
     known: KnownOutputs | None = None
     """What the online backbone's linear layers gave for the views, where the loss would compute it again."""
+    begun: Begun | None = None
+    """How far the target's backbone got with all views, where it stopped early and the loss can go on from there."""
     judged_BND: Tensor | None = None
-    """The target backbone's features of the views, where it scored alone and guessed the online encoder's queries."""
+    """What the target's backbone made of the views, where features of both backbones were guessed from it."""
     local_BPL: Tensor | None = None
     """Multi-crop: for each pair, the numbers of the local views that go with it (its hardest ones)."""
 
@@ -61,7 +64,7 @@ class Chosen:
     known: tuple[list[Tensor], list[Tensor]] | None = None
     """Outputs of the online backbone's linear layers for the first and the second views."""
     judged_B2D: Tensor | None = None
-    """The target backbone's features that queries were guessed from."""
+    """What features of both backbones were guessed from."""
     views_BM: Tensor | None = None
     """Multi-crop: numbers of all chosen views, over all groups side by side; None where it is just the pair."""
 
@@ -92,10 +95,21 @@ class Encoder(nn.Module):
 
     def features(self, x_B3HW: Tensor) -> Tensor:
         """[B, D]: what the backbone makes of pixels."""
-        if resolved(self.precision, x_B3HW.device) == "same" or in_bf16(x_B3HW.device):
-            return self.backbone(x_B3HW)
-        with bf16(x_B3HW.device):
-            return self.backbone(x_B3HW).float()
+        return self._computed(self.backbone, x_B3HW)
+
+    def begin(self, x_B3HW: Tensor, layer: int) -> Tensor:
+        """[B, T, D]: a ViT's tokens after `layer` blocks."""
+        return self._computed(lambda x: begin(self.backbone, x, layer), x_B3HW)
+
+    def finish(self, tokens_BTD: Tensor, layer: int) -> Tensor:
+        """[B, D]: what a ViT's other blocks make of its tokens; together the same as `features`."""
+        return self._computed(lambda tokens: finish(self.backbone, tokens, layer), tokens_BTD)
+
+    def _computed(self, part: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+        if resolved(self.precision, values.device) == "same" or in_bf16(values.device):
+            return part(values)
+        with bf16(values.device):
+            return part(values).float()
 
     def head(self, features_BD: Tensor) -> Tensor:
         """What the heads make of backbone features."""
@@ -186,7 +200,7 @@ class Objective(nn.Module):
             features = self.score_features(views_BNCHW, selection, known)
             losses_BP = self.pair_table(features, selection)
         target, alone = features["target"], selection.encoder == "target"
-        return Scores(losses_BP.float(), target if reused else None, known, target if alone else None)
+        return Scores(losses_BP.float(), target if reused else None, known, judged_BND=target if alone else None)
 
     def score_features(
         self, views_BNCHW: Tensor, selection: SelectionConfig, known: KnownOutputs | None = None
@@ -297,12 +311,16 @@ def per_view(head: Callable[[Tensor], Tensor], features_BND: Tensor, selection: 
     return head(features_BND.flatten(0, 1)).unflatten(0, features_BND.shape[:2]).transpose(0, 1)
 
 
-def all_views(encoder: Encoder, views_BNCHW: Tensor, selection: SelectionConfig) -> Tensor:
-    """[B, N, D]: features of all views in one forward; in N, one view of all images at a time, where the backbone has
-    BatchNorm and `batchnorm = view` asks for the composition of training."""
+def all_views(
+    encoder: Encoder, views_BNCHW: Tensor, selection: SelectionConfig, part: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """[B, N, …]: features of all views, or what another `part` of the encoder makes of pixels, in one forward; in N,
+    one view of all images at a time, where the backbone has BatchNorm and `batchnorm = view` asks for the composition
+    of training."""
+    part = part or encoder.features
     if selection.batchnorm == "view" and has_batchnorm(encoder):
-        return torch.stack([encoder.features(views_BCHW) for views_BCHW in views_BNCHW.unbind(1)], 1)
-    return encoder.features(views_BNCHW.flatten(0, 1)).unflatten(0, views_BNCHW.shape[:2])
+        return torch.stack([part(views_BCHW) for views_BCHW in views_BNCHW.unbind(1)], 1)
+    return part(views_BNCHW.flatten(0, 1)).unflatten(0, views_BNCHW.shape[:2])
 
 
 def scores_as_trained(encoder: Encoder, selection: SelectionConfig, device: torch.device) -> bool:

@@ -43,7 +43,7 @@ class BYOL(MomentumObjective):
         def heads(features: int) -> tuple[nn.Module, nn.Module]:
             return mlp(features, config.hidden, config.width), mlp(config.width, config.hidden, config.width)
 
-        super().__init__(backbone, length, heads, config.width, config.momentum)
+        super().__init__(backbone, length, heads, config.momentum)
 
     def pair_table(self, features: dict[str, Tensor | None], selection: SelectionConfig) -> Tensor:
         q_NBD, k_NBD = self.queries_and_keys(features, selection)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.backbones import BackboneConfig, build_backbone, feature_width
+from models.blocks import first_blocks
 from models.distributed import gather
 from models.momentum import follow, momentum_at
 from models.objectives.base import (
@@ -33,7 +34,7 @@ from models.objectives.base import (
     fp32,
     momentum_encoder,
 )
-from models.selection import SelectionConfig, first_blocks, pair_index, take_pair, without_side_effects
+from models.selection import SelectionConfig, pair_index, take_pair, without_side_effects
 
 
 @dataclass(frozen=True)

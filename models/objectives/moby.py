@@ -65,7 +65,7 @@ class MoBY(MomentumObjective):
         def heads(features: int) -> tuple[nn.Module, nn.Module]:
             return mlp(features, config.hidden, config.width), mlp(config.width, config.hidden, config.width)
 
-        super().__init__(backbone, length, heads, config.width, config.momentum)
+        super().__init__(backbone, length, heads, config.momentum)
         self.config = config
         self.queue1, self.queue2 = Queue(config.queue, config.width), Queue(config.queue, config.width)
         self._pending: list[tuple[Tensor, Tensor, Tensor]] = []

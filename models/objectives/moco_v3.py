@@ -55,7 +55,7 @@ class MoCoV3(MomentumObjective):
             projector = mlp(features, config.hidden, config.width, layers=3, last_norm=True)
             return projector, mlp(config.width, config.hidden, config.width, layers=2, last_norm=True)
 
-        super().__init__(backbone, length, heads, config.width, config.momentum)
+        super().__init__(backbone, length, heads, config.momentum)
         self.config = config
 
     def check_batch(self, images: int) -> None:

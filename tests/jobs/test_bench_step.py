@@ -6,7 +6,7 @@ import pytest
 
 from jobs import cli
 from jobs.benches import step
-from jobs.benches.step import JUDGES, SELECTIONS, StepBench, photograph_views, step_times
+from jobs.benches.step import JUDGES, StepBench, photograph_views, selections, step_times
 
 SMALL = ["--size", "16", "--patch", "8", "--depth", "1", "--batch", "8", "--rounds", "1"]
 
@@ -28,12 +28,13 @@ def test_figures(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
 
 
 def test_each_side_forwards_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images through both backbones in a step; selection keeps what the loss would forward again."""
-    bench = StepBench(size=16, patch=8, depth=1, batch=4, rounds=1)
+    """Images through the last blocks of both backbones in a step; selection keeps what the loss would forward again."""
+    bench = StepBench(size=16, patch=8, depth=2, batch=4, rounds=1)
     seen: dict[str, list[int]] = {}
+    scored = selections(bench.views, bench.shape)
 
     def counted(self: step.Learner, views, selection):
-        kind = next((name for name, s in SELECTIONS.items() if selection is not None and s == selection), "plain")
+        kind = next((name for name, s in scored.items() if s == selection), "plain")
         counts = {"online": 0, "target": 0}
 
         def hook(name):
@@ -42,7 +43,7 @@ def test_each_side_forwards_what_it_says(monkeypatch: pytest.MonkeyPatch) -> Non
 
             return count
 
-        hooks = [getattr(self.moby, name).backbone.register_forward_hook(hook(name)) for name in counts]
+        hooks = [getattr(self.moby, name).backbone.blocks[-1].register_forward_hook(hook(name)) for name in counts]
         original(self, views, selection)
         for handle in hooks:
             handle.remove()
@@ -51,8 +52,15 @@ def test_each_side_forwards_what_it_says(monkeypatch: pytest.MonkeyPatch) -> Non
     original = step.Learner.step
     monkeypatch.setattr(step.Learner, "step", counted)
     step_times(bench)
-    # The online backbone forwards all views and, of the chosen two, what is not linear.
-    assert seen == {"plain": [2, 2], "precise": [6, 4], "full": [6, 4], "alone": [6, 2], "target": [2, 4]}
+    # The online backbone forwards all views and, of the chosen two, what is not linear; half of the target stops early.
+    assert seen == {
+        "plain": [2, 2],
+        "precise": [6, 4],
+        "full": [6, 4],
+        "alone": [6, 2],
+        "target": [2, 4],
+        "early": [2, 2],
+    }
 
 
 def test_the_same_step_has_the_same_views() -> None:

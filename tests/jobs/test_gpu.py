@@ -3,6 +3,7 @@
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,10 +81,13 @@ def test_a_resumed_run_goes_on(on_gpu: PretrainConfig, tmp_path: Path) -> None:
     same_rows(tmp_path / "whole", tmp_path / "broken", exact=False)
 
 
+@pytest.mark.parametrize("changes", [{}, {"encoder": "target", "layer": 1}], ids=["online", "target early"])
 @pytest.mark.parametrize("compiled", ["off", "on"])
-def test_a_step_waits_for_the_device_once(on_gpu: PretrainConfig, tmp_path: Path, compiled: str) -> None:
+def test_a_step_waits_for_the_device_once(
+    on_gpu: PretrainConfig, tmp_path: Path, compiled: str, changes: dict[str, Any]
+) -> None:
     """Where it reads loss, choices and pair losses, by an event, which the mode lets pass."""
-    config = replace(on_gpu, compile=compiled, steps=100)
+    config = replace(on_gpu, compile=compiled, steps=100, selection=replace(on_gpu.selection, **changes))
     with ExitStack() as stack:
         folder = RunFolder(tmp_path / "run")
         t = open_training(config, folder, World(0, 1, torch.device("cuda", 0)), stack, False)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,8 +87,12 @@ def test_resnets_run_channels_last_and_resume_to_the_bit(tiny: PretrainConfig, t
 
 
 @pytest.mark.slow
-def test_compiled_encoders_learn_what_plain_ones_do(without_chance: PretrainConfig, tmp_path: Path) -> None:
-    config = replace(without_chance, steps=2)
+@pytest.mark.parametrize("changes", [{}, {"encoder": "target", "layer": 1}], ids=["online", "target early"])
+def test_compiled_encoders_learn_what_plain_ones_do(
+    without_chance: PretrainConfig, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    config = replace(without_chance, steps=2, selection=replace(without_chance.selection, **changes))
+    config = replace(config, backbone=replace(config.backbone, depth=2))
     for how in ("off", "on"):
         assert pretrain(replace(config, compile=how), tmp_path / how) == "finished"  # type: ignore[arg-type]
     plain, compiled = weights(tmp_path / "off"), weights(tmp_path / "on")

@@ -20,8 +20,12 @@ from tests.models.objective_cases import built, crops_for
 BATCH = 8
 # iBOT without masks, which every rank draws for itself.
 FIELDS = {"ibot": {"mask_probability": 0.0}, "moby": {"queue": 20}}
-# Objective, and behind a slash the encoder that scores where it is not the usual one.
-NAMES = ("moby", "moby/target", "moco_v3", "simclr", "simsiam", "byol", "swav", "dino", "ibot")
+# Every objective, and behind a slash what scores pairs where it is not the usual.
+SCORED = {
+    "/target": SelectionConfig(encoder="target"),
+    "/target early": SelectionConfig(encoder="target", layer=1),
+}
+NAMES = ("moby", *(f"moby{how}" for how in SCORED), "moco_v3", "simclr", "simsiam", "byol", "swav", "dino", "ibot")
 
 
 def share(rows: torch.Tensor, rank: int, world: int) -> torch.Tensor:
@@ -37,10 +41,10 @@ def average(value: torch.Tensor) -> torch.Tensor:
 def step(name: str, rank: int, world: int) -> dict[str, object]:
     """Pair losses, choices, loss, averaged gradients, what is analysed, and the buffers after the step."""
     torch.manual_seed(0)
-    name, _, encoder = name.partition("/")
+    name, slash, how = name.partition("/")
     objective = built(name, **FIELDS.get(name, {}))
     crops = tuple(share(group, rank, world) for group in crops_for(name, BATCH))
-    scores = objective.pair_losses(crops, SelectionConfig(encoder=encoder or "online"))
+    scores = objective.pair_losses(crops, SCORED.get(slash + how, SelectionConfig()))
     choice = select(scores.losses_BP, "hardest")
     objective.watching = True
     labels = share(torch.arange(BATCH) % 3, rank, world)

@@ -1,10 +1,12 @@
-"""The target's guesses of queries: the regression is the formula's, and choices by the target follow it."""
+"""The target's guesses of features: the regression is the formula's, and choices by the target follow it."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 from models.backbones import BackboneConfig
-from models.correction import FORGET, RIDGE, Correction, with_one
+from models.correction import FORGET, RIDGE, Correction
 from models.negatives import NONE
 from models.objectives import Length, build_objective
 from models.objectives.byol import BYOLConfig
@@ -21,57 +23,79 @@ def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def features(images: int, width: int, seed: int, scored: int = 5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What was scored, and what the online and the target backbone made of the same images."""
+    return tuple(numbers(images, size, seed=seed + 50 * part) for part, size in enumerate((scored, width, width)))
+
+
+def with_zeros_and_one(scored: torch.Tensor) -> torch.Tensor:
+    """What the regression knows, in 11 columns."""
+    return torch.cat([scored, torch.zeros(len(scored), 10 - scored.shape[1]), torch.ones(len(scored), 1)], 1)
+
+
 def test_nothing_is_corrected_before_anything_was_learned():
-    correction, guess = Correction(5, 3), numbers(7, 3)
+    correction, scored = Correction(5), numbers(7, 5)
     correction.update()
-    assert torch.equal(correction(guess, numbers(7, 5)), guess)
+    assert all(torch.equal(guess, scored) for guess in correction(scored))
 
 
-def test_it_is_ridge_regression_with_fading_steps():
-    correction = Correction(5, 3)
-    steps = [[(numbers(9, 5, seed=s), numbers(9, 3, seed=s + 50))] for s in range(3)]
-    steps[1].append((numbers(9, 5, seed=20), numbers(9, 3, seed=21)))  # a step in two parts
+@pytest.mark.parametrize("width", [5, 10], ids=["features", "a summary of tokens"])
+def test_it_is_ridge_regression_with_fading_steps(width):
+    correction = Correction(5)
+    steps = [[features(9, 5, seed=s, scored=width)] for s in range(3)]
+    steps[1].append(features(9, 5, seed=20, scored=width))  # a step in two parts
     for parts in steps:
-        for features, missing in parts:
-            correction.learn(features, missing)
+        for part in parts:
+            correction.learn(*part)
         correction.update()
-    rows = [(f, m, FORGET ** (2 - age)) for age, parts in enumerate(steps) for f, m in parts]
-    x, y = (torch.cat([with_one(f) for f, _, _ in rows]).double(), torch.cat([m for _, m, _ in rows]).double())
-    w = torch.cat([torch.full((len(f),), weight) for f, _, weight in rows]).double()[:, None]
+    rows = [(part, FORGET ** (2 - age)) for age, parts in enumerate(steps) for part in parts]
+    x = torch.cat([with_zeros_and_one(scored) for (scored, _, _), _ in rows]).double()
+    y = torch.cat([torch.cat([a - x[:, :5], b - x[:, :5]], 1) for (x, a, b), _ in rows]).double()
+    w = torch.cat([torch.full((9,), weight) for _, weight in rows]).double()[:, None]
     gram = x.T @ (w * x)
-    wanted = torch.linalg.solve(gram + RIDGE * gram.diagonal().mean() * torch.eye(6), x.T @ (w * y))
-    torch.testing.assert_close(correction.weight_XD.double(), wanted, rtol=1e-4, atol=1e-5)
-    features, guess = numbers(4, 5, seed=30), numbers(4, 3, seed=31)
-    corrected = guess.double() + with_one(features).double() @ wanted
-    torch.testing.assert_close(correction(guess, features).double(), corrected, rtol=1e-4, atol=1e-5)
+    wanted = torch.linalg.solve(gram + RIDGE * gram.diagonal().mean() * torch.eye(11), x.T @ (w * y))
+    torch.testing.assert_close(correction.weight_XY.double(), wanted, rtol=1e-4, atol=1e-5)
+    scored = numbers(4, width, seed=30)
+    missing = with_zeros_and_one(scored).double() @ wanted
+    for guess, half in zip(correction(scored), missing.chunk(2, 1), strict=True):
+        torch.testing.assert_close(guess.double(), scored[:, :5].double() + half, rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_target_itself_made_is_left_as_it_is():
+    correction, (scored, online, _) = Correction(5), features(32, 5, seed=0)
+    correction.learn(scored, online, scored)
+    correction.update()
+    guess_online, guess_target = correction(scored)
+    assert torch.equal(guess_target, scored) and not torch.equal(guess_online, scored)
 
 
 def test_it_follows_what_changes_and_forgets_a_step_that_is_skipped():
-    correction, true = Correction(5, 3), numbers(6, 3)
-    for step in range(60):
+    correction, true = Correction(5), numbers(11, 10)
+    for step in range(80):
         if step == 30:
             true = -true
-        features = numbers(32, 5, seed=step)
-        correction.learn(features, with_one(features) @ true)
+        scored = numbers(32, 10, seed=step)
+        halves = (with_zeros_and_one(scored) @ true).chunk(2, 1)
+        correction.learn(scored, *(scored[:, :5] + half for half in halves))
         correction.update()
-    torch.testing.assert_close(correction.weight_XD, true, rtol=0.05, atol=0.1)
+    torch.testing.assert_close(correction.weight_XY, true, rtol=0.05, atol=0.1)
     before = {name: value.clone() for name, value in correction.state_dict().items()}
-    correction.learn(numbers(32, 5), numbers(32, 3))
+    correction.learn(*features(32, 5, seed=0))
     correction.skip()
     correction.update()
     assert all(torch.equal(value, before[name]) for name, value in correction.state_dict().items())
 
 
 def test_features_in_bf16_are_regressed_in_fp32():
-    correction = Correction(5, 3)
+    low = [part.bfloat16() for part in features(9, 5, seed=0)]
+    correction, plain = Correction(5), Correction(5)
     with torch.autocast("cpu", torch.bfloat16):
-        correction.learn(numbers(9, 5).bfloat16(), numbers(9, 3).bfloat16())
+        correction.learn(*low)
         correction.update()
-        assert correction(numbers(2, 3).bfloat16(), numbers(2, 5).bfloat16()).dtype == torch.float32
-    plain = Correction(5, 3)
-    plain.learn(numbers(9, 5).bfloat16().float(), numbers(9, 3).bfloat16().float())
+        assert all(guess.dtype == torch.float32 for guess in correction(numbers(2, 5).bfloat16()))
+    plain.learn(*(part.float() for part in low))
     plain.update()
-    torch.testing.assert_close(correction.weight_XD, plain.weight_XD)
+    torch.testing.assert_close(correction.weight_XY, plain.weight_XY)
 
 
 def flat(seed: int) -> tuple[torch.Tensor]:
@@ -79,15 +103,16 @@ def flat(seed: int) -> tuple[torch.Tensor]:
     return (numbers(32, 4, 3, 1, 1, seed=seed).expand(-1, -1, -1, 8, 8).contiguous(),)
 
 
+@pytest.mark.parametrize("layer", [None, 1], ids=["all blocks", "one block of two"])
 @pytest.mark.parametrize("config", OBJECTIVES, ids=lambda config: type(config).__name__)
-def test_the_target_learns_that_the_online_encoder_sees_it_the_other_way_round(config):
+def test_the_target_learns_that_the_online_encoder_sees_it_the_other_way_round(config, layer):
     torch.manual_seed(0)
-    objective = build_objective(config, STILL, Length(1000, 100)).train()
+    objective = build_objective(config, replace(STILL, depth=2), Length(1000, 100)).train()
     norm = objective.online.backbone.norm
     with torch.no_grad():
         norm.weight.neg_()  # the online encoder's features are the target's with the sign changed
 
-    selection = SelectionConfig(encoder="target")
+    selection = SelectionConfig(encoder="target", layer=layer)
 
     def regret() -> float:
         found = []
@@ -110,7 +135,7 @@ def test_full_scores_neither_use_nor_teach_a_guess():
     objective = build_objective(OBJECTIVES[0], STILL, Length(1000, 100)).train()
     crops = (numbers(8, 4, 3, 8, 8),)
     wanted = objective.pair_losses(crops, SelectionConfig()).losses_BP
-    objective.correction.weight_XD.normal_()
+    objective.correction.weight_XY.normal_()
     scores = objective.pair_losses(crops, SelectionConfig())
     assert torch.equal(scores.losses_BP, wanted)
     objective.loss(objective.take(crops, torch.zeros(8, dtype=torch.int64), scores))

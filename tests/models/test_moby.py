@@ -83,6 +83,37 @@ def test_features_are_not_reused_where_they_would_differ(backbone, selection):
     assert moby(NONE, backbone).pair_losses((views(),), selection).features_BND is None
 
 
+@pytest.mark.parametrize("precision", ["same", "bf16"])
+def test_a_target_that_stopped_early_goes_on_with_the_chosen_pair_alone(precision):
+    objective, crops = moby(NONE, replace(STILL, target_precision=precision)), (views(),)
+    selection = SelectionConfig(encoder="target", layer=1, precision=precision)
+    rows = []
+    for block in objective.target.backbone.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    scores = objective.pair_losses(crops, selection)
+    chosen = objective.take(crops, select(scores.losses_BP, "hardest"), scores)
+    loss = objective.loss(chosen)[0]
+    assert rows == [20, 10]  # all views through the first block, two through the other
+    again = objective.loss(replace(chosen, features_B2D=None))[0]
+    torch.testing.assert_close(loss, again, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "changes"),
+    [
+        (STILL, {"precision": "bf16"}),
+        (STILL, {"static_colour": True}),
+        (replace(STILL, target_drop_path=0.1), {}),
+        (replace(STILL, batchnorm_mlp=True), {}),
+    ],
+    ids=["precision", "colour", "drop path", "batchnorm"],
+)
+def test_it_starts_again_where_training_would_compute_something_else(backbone, changes):
+    selection = SelectionConfig(encoder="target", layer=1, **changes)
+    scores = moby(NONE, backbone).pair_losses((views(),), selection)
+    assert scores.begun is None and scores.judged_BND is not None
+
+
 def test_under_bf16_training_bf16_scores_are_the_same_arithmetic():
     objective = moby(NONE, STILL)
     with torch.autocast("cpu", torch.bfloat16):
