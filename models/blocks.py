@@ -97,9 +97,9 @@ def finish(backbone: nn.Module, tokens_BTD: Tensor, layer: int) -> Tensor:
 
 
 def summary(backbone: nn.Module, tokens_BTD: Tensor) -> Tensor:
-    """[B, 2D], or [B, D] without class token: an image's class token and the mean of its patches' tokens, where each
-    token is brought to mean 0 and variance 1; fp32."""
-    tokens_BTD = F.layer_norm(tokens_BTD.float(), tokens_BTD.shape[-1:])
+    """[B, 2D], or [B, D] without class token: an image's class token and the mean of its patches' tokens, each brought to
+    mean 0 and variance 1; fp32."""
     prefix = check_layer(backbone, 0).num_prefix_tokens
-    mean_BD = tokens_BTD[:, prefix:].mean(1)
-    return torch.cat([tokens_BTD[:, 0], mean_BD], 1) if prefix else mean_BD
+    parts = [tokens_BTD[:, 0].float()] if prefix else []
+    parts.append(tokens_BTD[:, prefix:].mean(1, dtype=torch.float32))
+    return torch.cat([F.layer_norm(part_BD, part_BD.shape[-1:]) for part_BD in parts], 1)

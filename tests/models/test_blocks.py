@@ -41,8 +41,8 @@ def test_a_summary_is_the_class_token_and_the_mean_patch_at_one_scale(config):
     prefix = backbone.num_prefix_tokens
     tokens = 10 * begin(backbone, torch.randn(3, 3, 16, 16), 2).detach()
     for image, found in zip(tokens, summary(backbone, tokens), strict=True):
-        scaled = [(t - t.mean()) / t.std(correction=0) for t in image]
-        wanted = torch.cat([*scaled[:prefix], torch.stack(scaled[prefix:]).mean(0)])
+        parts = [*image[:prefix], image[prefix:].mean(0)]
+        wanted = torch.cat([(part - part.mean()) / part.std(correction=0) for part in parts])
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     assert summary(backbone, tokens.bfloat16()).dtype == torch.float32
 
