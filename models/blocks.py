@@ -97,7 +97,7 @@ def finish(backbone: nn.Module, tokens_BTD: Tensor, layer: int) -> Tensor:
 
 
 def summary(backbone: nn.Module, tokens_BTD: Tensor) -> Tensor:
-    """[B, 2D], or [B, D] without class token: an image's class token and the mean of its patches' tokens, each brought to
+    """[B, 2D], or [B, D] without class token: the class token and the mean of the patches' tokens, each brought to
     mean 0 and variance 1; fp32."""
     prefix = check_layer(backbone, 0).num_prefix_tokens
     parts = [tokens_BTD[:, 0].float()] if prefix else []
