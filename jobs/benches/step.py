@@ -3,7 +3,7 @@
 Every side is a whole optimizer step: selection, loss, backward, AdamW, momentum and queues. `obvious` is the plain
 composition of `jobs.benches.obvious`. Then short trainings of a small ViT measure how far cheaper choices agree with
 the full one, and their regret, after the first tenth of the steps. Regret depends on what is learned from, so each kind
-of step is judged on pairs of the full choice, and on pairs that it chose itself as training does.
+of step is judged by a training on pairs that it chose itself, and where it needs no teaching, on those of the full one.
 
 Shape suffixes: B images, N views, P pairs.
 """
@@ -80,6 +80,7 @@ class StepBench:
 
 
 JUDGES = ("full", "alone", "target", "early")
+UNTAUGHT = ("full", "alone")  # of these; the others learn from what they choose, and are judged by nothing else
 # What is trained to judge choices: small, with a queue that the first tenth of a short training fills.
 JUDGED = BackboneConfig("vit_tiny_patch16_224", 32, 8, width=64, depth=2, heads=2)
 JUDGED_OBJECTIVE = MoBYConfig(ALWAYS, queue=1024, hidden=256)
@@ -190,9 +191,9 @@ def step_times(bench: StepBench) -> dict[str, float]:
 
 
 def choices(bench: StepBench, trained_by: str) -> dict[str, float]:
-    """Agreement and regret of each of JUDGES: means over a whole short training without its first tenth. The learning
-    rate rises in that tenth and falls by a cosine after it, the target's momentum goes from 0.99 to 1. It learns from
-    the pairs that `trained_by` of JUDGES chooses."""
+    """Agreement and regret of UNTAUGHT and of what trains, which is `trained_by` of JUDGES: means over a whole short
+    training without its first tenth. The learning rate rises in that tenth and falls by a cosine after it, the target's
+    momentum goes from 0.99 to 1."""
     backbone, length = replace(JUDGED, target_precision="auto"), Length(bench.steps, bench.steps)
     learner = Learner(bench, JUDGED_OBJECTIVE, backbone, length)
     scored = selections(bench.views, JUDGED)
@@ -202,7 +203,7 @@ def choices(bench: StepBench, trained_by: str) -> dict[str, float]:
         views_BNCHW = photograph_views(bench, JUDGED.image_size, step)
         if step >= warm and (step - warm) % bench.audit_every == 0:
             precise_BP = learner.moby.pair_losses((views_BNCHW,), scored["precise"].full).losses_BP
-            for name in JUDGES:
+            for name in dict.fromkeys((*UNTAUGHT, trained_by)):
                 losses_BP = learner.moby.pair_losses((views_BNCHW,), scored[name]).losses_BP
                 for key, value in audit(precise_BP, losses_BP.argmax(1), scored[name]).items():
                     found.setdefault(f"{key.removeprefix('selection/')}_{name}", []).append(float(value))
@@ -276,8 +277,8 @@ def table(bench: StepBench, figures: dict[str, float | str]) -> Table:
     for name, (text, ratio) in texts.items():
         judged = []
         for trained_by in ("full", name) if learned and name in JUDGES else ():
-            keys = (f"{what}_{name}_{trained_by}" for what in ("agreement", "regret"))
-            judged.append(", ".join(f"{figures[key]:.1%}" for key in keys))
+            keys = [f"{what}_{name}_{trained_by}" for what in ("agreement", "regret")]
+            judged.append(", ".join(f"{figures[key]:.1%}" for key in keys if key in figures))
         result.add_row(text, f"{figures[f'{name}_ms']:,.0f}", f"{figures[ratio]:.2f}×" if ratio else "1", *judged)
     result.caption = f"{bench.views} views; a quarter of the images that the target chooses for train on a random pair"
     return result
