@@ -26,11 +26,11 @@ gpu-check:
 	exit $$failed
 
 # One stamp per set of extras; the dev extras contain the others.
-$(VENV)/.ready-%: pyproject.toml constraints.txt
+$(VENV)/.ready-%: pyproject.toml constraints.txt pipelines/crop.c
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v in ((3, 11), (3, 12)) else f"hardviews needs Python 3.11 or 3.12, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=python3.11 …")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build *.egg-info pipelines/*.so .pytest_cache .ruff_cache
