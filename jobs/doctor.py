@@ -245,11 +245,38 @@ def agreement(name: str, decode: Callable[[], np.ndarray], reference: np.ndarray
     return Finding(title, "ok" if most <= CLOSE else "broken", f"within {most}/255 of the reference", remedy)
 
 
+def crops() -> Iterator[Finding]:
+    """How views are cropped on the host; the compiled kernel has to give the bits of torch's operator."""
+    import torch
+
+    from pipelines.crop import crop_by_torch, find_kernel
+    from pipelines.params import ViewParams
+
+    kernel = find_kernel()
+    if isinstance(kernel, str):
+        remedy = (
+            "on x86-64 with AVX2 and with a C compiler install hardviews again; until then crops take twice as long"
+        )
+        yield Finding("crops", "absent", f"by torch's operator; the kernel: {kernel}", remedy)
+        return
+    image = torch.from_numpy(smooth_picture())
+    start, length = np.array([[0, 5]], np.int32), np.array([[SIDE, SIDE // 3]], np.int32)
+    params = ViewParams.identity(start, start, length, length)[0]
+    found, expected = (torch.empty(2, SIDE // 2, SIDE // 2, 3, dtype=torch.uint8) for _ in range(2))
+    kernel(image, params, found)
+    crop_by_torch(image, params, expected)
+    if torch.equal(found, expected):
+        yield Finding("crops", "ok", "by the compiled kernel, equal to torch's operator in every bit")
+    else:
+        remedy = "install the pinned versions: pip install -c constraints.txt hardviews"
+        yield Finding("crops", "broken", "the compiled kernel gives other pixels than torch's operator", remedy)
+
+
 def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-CHECKS = (machine, packages, torch_pair, devices, processes, decoders)
+CHECKS = (machine, packages, torch_pair, devices, processes, decoders, crops)
 
 
 def examine() -> list[Finding]:

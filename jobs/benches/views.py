@@ -31,6 +31,7 @@ from jobs.benches.ordinary import PREFETCH, ordinary_batches
 from jobs.benches.photographs import jpeg
 from jobs.run.command import parse, progress, tables
 from jobs.run.log import AugmentationLog
+from jobs.run.memory import keep_freed_memory
 from pipelines.crop import crop_views
 from pipelines.decode import Decoder, open_decoder
 from pipelines.draw import draw
@@ -358,6 +359,7 @@ def table(figures: dict[str, object]) -> Table:
 
 def main(argv: list[str]) -> None:
     """Entry point of `hardviews bench views`."""
+    keep_freed_memory()
     config = parse(ViewsBench, argv, prog="hardviews bench views")
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device: {config.device} asked for, but torch sees no CUDA device; take --device cpu")

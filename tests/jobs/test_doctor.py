@@ -10,6 +10,7 @@ import torch
 
 from jobs import doctor
 from jobs.doctor import Finding, examine
+from pipelines.crop import crop_by_torch, find_kernel
 
 
 def states(findings) -> dict[str, str]:
@@ -138,6 +139,22 @@ def test_without_dali_pillow_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.decode.HAS_DALI", False)
     found = states(doctor.decoders())
     assert found == {"decode: Pillow": "ok", "decode: OpenCV": "ok", "decode: DALI": "absent"}
+
+
+def test_how_crops_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    (here,) = doctor.crops()
+    assert (here.state, "kernel" in here.detail) == ("absent" if isinstance(find_kernel(), str) else "ok", True)
+    cases = {
+        "absent": ("not compiled", "the kernel: not compiled"),
+        "ok": (crop_by_torch, "equal to torch's"),
+        "broken": (lambda image, params, out: out.zero_(), "other pixels"),
+    }
+    for state, (kernel, said) in cases.items():
+        monkeypatch.setattr("pipelines.crop.find_kernel", lambda kernel=kernel: kernel)
+        (finding,) = doctor.crops()
+        assert finding.state == state
+        assert said in finding.detail
+        assert bool(finding.remedy) == (state != "ok")
 
 
 def test_a_check_that_breaks_down_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
