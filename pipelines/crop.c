@@ -101,8 +101,10 @@ INLINE __m256i two_rows(__m128i a, __m128i b) { return _mm256_inserti128_si256(_
 
 INLINE __m256i lanes(__m128i twice) { return _mm256_broadcastsi128_si256(twice); }
 
-/* Columns: two rows of a crop → two rows of `padded` pixels, 4 bytes more written. Reads `row_reach` bytes of a row. */
-INLINE void columns(const uint8_t *const from[2], uint8_t *const to[2], const Axis *axis, int padded, int pairs) {
+/* Columns: two rows of a crop → two rows of `padded` pixels, 4 bytes more written. Reads `row_reach` bytes of a row.
+ * What lies `ahead` bytes further on is fetched into the cache, wherever that is: a sixth of the time. */
+INLINE void columns(const uint8_t *const from[2], uint8_t *const to[2], size_t ahead, const Axis *axis, int padded,
+                    int pairs) {
     /* Red, green, blue of pixels 0 and 1, and of 2 and 3, side by side as 16-bit numbers; and the way back. */
     const __m256i near = lanes(_mm_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1));
     const __m256i far = lanes(_mm_setr_epi8(6, -1, 9, -1, 7, -1, 10, -1, 8, -1, 11, -1, -1, -1, -1, -1));
@@ -115,6 +117,9 @@ INLINE void columns(const uint8_t *const from[2], uint8_t *const to[2], const Ax
     const int16_t *weights = axis->weights;
     for (int x = 0; x < padded; x += 4) {
         __m256i sums[4];
+        const size_t later = 3 * (size_t)first[x] + ahead;
+        _mm_prefetch((const char *)((uintptr_t)upper + later), _MM_HINT_T0);
+        _mm_prefetch((const char *)((uintptr_t)lower + later), _MM_HINT_T0);
         for (int k = 0; k < 4; k++, weights += 2 * pairs) {
             const size_t start = 3 * (size_t)first[x + k];
             __m256i sum = half;
@@ -200,7 +205,7 @@ static int slots_for(int rows) {
 AVX2 static void make_view(const uint8_t *crop, size_t row_stride, size_t left, int height, int side, int padded,
                            Scratch *scratch, uint8_t *out) {
     const Axis *x = &scratch->x, *y = &scratch->y;
-    const size_t reach = row_reach(x, side), bytes = 3 * (size_t)side;
+    const size_t reach = row_reach(x, side), bytes = 3 * (size_t)side, ahead = 2 * row_stride; /* the next two rows */
     const int taps = 2 * y->pairs, mask = slots_for(taps) - 1;
     int made = 0; /* rows of the crop whose columns are done */
     for (int i = 0; i < side; i++) {
@@ -215,10 +220,10 @@ AVX2 static void make_view(const uint8_t *crop, size_t row_stride, size_t left, 
                 to[k] = scratch->ring + (size_t)((made + k) & mask) * scratch->line;
             }
             switch (x->pairs) { /* numbers that the compiler knows make short loops straight */
-            case 1: columns(from, to, x, padded, 1); break;
-            case 2: columns(from, to, x, padded, 2); break;
-            case 3: columns(from, to, x, padded, 3); break;
-            default: columns(from, to, x, padded, x->pairs);
+            case 1: columns(from, to, ahead, x, padded, 1); break;
+            case 2: columns(from, to, ahead, x, padded, 2); break;
+            case 3: columns(from, to, ahead, x, padded, 3); break;
+            default: columns(from, to, ahead, x, padded, x->pairs);
             }
         }
         for (int j = 0; j < taps; j++)
