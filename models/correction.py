@@ -45,12 +45,14 @@ class Correction(nn.Module):
         return online_BF, target_BF
 
     @torch.no_grad()
-    def learn(self, scored_BS: Tensor, online_BF: Tensor, target_BF: Tensor) -> None:
-        """Remembers what was scored of images and what the backbones made of them, for `update`."""
+    def learn(self, scored_BS: Tensor, online_BF: Tensor, target_BF: Tensor, counts_B: Tensor | None = None) -> None:
+        """Remembers what was scored of images and what the backbones made of them, for `update`; where bools are given,
+        of those images only."""
         with torch.autocast(scored_BS.device.type, enabled=False):
             x_BX = self.known(scored_BS)
             missing_BY = torch.cat([y_BF.float() - x_BX[:, : self._width] for y_BF in (online_BF, target_BF)], 1)
-            self._pending.append((x_BX.T @ x_BX, x_BX.T @ missing_BY))
+            counted_XB = x_BX.T if counts_B is None else x_BX.T * counts_B
+            self._pending.append((counted_XB @ x_BX, counted_XB @ missing_BY))
 
     def known(self, scored_BS: Tensor) -> Tensor:
         """[…, X]: in fp32, with zeros behind, whose weights stay 0, and a constant at the end."""

@@ -35,7 +35,7 @@ class SelectionConfig:
     """Whose features are scored. online: the online encoder's against the target's keys, as the loss does. One forward
     fewer: online-alone, the online encoder's against its own keys; target, the target's, whose features serve the loss
     again. The target lags: what the online encoder would say is guessed, from what training saw of both
-    (models/correction.py; MoBY, MoCo v3, BYOL); see also layer and random_share."""
+    (models/correction.py); see also layer and random_share."""
     every: int = 1
     """Select on every k-th step; on the others a random pair trains."""
     random_share: float | None = None
@@ -50,8 +50,8 @@ class SelectionConfig:
     """Side of the views while scoring (pixels); None = as in training."""
     layer: int | None = None
     """Score what a ViT has after this many blocks; None = all of them. The heads judge those features as they are; with
-    `encoder = target`, MoBY, MoCo v3 and BYOL guess from them what both backbones make of the views, and the target
-    goes on from there with the chosen pair alone. The cheapest way: half the blocks cost an eighth of a plain step."""
+    `encoder = target`, both backbones' features are guessed from them, and the target of MoBY, MoCo v3 and BYOL goes on
+    from there with the chosen pair alone: with half the blocks, the cheapest way of all, an eighth of a plain step."""
     static_colour: bool = False
     """One colour draw for all views of an image while scoring (HVP, section 6.1.3)."""
     batchnorm: Literal["view", "joint", "running"] = "view"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from models.backbones import BackboneConfig, build_backbone, feature_width
 from models.blocks import first_blocks
+from models.correction import Correction
 from models.distributed import gather
 from models.momentum import follow, momentum_at
 from models.objectives.base import (
@@ -79,6 +80,18 @@ class DINOConfig:
                 raise ValueError(f"objective.{field}: {getattr(self, field)} must be 0 or above; raise it")
 
 
+@dataclass(frozen=True)
+class Taught:
+    """What the target makes of the global views."""
+
+    teacher_B2K: Tensor
+    """The distributions that the online encoder has to predict."""
+    keys_B2D: Tensor
+    """Its embeddings before the last layer, for monitors."""
+    features_B2D: Tensor
+    """Its backbone's features."""
+
+
 class DINOHead(nn.Module):
     """Three layers with GELU, rows scaled to length 1, then a layer whose rows have length 1."""
 
@@ -126,6 +139,7 @@ class DINO(Objective):
         model = build_backbone(backbone, backbone.drop_path)
         self.online = Encoder(model, DINOHead(feature_width(model), config))
         self.target = momentum_encoder(self.online, backbone)  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.correction = Correction(feature_width(model))
         self.register_buffer("centre_K", torch.zeros(config.outputs))
         self._pending: list[Tensor] = []
 
@@ -145,16 +159,17 @@ class DINO(Objective):
         return (s.float() / self.config.student_temperature).log_softmax(-1)
 
     def pair_losses(self, crops: tuple[Tensor, ...], selection: SelectionConfig) -> Scores:
-        """Losses of all pairs of global views, each with the local views that are hardest for it."""
+        """Losses of all pairs of global views, each with the local views that are hardest for it. Where the target
+        alone scores, features of both backbones are guessed, as in models/objectives/momentum.py."""
         device = crops[0].device
-        reused = self.reuses_features(selection, device)
-        student = self.target if selection.encoder == "target" else self.online
+        reused, alone = self.reuses_features(selection, device), selection.encoder == "target"
+        student = self.target if alone else self.online
         teacher = self.online if selection.encoder == "online-alone" else self.target
         scored = crops if self.config.local_views else crops[:1]
         with without_side_effects(self, selection.batchnorm == "running"), self.arithmetic(selection, device):
             with first_blocks(teacher.backbone, selection.layer):
                 features_BGD = all_views(teacher, crops[0], selection)
-            teacher_BGK = self.teach(teacher.head(features_BGD))
+            teacher_BGK = self.teach(teacher.head(self.correction(features_BGD)[1] if alone else features_BGD))
             parts = []
             for group, crops_BnCHW in enumerate(scored):
                 if student is teacher and group == 0:
@@ -162,7 +177,8 @@ class DINO(Objective):
                 else:
                     with first_blocks(student.backbone, selection.layer):
                         features = all_views(student, crops_BnCHW, selection)
-                parts.append(cross_entropies(teacher_BGK, self.predict(student.head(features))))
+                predicted = self.predict(self.online.head(self.correction(features)[0] if alone else features))
+                parts.append(cross_entropies(teacher_BGK, predicted))
         table_BP, local_BPL = best_locals(
             torch.cat(parts, 2),
             self.config.local_views,
@@ -170,36 +186,34 @@ class DINO(Objective):
             candidates=self.config.candidates,
             seed=self.step,
         )
-        return Scores(table_BP, features_BGD if reused else None, local_BPL=local_BPL)
+        judged = features_BGD if alone else None
+        return Scores(table_BP, features_BGD if reused else None, judged_BND=judged, local_BPL=local_BPL)
 
     def take(self, crops: tuple[Tensor, ...], choice_B: Tensor, scores: Scores | None) -> Chosen:
         """The chosen global pair with its hardest local views, or where nothing was scored, with the first ones."""
         rows_B1 = torch.arange(len(choice_B), device=choice_B.device)[:, None]
         pair_B2 = pair_index(crops[0].shape[1], choice_B.device)[choice_B]
         pair = take_pair(crops[0], choice_B)
-        features = None if scores is None or scores.features_BND is None else take_pair(scores.features_BND, choice_B)
+        found = (None, None) if scores is None else (scores.features_BND, scores.judged_BND)
+        features, judged = (None if values is None else take_pair(values, choice_B) for values in found)
         if len(crops) == 1 or self.config.local_views == 0:
-            return Chosen((pair,), features, views_BM=pair_B2)
+            return Chosen((pair,), features, judged_B2D=judged, views_BM=pair_B2)
         if scores is None or scores.local_BPL is None:
             count = min(self.config.local_views, crops[1].shape[1])
             local_BL = torch.arange(count, device=choice_B.device).expand(len(choice_B), -1)
         else:
             local_BL = scores.local_BPL[rows_B1[:, 0], choice_B]
         views_BM = torch.cat([pair_B2, local_BL + crops[0].shape[1]], 1)
-        return Chosen((pair, crops[1][rows_B1, local_BL]), features, views_BM=views_BM)
+        return Chosen((pair, crops[1][rows_B1, local_BL]), features, judged_B2D=judged, views_BM=views_BM)
 
     def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
-        teacher_B2K, keys_B2D = self.targets(chosen)
-        globals_B2CHW, *locals_ = chosen.crops
-        parts = [self.against(teacher_B2K, crops) for crops in locals_]
-        parts.insert(0, self.against(teacher_B2K, globals_B2CHW, keys_B2D))
-        cross_B2V = torch.cat(parts, 2)
-        return pair_loss(cross_B2V).mean(), {"teacher_entropy": entropy(teacher_B2K)}
+        taught = self.targets(chosen)
+        cross_B2V = torch.cat([self.against_globals(taught, chosen), *self.against_locals(taught, chosen)], 2)
+        return pair_loss(cross_B2V).mean(), {"teacher_entropy": entropy(taught.teacher_B2K)}
 
     @torch.no_grad()
-    def targets(self, chosen: Chosen) -> tuple[Tensor, Tensor]:
-        """Of the global views, distributions [B, 2, K] that the target makes of them, whose outputs go into the centre,
-        and its embeddings [B, 2, D] before the last layer."""
+    def targets(self, chosen: Chosen) -> Taught:
+        """What the target makes of the global views, whose outputs go into the centre."""
         globals_B2CHW = chosen.crops[0]
         features_B2D = chosen.features_B2D
         if features_B2D is None:
@@ -208,20 +222,33 @@ class DINO(Objective):
         keys_B2D = head.bottleneck(features_B2D)
         outputs_B2K = keys_B2D @ head.last().T
         self._pending.append(outputs_B2K.float().mean((0, 1)))
-        return self.teach(outputs_B2K), keys_B2D
+        return Taught(self.teach(outputs_B2K), keys_B2D, features_B2D)
 
-    def against(self, teacher_B2K: Tensor, crops_BnCHW: Tensor, keys_B2D: Tensor | None = None) -> Tensor:
-        """[B, 2, n]: cross entropies of the targets with what the online encoder predicts for a group of views. Where
-        these are the global ones, `keys_B2D` are their target embeddings, for monitors."""
+    def against_globals(self, taught: Taught, chosen: Chosen, whole_B2: Tensor | None = None) -> Tensor:
+        """[B, 2, 2]: cross entropies of the targets with what the online encoder predicts for the global views. Keeps
+        what monitors look at, and what corrects the next guesses: of views that were seen whole, where that is told."""
+        cross_B22, features_B2D, embedded_B2D = self._against(taught, chosen.crops[0])
+        self.seen_features_BD = features_B2D[:, 0].detach()
+        (q1, q2), (k1, k2) = embedded_B2D.unbind(1), taught.keys_B2D.unbind(1)
+        self.keep_positives((q1, k2), (q2, k1))
+        if chosen.judged_B2D is not None:
+            judged, online, target = chosen.judged_B2D, features_B2D, taught.features_B2D
+            counts = None if whole_B2 is None else whole_B2.flatten()
+            self.correction.learn(judged.flatten(0, 1), online.flatten(0, 1), target.flatten(0, 1), counts)
+        return cross_B22
+
+    def against_locals(self, taught: Taught, chosen: Chosen) -> list[Tensor]:
+        """[B, 2, n] for each group of local views: the same of them."""
+        return [self._against(taught, crops_BnCHW)[0] for crops_BnCHW in chosen.crops[1:]]
+
+    def _against(self, taught: Taught, crops_BnCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Cross entropies [B, 2, n], and the online encoder's features and embeddings [B, n, D] of a group of views."""
         head, shape = head_of(self.online), crops_BnCHW.shape[:2]
         head.frozen = self.epoch < self.config.freeze_epochs
         features = self.online.features(crops_BnCHW.flatten(0, 1))
         embedded = head.bottleneck(features)
-        if keys_B2D is not None:
-            self.seen_features_BD = features.unflatten(0, shape)[:, 0].detach()
-            (q1, q2), (k1, k2) = embedded.unflatten(0, shape).unbind(1), keys_B2D.unbind(1)
-            self.keep_positives((q1, k2), (q2, k1))
-        return cross_entropies(teacher_B2K, self.predict(embedded @ head.last().T).unflatten(0, shape))
+        cross_B2n = cross_entropies(taught.teacher_B2K, self.predict(embedded @ head.last().T).unflatten(0, shape))
+        return cross_B2n, features.unflatten(0, shape), embedded.unflatten(0, shape)
 
     def after_step(self) -> None:
         """Moves target and centre."""
@@ -229,10 +256,12 @@ class DINO(Objective):
         mean_K = gather(torch.stack(self._pending).mean(0, keepdim=True)).mean(0)
         self._pending.clear()
         self.centre_K.lerp_(mean_K, 1 - self.config.centre_momentum)
+        self.correction.update()
         super().after_step()
 
     def skip_step(self) -> None:
         self._pending.clear()
+        self.correction.skip()
         super().skip_step()
 
 

@@ -135,26 +135,27 @@ class IBOT(DINO):
         return False
 
     def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
-        globals_B2CHW, *locals_ = chosen.crops
-        mask_VHW = self.masks(globals_B2CHW)
+        mask_VHW = self.masks(chosen.crops[0])
         counts_V = mask_VHW.sum((1, 2))
         # Made on the host, where the number of masked patches is known without waiting for the device.
         masked_M = mask_VHW.flatten().nonzero()[:, 0]
         weight_M = (1 / counts_V.clamp_min(1))[masked_M // mask_VHW[0].numel()]
-        device = globals_B2CHW.device
-        masked_M, weight_M = (x.to(device, non_blocking=True) for x in (masked_M, weight_M))
+        device = chosen.crops[0].device
+        masked_M, weight_M, whole_B2 = (
+            x.to(device, non_blocking=True) for x in (masked_M, weight_M, (counts_V == 0).view(-1, 2))
+        )
         with self._target_tap.noting():
-            teacher_B2K, keys_B2D = self.targets(chosen)
+            taught = self.targets(chosen)
             taught_MK = self.patch_targets(self._target_tap.patches, masked_M)
-        parts = [self.against(teacher_B2K, crops) for crops in locals_]
+        locals_ = self.against_locals(taught, chosen)
         with self._online_tap.noting(mask_VHW.to(device, non_blocking=True)):
-            parts.insert(0, self.against(teacher_B2K, globals_B2CHW, keys_B2D))
+            globals_B22 = self.against_globals(taught, chosen, whole_B2)
             patches_MD = self._online_tap.patches.flatten(0, 1)[masked_M]
         predicted_MK = self.predict(self.online.projector(patches_MD))
         # A view's masked patches count as one, and a view without any as nothing (equation 2 there).
         patch_loss = -((taught_MK * predicted_MK).sum(1) * weight_M).sum() / len(mask_VHW)
-        loss = pair_loss(torch.cat(parts, 2)).mean() + self.config.patch_weight * patch_loss
-        return loss, {"teacher_entropy": entropy(teacher_B2K), "patch_loss": patch_loss.detach()}
+        loss = pair_loss(torch.cat([globals_B22, *locals_], 2)).mean() + self.config.patch_weight * patch_loss
+        return loss, {"teacher_entropy": entropy(taught.teacher_B2K), "patch_loss": patch_loss.detach()}
 
     def masks(self, globals_B2CHW: Tensor) -> Tensor:
         """bool [V, H, W] on the host: True where a patch is hidden from the online encoder."""

@@ -25,7 +25,8 @@ SCORED = {
     "/target": SelectionConfig(encoder="target"),
     "/target early": SelectionConfig(encoder="target", layer=1),
 }
-NAMES = ("moby", *(f"moby{how}" for how in SCORED), "moco_v3", "simclr", "simsiam", "byol", "swav", "dino", "ibot")
+OBJECTIVES = ("moby", "moco_v3", "simclr", "simsiam", "byol", "swav", "dino", "ibot")
+NAMES = (*OBJECTIVES, *(f"moby{how}" for how in SCORED), "dino/target", "ibot/target")
 
 
 def share(rows: torch.Tensor, rank: int, world: int) -> torch.Tensor:

@@ -10,6 +10,8 @@ from models.correction import FORGET, RIDGE, Correction
 from models.negatives import NONE
 from models.objectives import Length, build_objective
 from models.objectives.byol import BYOLConfig
+from models.objectives.dino import DINOConfig
+from models.objectives.ibot import IBOTConfig
 from models.objectives.moby import MoBYConfig
 from models.objectives.moco_v3 import MoCoV3Config
 from models.selection import SelectionConfig, select
@@ -17,6 +19,8 @@ from models.selection import SelectionConfig, select
 STILL = BackboneConfig("vit_tiny_patch16_224", 8, 4, width=16, depth=1, heads=2)
 OBJECTIVES = [MoBYConfig(NONE, queue=64, hidden=32, width=8), BYOLConfig(hidden=32, width=8)]
 OBJECTIVES.append(MoCoV3Config(hidden=32, width=8))  # pyright: ignore[reportArgumentType]
+CROPPED = {"outputs": 24, "hidden": 32, "bottleneck": 8, "local_views": 0, "freeze_epochs": 0}
+OBJECTIVES += [DINOConfig(**CROPPED), IBOTConfig(**CROPPED)]
 
 
 def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -84,6 +88,16 @@ def test_it_follows_what_changes_and_forgets_a_step_that_is_skipped():
     correction.skip()
     correction.update()
     assert all(torch.equal(value, before[name]) for name, value in correction.state_dict().items())
+
+
+def test_images_that_do_not_count_teach_nothing():
+    correction, others = Correction(5), Correction(5)
+    scored, online, target = features(9, 5, seed=0)
+    counts = torch.arange(9) % 3 > 0
+    correction.learn(scored, online, target, counts)
+    others.learn(scored[counts], online[counts], target[counts])
+    correction.update(), others.update()
+    torch.testing.assert_close(correction.weight_XY, others.weight_XY)
 
 
 def test_features_in_bf16_are_regressed_in_fp32():
