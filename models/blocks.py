@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from models.backbones import BackboneConfig, build_backbone
+from models.backbones import BackboneConfig, build_backbone, feature_width
 from models.selection import take_pair
 
 
@@ -94,6 +94,12 @@ def finish(backbone: nn.Module, tokens_BTD: Tensor, layer: int) -> Tensor:
     """[B, D]: the backbone's features, from its tokens after `layer` blocks."""
     vit = check_layer(backbone, layer)
     return vit.forward_head(vit.norm(vit.blocks[layer:](tokens_BTD)))
+
+
+def scored_width(backbone: nn.Module) -> int:
+    """The most numbers that a view may be scored by: those of a ViT's `summary`, or another backbone's features."""
+    width = feature_width(backbone)
+    return 2 * width if isinstance(backbone, VisionTransformer) and backbone.num_prefix_tokens else width
 
 
 def summary(backbone: nn.Module, tokens_BTD: Tensor) -> Tensor:

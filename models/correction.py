@@ -1,7 +1,7 @@
 """Guessing what both backbones make of a view from what was scored of it.
 
-Shape suffixes: B images, F width of the features, S of what was scored (F to 2F), X = 2F + 1: what was scored, zeros up
-to twice the width, and a constant; Y = 2F: the online encoder's features and the target's, side by side.
+Shape suffixes: B images, F width of the features, S of what was scored, X of what may be, and a constant; Y = 2F: the
+online encoder's features and the target's, side by side.
 """
 
 import torch
@@ -29,9 +29,10 @@ class Correction(nn.Module):
     cross_XY: Tensor
     weight_XY: Tensor
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, scored: int) -> None:
+        """`features`: F; `scored`: the most numbers, F or more, that an image may be scored by."""
         super().__init__()
-        self._width, known = features, 2 * features + 1
+        self._width, known = features, scored + 1
         self.register_buffer("gram_XX", torch.zeros(known, known))
         self.register_buffer("cross_XY", torch.zeros(known, 2 * features))
         self.register_buffer("weight_XY", torch.zeros(known, 2 * features))

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.backbones import BackboneConfig, build_backbone, feature_width
-from models.blocks import first_blocks
+from models.blocks import first_blocks, scored_width
 from models.correction import Correction
 from models.distributed import gather
 from models.momentum import follow, momentum_at
@@ -139,7 +139,7 @@ class DINO(Objective):
         model = build_backbone(backbone, backbone.drop_path)
         self.online = Encoder(model, DINOHead(feature_width(model), config))
         self.target = momentum_encoder(self.online, backbone)  # pyright: ignore[reportIncompatibleVariableOverride]
-        self.correction = Correction(feature_width(model))
+        self.correction = Correction(feature_width(model), scored_width(model))
         self.register_buffer("centre_K", torch.zeros(config.outputs))
         self._pending: list[Tensor] = []
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from models.backbones import BackboneConfig, build_backbone, feature_width
-from models.blocks import Begun, summary
+from models.blocks import Begun, scored_width, summary
 from models.correction import Correction
 from models.heads import unit
 from models.momentum import follow, momentum_at
@@ -54,9 +54,10 @@ class MomentumObjective(Objective):
         features = feature_width(model)
         self.online = Encoder(model, *heads(features))
         self.target = momentum_encoder(self.online, backbone)  # pyright: ignore[reportIncompatibleVariableOverride]
-        self.correction = Correction(features)
+        self.correction = Correction(features, scored_width(model))
 
     def pair_losses(self, crops: tuple[Tensor, ...], selection: SelectionConfig) -> Scores:
+        """As every objective's; where the target alone scores by its first blocks, it can go on from there."""
         if selection.encoder != "target" or selection.layer is None:
             return super().pair_losses(crops, selection)
         self.check(selection)

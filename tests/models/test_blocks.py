@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from models.backbones import BackboneConfig, build_backbone
-from models.blocks import Begun, begin, finish, first_blocks, half_depth, summary
+from models.blocks import Begun, begin, finish, first_blocks, half_depth, scored_width, summary
 from models.selection import pairs
 
 VIT = BackboneConfig("vit_tiny_patch16_224", 16, 8, width=16, depth=3, heads=2)
@@ -44,6 +44,7 @@ def test_a_summary_is_the_class_token_and_the_mean_patch_at_one_scale(config):
         parts = [*image[:prefix], image[prefix:].mean(0)]
         wanted = torch.cat([(part - part.mean()) / part.std(correction=0) for part in parts])
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        assert len(found) == scored_width(backbone)
     assert summary(backbone, tokens.bfloat16()).dtype == torch.float32
 
 
@@ -62,6 +63,10 @@ def test_a_layer_that_the_backbone_does_not_have_is_refused():
             part(vit())
         with pytest.raises(ValueError, match=r"selection.layer: 5 blocks asked for, but the backbone is no ViT"):
             part(resnet)
+
+
+def test_other_backbones_are_scored_by_their_features():
+    assert scored_width(build_backbone(BackboneConfig("resnet18", 32), 0.0)) == 512
 
 
 def test_half_of_the_blocks_is_at_least_one():

@@ -38,14 +38,14 @@ def with_zeros_and_one(scored: torch.Tensor) -> torch.Tensor:
 
 
 def test_nothing_is_corrected_before_anything_was_learned():
-    correction, scored = Correction(5), numbers(7, 5)
+    correction, scored = Correction(5, 10), numbers(7, 5)
     correction.update()
     assert all(torch.equal(guess, scored) for guess in correction(scored))
 
 
 @pytest.mark.parametrize("width", [5, 10], ids=["features", "a summary of tokens"])
 def test_it_is_ridge_regression_with_fading_steps(width):
-    correction = Correction(5)
+    correction = Correction(5, 10)
     steps = [[features(9, 5, seed=s, scored=width)] for s in range(3)]
     steps[1].append(features(9, 5, seed=20, scored=width))  # a step in two parts
     for parts in steps:
@@ -66,7 +66,7 @@ def test_it_is_ridge_regression_with_fading_steps(width):
 
 
 def test_what_the_target_itself_made_is_left_as_it_is():
-    correction, (scored, online, _) = Correction(5), features(32, 5, seed=0)
+    correction, (scored, online, _) = Correction(5, 10), features(32, 5, seed=0)
     correction.learn(scored, online, scored)
     correction.update()
     guess_online, guess_target = correction(scored)
@@ -74,7 +74,7 @@ def test_what_the_target_itself_made_is_left_as_it_is():
 
 
 def test_it_follows_what_changes_and_forgets_a_step_that_is_skipped():
-    correction, true = Correction(5), numbers(11, 10)
+    correction, true = Correction(5, 10), numbers(11, 10)
     for step in range(80):
         if step == 30:
             true = -true
@@ -91,7 +91,7 @@ def test_it_follows_what_changes_and_forgets_a_step_that_is_skipped():
 
 
 def test_images_that_do_not_count_teach_nothing():
-    correction, others = Correction(5), Correction(5)
+    correction, others = Correction(5, 10), Correction(5, 10)
     scored, online, target = features(9, 5, seed=0)
     counts = torch.arange(9) % 3 > 0
     correction.learn(scored, online, target, counts)
@@ -102,7 +102,7 @@ def test_images_that_do_not_count_teach_nothing():
 
 def test_features_in_bf16_are_regressed_in_fp32():
     low = [part.bfloat16() for part in features(9, 5, seed=0)]
-    correction, plain = Correction(5), Correction(5)
+    correction, plain = Correction(5, 10), Correction(5, 10)
     with torch.autocast("cpu", torch.bfloat16):
         correction.learn(*low)
         correction.update()
