@@ -6,7 +6,10 @@ import importlib.metadata
 import importlib.util
 import json
 import mmap
+import shlex
 import shutil
+import subprocess
+import sysconfig
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -100,10 +103,20 @@ def installed() -> bool:
     return str(Path(crop.__file__).parents[1]) in places
 
 
-def test_the_kernel_is_built_where_it_can_be() -> None:
+def compiles(folder: Path) -> bool:
+    """Whether the compiler that extensions are built with makes a shared library."""
+    source = folder / "any.c"
+    source.write_text("#include <immintrin.h>\n#include <stdlib.h>\n#include <string.h>\nint any(void) { return 1; }\n")
+    command = [*shlex.split(sysconfig.get_config_var("CC") or "cc"), "-shared", "-fPIC", str(source)]
+    if shutil.which(command[0]) is None:
+        return False
+    return subprocess.run([*command, "-o", str(folder / "any.so")], capture_output=True).returncode == 0
+
+
+def test_the_kernel_is_built_where_it_can_be(tmp_path: Path) -> None:
     if not installed():
         pytest.skip("these files are not installed")
-    if not (shutil.which("cc") or shutil.which("gcc")):
+    if not compiles(tmp_path):
         pytest.skip("no C compiler")
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         pytest.skip("no AVX2")
