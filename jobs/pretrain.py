@@ -50,11 +50,17 @@ def pretrain(config: PretrainConfig, run: Path, *, resume: bool = False, overwri
 
 
 def check_kept(given: PretrainConfig, default: PretrainConfig, own: PretrainConfig) -> None:
-    """Whether the flags of a resumed run, which keeps its `own` configuration, say nothing else.
+    """Whether preset and flags of a resumed run, which keeps its `own` configuration, say nothing else.
 
     Raises:
-        InputError: a flag that would be ignored.
+        InputError: a preset of another objective, or a flag that would be ignored.
     """
+    asked, begun = (type(config.objective).__name__.removesuffix("Config") for config in (default, own))
+    if asked != begun:
+        raise InputError(
+            f"preset: this one trains {asked}, but the run was begun with {begun}, and a resumed run keeps its "
+            f"configuration; give its preset, or begin anew with --overwrite or another --run"
+        )
     for name in sorted({*differences(given, default)} & {*differences(given, own)}):
         value = reduce(getattr, name.split("."), given)
         raise InputError(

@@ -117,6 +117,8 @@ def test_what_a_run_says_that_ends_so_is_what_helps(
     calm = [*command, "--optimizer.lr", "1e-4"]
     assert cli.run([*calm, "--resume"]) == 2
     assert "optimizer.lr: 0.0001 is not what the run was begun with, and a resumed" in capsys.readouterr().err
+    assert cli.run(["pretrain", "byol-vit-s", "--run", "run", "--resume"]) == 2
+    assert "preset: this one trains BYOL, but the run was begun with MoBY" in capsys.readouterr().err
     assert cli.run([*calm, "--overwrite"]) == 0
 
 
