@@ -35,7 +35,7 @@ def time_limit(minutes: float, began: float) -> Iterator[TimeLimit]:
 
     Some time before, SIGTERM tells training to stop with a checkpoint, as a scheduler would. Just before the end SIGINT
     gives up what has not stopped, such as an evaluation: as a KeyboardInterrupt with `over` set. Nothing is lost but
-    time, because a run is the same however often it is stopped.
+    time, because a run is the same however often it is stopped. To be entered in the main thread.
     """
     if not minutes:
         yield TimeLimit()
@@ -58,12 +58,18 @@ def time_limit(minutes: float, began: float) -> Iterator[TimeLimit]:
                 return
 
     watcher = threading.Thread(target=watch, name="time-limit", daemon=True)
+    # Scripts start what they run in the background deaf to SIGINT; here it has to be heard.
+    deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if deaf:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     watcher.start()
     try:
         yield limit
     finally:
         left.set()
         watcher.join()
+        if deaf:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def now() -> float:

@@ -197,6 +197,17 @@ def test_there_is_time_to_stop_and_to_leave_however_short_the_whole(minutes, to_
         threading.Event().wait(0.3)
 
 
+def test_a_process_that_a_script_runs_in_the_background_is_interrupted_too():
+    """Its SIGINT is ignored, and is so again afterwards."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt), time_limit.time_limit(10, now() - 600):
+            threading.Event().wait(5)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_other_arms_and_another_process_s_run_are_left_alone(digits, tmp_path):
     config = config_of(digits, tmp_path, seeds=1, probe_epochs=0)
     assert exit_code([*flags(config), "--arms", "temperature=0.2"]) == 0  # and the table has all arms
