@@ -22,6 +22,7 @@ from jobs.run.command import parse, tables
 MARKS = {"ok": "[green]ok[/]", "absent": "[yellow]absent[/]", "broken": "[red]broken[/]"}
 SIDE = 64  # pixels of the image that is decoded
 CLOSE = 6  # largest difference of 255 that two JPEG decoders may have
+INSTALL_PINNED = "install the pinned versions: pip install -c constraints.txt hardviews"
 # Other builds of the same package.
 STAND_INS = {
     "nvidia-dali-cuda130": ("nvidia-dali-cuda120",),
@@ -241,7 +242,7 @@ def agreement(name: str, decode: Callable[[], np.ndarray], reference: np.ndarray
     if image.shape != reference.shape:
         return Finding(title, "broken", f"gives {image.shape}, not {reference.shape}", "install the package again")
     most = int(np.abs(image.astype(int) - reference).max())
-    remedy = "" if most <= CLOSE else "install the pinned versions: pip install -c constraints.txt hardviews"
+    remedy = "" if most <= CLOSE else INSTALL_PINNED
     return Finding(title, "ok" if most <= CLOSE else "broken", f"within {most}/255 of the reference", remedy)
 
 
@@ -254,9 +255,7 @@ def crops() -> Iterator[Finding]:
 
     kernel = find_kernel()
     if isinstance(kernel, str):
-        remedy = (
-            "on x86-64 with AVX2 and with a C compiler install hardviews again; until then crops take twice as long"
-        )
+        remedy = "with AVX2 and a C compiler install hardviews again; until then crops take three times as long"
         yield Finding("crops", "absent", f"by torch's operator; the kernel: {kernel}", remedy)
         return
     image = torch.from_numpy(smooth_picture())
@@ -268,8 +267,8 @@ def crops() -> Iterator[Finding]:
     if torch.equal(found, expected):
         yield Finding("crops", "ok", "by the compiled kernel, equal to torch's operator in every bit")
     else:
-        remedy = "install the pinned versions: pip install -c constraints.txt hardviews"
-        yield Finding("crops", "broken", "the compiled kernel gives other pixels than torch's operator", remedy)
+        told = "the compiled kernel gives other pixels than torch's operator"
+        yield Finding("crops", "broken", told, INSTALL_PINNED)
 
 
 def first_line(error: BaseException) -> str:
