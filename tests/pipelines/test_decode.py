@@ -139,7 +139,7 @@ def decoded(decoder: DaliDecoder, data: list[np.ndarray]) -> list[torch.Tensor]:
 
 
 def test_dalis_graph_agrees_with_torchs_crops(dali: DaliDecoder) -> None:
-    """The graph that runs on a GPU, operator for operator, on the CPU: rounding apart, borders included."""
+    """The graph that runs on a GPU, operator for operator, on the CPU: the borders' rounding apart."""
     data = [jpeg(height, width, seed) for seed, (height, width) in enumerate(SIZES)]
     groups, params = views_of("dino", 112, 4, 3)
     crops = DaliViews(8, groups, torch.device("cpu"), 1).crops(data, params)
@@ -147,13 +147,13 @@ def test_dalis_graph_agrees_with_torchs_crops(dali: DaliDecoder) -> None:
     for (count, size), views, crops_BnSS3 in zip(groups, params, crops, strict=True):
         assert crops_BnSS3.shape == (len(data), count, size, size, 3) and crops_BnSS3.dtype == torch.uint8
         assert apart(images, crops_BnSS3, views).max() <= 2
-        assert apart(images, crops_BnSS3, views).mean() <= 0.2
+        assert apart(images, crops_BnSS3, views).mean() <= 0.05
         assert views.flip.any() and not views.flip.all()
 
 
-@pytest.mark.parametrize("size", [1, 2, 32, 96, 224])
+@pytest.mark.parametrize(("size", "mean"), [(1, 1), (8, 0.2), (31, 0.06), (96, 0.06), (224, 0.02)])
 @pytest.mark.parametrize(("height", "width"), [(400, 470), (40, 1200), (1200, 40), (30, 30), (900, 700)])
-def test_the_backends_agree_on_noise_at_every_scale(size: int, height: int, width: int) -> None:
+def test_the_backends_agree_on_noise_at_every_scale(size: int, mean: float, height: int, width: int) -> None:
     """Noise is the worst case: what a border takes from beyond the box shows up to 20/255."""
     rng = np.random.default_rng(size)
     image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -164,7 +164,7 @@ def test_the_backends_agree_on_noise_at_every_scale(size: int, height: int, widt
     (crops,) = DaliViews(1, [(3, size)], torch.device("cpu"), 1).crops([data], [views])
     difference = apart([torch.from_numpy(image)], crops, views)
     assert difference.max() <= 2
-    assert difference.mean() <= (0.2 if size > 2 else 1)  # a view of 4 pixels has no average
+    assert difference.mean() <= mean  # the smaller the view, the more of it is border
 
 
 def test_a_borders_share_is_the_weight_of_a_triangle_inside_the_box() -> None:
