@@ -1,6 +1,6 @@
 """A ViT's forward in parts: its first blocks, and the rest of them.
 
-Shape suffixes: B images, N views, T tokens, D width.
+Shape suffixes: B images, T tokens, D width.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from models.backbones import BackboneConfig, build_backbone, feature_width
-from models.selection import take_pair
 
 
 def check_layer(backbone: nn.Module, layer: int) -> VisionTransformer:
@@ -59,21 +58,6 @@ def first_blocks(backbone: nn.Module, layer: int | None) -> Iterator[None]:
         vit.blocks = blocks
 
 
-class Begun:
-    """A ViT's tokens of all views after its first `layer` blocks, until the pair is chosen."""
-
-    def __init__(self, tokens_BNTD: Tensor, layer: int) -> None:
-        self._tokens_BNTD: Tensor | None = tokens_BNTD
-        self.layer = layer
-
-    def take(self, choice_B: Tensor) -> Tensor:
-        """[B, 2, T, D]: those of the chosen pairs, once: what was not chosen does not stay in memory."""
-        assert self._tokens_BNTD is not None
-        chosen_B2TD = take_pair(self._tokens_BNTD, choice_B)
-        self._tokens_BNTD = None
-        return chosen_B2TD
-
-
 def begin(backbone: nn.Module, x_B3HW: Tensor, layer: int) -> Tensor:
     """[B, T, D]: all tokens after `layer` blocks, class token first.
 
@@ -96,10 +80,9 @@ def finish(backbone: nn.Module, tokens_BTD: Tensor, layer: int) -> Tensor:
     return vit.forward_head(vit.norm(vit.blocks[layer:](tokens_BTD)))
 
 
-def scored_width(backbone: nn.Module) -> int:
-    """The most numbers that a view may be scored by: those of a ViT's `summary`, or another backbone's features."""
-    width = feature_width(backbone)
-    return 2 * width if isinstance(backbone, VisionTransformer) and backbone.num_prefix_tokens else width
+def summary_width(vit: VisionTransformer) -> int:
+    """Numbers in a ViT's `summary`."""
+    return feature_width(vit) * (2 if vit.num_prefix_tokens else 1)
 
 
 def summary(backbone: nn.Module, tokens_BTD: Tensor) -> Tensor:

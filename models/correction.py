@@ -1,7 +1,7 @@
 """Guessing what both backbones make of a view from what was scored of it.
 
-Shape suffixes: B images, F width of the features, S of what was scored, X of what may be, and a constant; Y = 2F: the
-online encoder's features and the target's, side by side.
+Shape suffixes: B images, F width of the features, S of what was scored, X = S + 1 with a constant; Y = 2F: the online
+encoder's features and the target's, side by side.
 """
 
 import torch
@@ -30,7 +30,7 @@ class Correction(nn.Module):
     weight_XY: Tensor
 
     def __init__(self, features: int, scored: int) -> None:
-        """`features`: F; `scored`: the most numbers, F or more, that an image may be scored by."""
+        """`features`: F; `scored`: S, F or more."""
         super().__init__()
         self._width, known = features, scored + 1
         self.register_buffer("gram_XX", torch.zeros(known, known))
@@ -41,7 +41,7 @@ class Correction(nn.Module):
     def forward(self, scored_BS: Tensor) -> tuple[Tensor, Tensor]:
         """The online encoder's features and the target's, as guessed; leading axes as given, fp32."""
         with torch.autocast(scored_BS.device.type, enabled=False):
-            x_BX = self.known(scored_BS)
+            x_BX = with_constant(scored_BS)
             online_BF, target_BF = (x_BX[..., : self._width] + half for half in (x_BX @ self.weight_XY).chunk(2, -1))
         return online_BF, target_BF
 
@@ -50,15 +50,10 @@ class Correction(nn.Module):
         """Remembers what was scored of images and what the backbones made of them, for `update`; where bools are given,
         of those images only."""
         with torch.autocast(scored_BS.device.type, enabled=False):
-            x_BX = self.known(scored_BS)
+            x_BX = with_constant(scored_BS)
             missing_BY = torch.cat([y_BF.float() - x_BX[:, : self._width] for y_BF in (online_BF, target_BF)], 1)
             counted_XB = x_BX.T if counts_B is None else x_BX.T * counts_B
             self._pending.append((counted_XB @ x_BX, counted_XB @ missing_BY))
-
-    def known(self, scored_BS: Tensor) -> Tensor:
-        """[…, X]: in fp32, with zeros behind, whose weights stay 0, and a constant at the end."""
-        missing = len(self.gram_XX) - scored_BS.shape[-1] - 1
-        return pad(pad(scored_BS.float(), (0, missing)), (0, 1), value=1)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -76,3 +71,8 @@ class Correction(nn.Module):
     def skip(self) -> None:
         """Forgets what was learned since the last update."""
         self._pending.clear()
+
+
+def with_constant(scored_BS: Tensor) -> Tensor:
+    """[…, X]: in fp32, with a constant at the end."""
+    return pad(scored_BS.float(), (0, 1), value=1)

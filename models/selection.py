@@ -41,7 +41,8 @@ class SelectionConfig:
     random_share: float | None = None
     """Share of the images (0 to 1) that train on a random pair all the same, drawn anew in every step; None = 0.25 with
     `encoder = target`, else 0. Where nothing but its own choices trains, the lagging target takes pairs for hard that
-    the online encoder has learned meanwhile, overlooks what it forgot, and sees nothing to correct its guesses by."""
+    the online encoder has learned meanwhile, overlooks what it forgot, and sees nothing to correct its guesses by. With
+    the target of MoBY, MoCo v3 and BYOL, these images are not scored: their losses in the log are NaN."""
     precision: Precision = "same"
     """Number format of the scoring forwards: as in training; bf16, which is many times slower than fp32 on a processor
     without units for it; auto = bf16 where there are such units, else as in training; int8 or fp8 in the backbone's
@@ -50,8 +51,12 @@ class SelectionConfig:
     """Side of the views while scoring (pixels); None = as in training."""
     layer: int | None = None
     """Score what a ViT has after this many blocks; None = all of them. The heads judge those features as they are; with
-    `encoder = target`, both backbones' features are guessed from them, and the target of MoBY, MoCo v3 and BYOL goes on
-    from there with the chosen pair alone: with half the blocks, the cheapest way of all, an eighth of a plain step."""
+    `encoder = target`, both backbones' features are guessed from them. The target of MoBY, MoCo v3 and BYOL then goes
+    on with some views alone: see finalists."""
+    finalists: int | None = None
+    """With `encoder = target` and a layer: views of an image that go through the other blocks, from whose pairs one is
+    chosen: those of the pair that is best by the guesses, and next to it. None = 3, or 2 of 2. With a third of the
+    blocks the cheapest way of all: an eighth of a plain step."""
     static_colour: bool = False
     """One colour draw for all views of an image while scoring (HVP, section 6.1.3)."""
     batchnorm: Literal["view", "joint", "running"] = "view"
@@ -80,6 +85,10 @@ class SelectionConfig:
                 raise ValueError(f"selection.{field}: {value} must be at least 1")
         if self.random_share is not None and not 0 <= self.random_share <= 1:
             raise ValueError(f"selection.random_share: {self.random_share} must lie between 0 and 1")
+        if self.finalists is not None and (self.encoder != "target" or self.layer is None):
+            raise ValueError("selection.finalists: goes with encoder = target and a selection.layer; give both")
+        if self.finalists is not None and not 2 <= self.finalists <= self.views:
+            raise ValueError(f"selection.finalists: {self.finalists} must lie between 2 and {self.views}, the views")
         if self.audit_every < 0:
             raise ValueError(f"selection.audit_every: {self.audit_every} must be 0 or above")
 

@@ -27,11 +27,12 @@ from jobs.run.memory import keep_freed_memory
 from jobs.run.schedule import warmup_cosine
 from models.backbones import BackboneConfig
 from models.blocks import half_depth
+from models.candidates import RandomPairs
 from models.negatives import NONE, NegativesConfig
 from models.objectives import Length, build_objective
 from models.objectives.moby import MoBY, MoBYConfig
 from models.precision import resolved
-from models.selection import SelectionConfig, audit, pairs, select
+from models.selection import SelectionConfig, audit, pairs
 from pipelines.crop import crop_views
 from pipelines.draw import draw
 from pipelines.photometric import fused
@@ -113,12 +114,14 @@ class Learner:
     def step(self, views_BNCHW: Tensor, selection: SelectionConfig | None) -> None:
         """One step; on random pairs where there is no selection."""
         moby, device = self.moby, views_BNCHW.device
-        choice_B = torch.randint(len(pairs(views_BNCHW.shape[1])), (len(views_BNCHW),), device=device)
+        images = len(views_BNCHW)
+        choice_B = torch.randint(len(pairs(views_BNCHW.shape[1])), (images,), device=device)
         scores = None
         if selection is not None:
-            scores = moby.pair_losses((views_BNCHW,), selection)
-            at_random_B = torch.rand(len(choice_B), device=device) < selection.share_at_random
-            choice_B = torch.where(at_random_B, choice_B, select(scores.losses_BP, selection.rule))
+            rows_B, count = torch.randperm(images, device=device), round(selection.share_at_random * images)
+            random = RandomPairs(rows_B[:count], choice_B[rows_B[:count]], rows_B[count:])
+            scores = moby.pair_losses((views_BNCHW,), selection, random)
+            choice_B = random.put(scores.best(selection.rule))
         loss, _ = moby.loss(moby.take((views_BNCHW,), choice_B, scores))
         self._descend(loss)
         moby.after_step()
@@ -204,8 +207,8 @@ def choices(bench: StepBench, trained_by: str) -> dict[str, float]:
         if step >= warm and (step - warm) % bench.audit_every == 0:
             precise_BP = learner.moby.pair_losses((views_BNCHW,), scored["precise"].full).losses_BP
             for name in dict.fromkeys((*UNTAUGHT, trained_by)):
-                losses_BP = learner.moby.pair_losses((views_BNCHW,), scored[name]).losses_BP
-                for key, value in audit(precise_BP, losses_BP.argmax(1), scored[name]).items():
+                choice_B = learner.moby.pair_losses((views_BNCHW,), scored[name]).best("hardest")
+                for key, value in audit(precise_BP, choice_B, scored[name]).items():
                     found.setdefault(f"{key.removeprefix('selection/')}_{name}", []).append(float(value))
         for group in learner.optimizer.param_groups:
             group["lr"] = warmup_cosine(step, bench.steps, warm, JUDGED_RATE)

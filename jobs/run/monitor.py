@@ -239,7 +239,7 @@ def note(scalars: dict[str, float]) -> str:
 
 def choice_statistics(t: Training, batch: ViewBatch, result: StepResult) -> dict[str, tuple[float, int]]:
     """Sum and count over images, all and of each source, of: whether the pair of least overlap was chosen, the chosen
-    pair's overlap, its loss, and what that is above the mean pair's."""
+    pair's overlap, its loss, and what that is above the mean pair's; the last two of images that were scored."""
     views = t.config.selection.views
     if views == 2:
         return {}
@@ -253,8 +253,9 @@ def choice_statistics(t: Training, batch: ViewBatch, result: StepResult) -> dict
     groups = {"": np.ones(len(rows), np.bool_)}
     groups |= {f"/{source}": batch.sources_B == number for number, source in enumerate(t.data.sources)}
     return {
-        f"selection/{name}{suffix}": (float(values_B[own_B].sum()), int(own_B.sum()))
+        f"selection/{name}{suffix}": (float(values_B[own_B & known_B].sum()), int((own_B & known_B).sum()))
         for name, values_B in values.items()
+        for known_B in (~np.isnan(values_B),)
         for suffix, own_B in groups.items()
     }
 

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from jobs.run.health import clip_and_norm
 from jobs.run.optim import set_step
 from jobs.run.training import Training
+from models.candidates import RandomPairs
 from models.objectives.base import Scores
 from models.selection import same_policy, select
 from pipelines.batch import ViewBatch
@@ -29,7 +30,7 @@ class Choice:
     choice_B: Tensor
     """The pair that trains."""
     best_B: Tensor
-    """The pair that the rule prefers: the same but for images that take a random one."""
+    """The pair that the rule prefers: the same but for images that take a random one. Any where they have no scores."""
     scores: Scores | None = None
     views_BM: Tensor | None = None
 
@@ -70,9 +71,10 @@ def train_step(t: Training, batch: ViewBatch) -> StepResult:
                 loss, t.metrics = t.learner(chosen, on_device(t, part.labels_B.astype(np.int64)))
             with t.timer.phase("backward"):
                 (loss / len(parts)).backward()
-        if selection.audits(t.step):
+        rows_S = None if choice.scores is None else choice.scores.rows_S
+        if selection.audits(t.step) and (rows_S is None or len(rows_S)):
             with t.timer.phase("audit"), autocast(t):
-                t.metrics |= t.objective.audit(part.crops, choice.best_B, selection)
+                t.metrics |= t.objective.audit(part.crops, choice.best_B, selection, rows_S)
         losses.append(loss.detach())
         choices.append(replace(choice, views_BM=chosen.views_BM))
         if t.objective.seen_features_BD is not None:
@@ -103,19 +105,21 @@ def choose(t: Training, batch: ViewBatch) -> Choice:
     def random_pairs() -> Tensor:
         return select(on_device(t, drawn(Purpose.CHOICE, len(pairs(selection.views)))), "random", barred_P)
 
-    if selection.scores(t.step):
-        scores = t.objective.pair_losses(batch.scored, selection)
-        best_B = select(scores.losses_BP, selection.rule, barred_P)
+    random = RandomPairs.none(len(batch), device)
+    if selection.share_at_random > 0:
+        order_B = on_device(t, drawn(Purpose.SHARE, 1)[:, 0].argsort(kind="stable"))
+        count = int(selection.share_at_random * len(batch) + 0.5)
+        random = RandomPairs(order_B[:count], random_pairs()[order_B[:count]], order_B[count:])
+    if selection.scores(t.step) and len(random.others_S) > 1:  # heads' BatchNorm wants two images
+        scores = t.objective.pair_losses(batch.scored, selection, random)
+        best_B = scores.best(selection.rule, barred_P)
     elif selection.rule == "lowest-iou" and t.step % selection.every == 0:
         scores, iou_BP = None, pair_iou(batch.params[:, : selection.views])
         best_B = select(on_device(t, iou_BP), "lowest-iou", barred_P)
     else:
         random_B = random_pairs()
         return Choice(random_B, random_B)
-    if selection.share_at_random == 0:
-        return Choice(best_B, best_B, scores)
-    at_random_B = on_device(t, drawn(Purpose.SHARE, 1)[:, 0] < selection.share_at_random)
-    return Choice(torch.where(at_random_B, random_pairs(), best_B), best_B, scores)
+    return Choice(random.put(best_B), best_B, scores)
 
 
 def update(t: Training, loss: float, finite: bool) -> None:

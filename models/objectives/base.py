@@ -13,12 +13,13 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from models.backbones import BackboneConfig, build_backbone
-from models.blocks import Begun, begin, finish, first_blocks
+from models.blocks import begin, finish, first_blocks
+from models.candidates import RandomPairs
 from models.contrast import Contrast
 from models.known import KnownOutputs, known_outputs
 from models.momentum import target_of
 from models.precision import Precision, arithmetic, check_units, resolved
-from models.selection import SelectionConfig, audit, take_pair, without_side_effects
+from models.selection import Rule, SelectionConfig, audit, select, take_pair, without_side_effects
 
 Metrics = dict[str, Tensor]
 
@@ -37,7 +38,7 @@ class Length:
 
 @dataclass(frozen=True)
 class Scores:
-    """What selection learned about all views, without gradient."""
+    """What selection learned about all views, without gradient. NaN in place of what it did not learn."""
 
     losses_BP: Tensor
     """Loss of every candidate pair of the competing views."""
@@ -45,12 +46,22 @@ class Scores:
     """The target backbone's features of the views, where they are exactly what the loss would compute again."""
     known: KnownOutputs | None = None
     """What the online backbone's linear layers gave for the views, where the loss would compute it again."""
-    begun: Begun | None = None
-    """How far the target's backbone got with all views, where it stopped early and the loss can go on from there."""
     judged_BND: Tensor | None = None
     """What the target's backbone made of the views, where features of both backbones were guessed from it."""
+    begun_BND: Tensor | None = None
+    """What its first blocks made of them, where features were guessed from that before."""
+    barred_BP: Tensor | None = None
+    """Pairs with a loss that is guessed from the first blocks alone: they do not compete."""
+    rows_S: Tensor | None = None
+    """Images that were scored; None = all."""
     local_BPL: Tensor | None = None
     """Multi-crop: for each pair, the numbers of the local views that go with it (its hardest ones)."""
+
+    def best(self, rule: Rule, barred_P: Tensor | None = None) -> Tensor:
+        """int64 [B]: the pair that each image's scores are for; see `select`."""
+        if self.barred_BP is not None:
+            barred_P = self.barred_BP if barred_P is None else self.barred_BP | barred_P
+        return select(self.losses_BP, rule, barred_P)
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,8 @@ class Chosen:
     """Outputs of the online backbone's linear layers for the first and the second views."""
     judged_B2D: Tensor | None = None
     """What features of both backbones were guessed from."""
+    begun_B2D: Tensor | None = None
+    """What they were guessed from before."""
     views_BM: Tensor | None = None
     """Multi-crop: numbers of all chosen views, over all groups side by side; None where it is just the pair."""
 
@@ -141,6 +154,8 @@ class Objective(nn.Module):
     target: Encoder | None
     # MoCo, MoBY, BYOL and those without a target evaluate the online encoder; DINO and iBOT the target.
     keeps: ClassVar[Literal["online", "target"]] = "online"
+    # Whether a target that scores by its first blocks goes on with some of the views.
+    has_finalists: ClassVar[bool] = False
 
     def __init__(self, length: Length) -> None:
         super().__init__()
@@ -175,6 +190,8 @@ class Objective(nn.Module):
         """
         if selection.encoder == "target" and self.target is None:
             raise ValueError("selection.encoder: target asked of an objective without a target encoder; take online")
+        if selection.finalists is not None and not self.has_finalists:
+            raise ValueError("selection.finalists: only for MoBY, MoCo v3 and BYOL; leave it out")
         check_units(selection.precision, next(self.parameters()).device)
         with first_blocks(self.online.backbone, selection.layer):
             pass
@@ -186,8 +203,12 @@ class Objective(nn.Module):
             ValueError: the objective wants more images at once.
         """
 
-    def pair_losses(self, crops: tuple[Tensor, ...], selection: SelectionConfig) -> Scores:
+    def pair_losses(
+        self, crops: tuple[Tensor, ...], selection: SelectionConfig, random: RandomPairs | None = None
+    ) -> Scores:
         """Losses [B, P] of all pairs of crops[0] [B, N, 3, H, W], without gradient and without side effects.
+
+        `random`: images of which only the given pair is needed; an objective may score them all the same, as here.
 
         Raises:
             ValueError: the selection asks for an encoder or layer that the objective does not have.
@@ -199,19 +220,15 @@ class Objective(nn.Module):
         with without_side_effects(self, selection.batchnorm == "running"), self.arithmetic(selection, device):
             features = self.score_features(views_BNCHW, selection, known)
             losses_BP = self.pair_table(features, selection)
-        target, alone = features["target"], selection.encoder == "target"
-        return Scores(losses_BP.float(), target if reused else None, known, judged_BND=target if alone else None)
+        return Scores(losses_BP.float(), features["target"] if reused else None, known)
 
     def score_features(
         self, views_BNCHW: Tensor, selection: SelectionConfig, known: KnownOutputs | None = None
     ) -> dict[str, Tensor | None]:
-        """Backbone features [B, N, D] of all views from the encoders that scoring needs: `online`, `target`.
+        """Backbone features [B, N, D] of all views from the online encoder, and from the target where it scores too.
         `known` collects what the online backbone's linear layers give."""
         self.check(selection)
-        wanted = {
-            "target": None if selection.encoder == "online-alone" else self.target,
-            "online": None if selection.encoder == "target" else self.online,
-        }
+        wanted = {"target": None if selection.encoder == "online-alone" else self.target, "online": self.online}
         found: dict[str, Tensor | None] = {}
         for name, encoder in wanted.items():
             if encoder is None:
@@ -238,17 +255,21 @@ class Objective(nn.Module):
         are to be kept. A compiled backbone has no layers that could be told, one that recomputes its activations is
         short of memory."""
         backbone = self.online.backbone
-        if not selection.reuse or selection.encoder == "target" or getattr(backbone, "grad_checkpointing", False):
+        if not selection.reuse or getattr(backbone, "grad_checkpointing", False):
             return False
         compiled = backbone._compiled_call_impl is not None  # pyright: ignore[reportPrivateUsage]
         return not compiled and scores_as_trained(self.online, selection, device)
 
-    def audit(self, crops: tuple[Tensor, ...], choice_B: Tensor, selection: SelectionConfig) -> Metrics:
+    def audit(
+        self, crops: tuple[Tensor, ...], choice_B: Tensor, selection: SelectionConfig, rows_S: Tensor | None = None
+    ) -> Metrics:
         """How often a cheaper choice agrees with the full one, and its regret; see `selection.audit`. No side effects.
 
-        `crops` are those that train, not smaller or recoloured ones that were scored.
+        `crops` are those that train, not smaller or recoloured ones that were scored; `rows_S` the images that were.
         """
         losses_BP = self.pair_losses(crops, selection.full).losses_BP
+        if rows_S is not None:
+            losses_BP, choice_B = losses_BP[rows_S], choice_B[rows_S]
         return audit(losses_BP, choice_B, selection)
 
     def pair_table(self, features: dict[str, Tensor | None], selection: SelectionConfig) -> Tensor:
@@ -265,6 +286,7 @@ class Objective(nn.Module):
             None if scores.features_BND is None else take_pair(scores.features_BND, choice_B),
             None if scores.known is None else scores.known.take(choice_B),
             None if scores.judged_BND is None else take_pair(scores.judged_BND, choice_B),
+            None if scores.begun_BND is None else take_pair(scores.begun_BND, choice_B),
         )
 
     def pair_features(self, chosen: Chosen) -> tuple[Tensor, Tensor]:

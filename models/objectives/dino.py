@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.backbones import BackboneConfig, build_backbone, feature_width
-from models.blocks import first_blocks, scored_width
+from models.blocks import first_blocks
+from models.candidates import RandomPairs
 from models.correction import Correction
 from models.distributed import gather
 from models.momentum import follow, momentum_at
@@ -139,7 +140,7 @@ class DINO(Objective):
         model = build_backbone(backbone, backbone.drop_path)
         self.online = Encoder(model, DINOHead(feature_width(model), config))
         self.target = momentum_encoder(self.online, backbone)  # pyright: ignore[reportIncompatibleVariableOverride]
-        self.correction = Correction(feature_width(model), scored_width(model))
+        self.correction = Correction(feature_width(model), feature_width(model))
         self.register_buffer("centre_K", torch.zeros(config.outputs))
         self._pending: list[Tensor] = []
 
@@ -158,7 +159,9 @@ class DINO(Objective):
         """Online outputs → log probabilities, fp32."""
         return (s.float() / self.config.student_temperature).log_softmax(-1)
 
-    def pair_losses(self, crops: tuple[Tensor, ...], selection: SelectionConfig) -> Scores:
+    def pair_losses(
+        self, crops: tuple[Tensor, ...], selection: SelectionConfig, random: RandomPairs | None = None
+    ) -> Scores:
         """Losses of all pairs of global views, each with the local views that are hardest for it. Where the target
         alone scores, features of both backbones are guessed, as in models/objectives/momentum.py."""
         device = crops[0].device

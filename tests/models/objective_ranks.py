@@ -14,7 +14,7 @@ if __name__ == "__main__":
 
 from models.distributed import gather, world_size
 from models.probes import matching_probabilities, task_statistics
-from models.selection import SelectionConfig, select
+from models.selection import SelectionConfig
 from tests.models.objective_cases import built, crops_for
 
 BATCH = 8
@@ -46,7 +46,7 @@ def step(name: str, rank: int, world: int) -> dict[str, object]:
     objective = built(name, **FIELDS.get(name, {}))
     crops = tuple(share(group, rank, world) for group in crops_for(name, BATCH))
     scores = objective.pair_losses(crops, SCORED.get(slash + how, SelectionConfig()))
-    choice = select(scores.losses_BP, "hardest")
+    choice = scores.best("hardest")
     objective.watching = True
     labels = share(torch.arange(BATCH) % 3, rank, world)
     loss, _ = objective.loss(objective.take(crops, choice, scores), labels)

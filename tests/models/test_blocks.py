@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from models.backbones import BackboneConfig, build_backbone
-from models.blocks import Begun, begin, finish, first_blocks, half_depth, scored_width, summary
-from models.selection import pairs
+from models.blocks import begin, finish, first_blocks, half_depth, summary, summary_width
 
 VIT = BackboneConfig("vit_tiny_patch16_224", 16, 8, width=16, depth=3, heads=2)
 WITHOUT_CLASS_TOKEN = replace(VIT, name="vit_base_patch16_siglip_gap_224")
@@ -44,7 +43,7 @@ def test_a_summary_is_the_class_token_and_the_mean_patch_at_one_scale(config):
         parts = [*image[:prefix], image[prefix:].mean(0)]
         wanted = torch.cat([(part - part.mean()) / part.std(correction=0) for part in parts])
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-        assert len(found) == scored_width(backbone)
+        assert len(found) == summary_width(backbone)
     assert summary(backbone, tokens.bfloat16()).dtype == torch.float32
 
 
@@ -65,20 +64,7 @@ def test_a_layer_that_the_backbone_does_not_have_is_refused():
             part(resnet)
 
 
-def test_other_backbones_are_scored_by_their_features():
-    assert scored_width(build_backbone(BackboneConfig("resnet18", 32), 0.0)) == 512
-
-
 def test_half_of_the_blocks_is_at_least_one():
     assert [half_depth(replace(VIT, depth=depth)) for depth in (1, 3, 4, None)] == [1, 1, 2, 6]
     with pytest.raises(ValueError, match="the backbone is no ViT"):
         half_depth(BackboneConfig("swin_tiny_patch4_window7_224"))
-
-
-def test_of_what_was_begun_the_chosen_pairs_are_taken_once():
-    tokens, choice = torch.randn(4, 3, 5, 2), torch.tensor([0, 1, 2, 1])
-    begun = Begun(tokens, 1)
-    wanted = [tokens[image, list(pairs(3)[pair])] for image, pair in enumerate(choice)]
-    assert torch.equal(begun.take(choice), torch.stack(wanted))
-    with pytest.raises(AssertionError):
-        begun.take(choice)

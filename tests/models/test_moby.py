@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from jobs.benches.obvious import naive_loss
+from models.candidates import RandomPairs
 from models.heads import mlp
 from models.momentum import momentum_at
 from models.negatives import NONE, NegativesConfig
 from models.objectives import OBJECTIVES, Length, build_objective
 from models.objectives.moby import MoBY, MoBYConfig
-from models.selection import SelectionConfig, select, take_pair
+from models.selection import SelectionConfig, same_policy, select, take_pair
 
 from .toys import SIX, VIT, moby, views
 
@@ -29,7 +30,7 @@ def train(objective, steps, *, selection=None, batch=5, labels=None):
         crops, choice, scores = (views(batch),), torch.zeros(batch, dtype=torch.int64), None
         if selection is not None:
             scores = objective.pair_losses(crops, selection)
-            choice = select(scores.losses_BP, selection.rule)
+            choice = scores.best(selection.rule)
         loss, _ = objective.loss(objective.take(crops, choice, scores), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -83,19 +84,75 @@ def test_features_are_not_reused_where_they_would_differ(backbone, selection):
     assert moby(NONE, backbone).pair_losses((views(),), selection).features_BND is None
 
 
+BY_HALF = SelectionConfig(encoder="target", layer=1)
+
+
+def at_random(rows, pairs, images=5):
+    others = [row for row in range(images) if row not in rows]
+    return RandomPairs(*(torch.tensor(values, dtype=torch.int64) for values in (rows, pairs, others)))
+
+
 @pytest.mark.parametrize("precision", ["same", "bf16"])
-def test_a_target_that_stopped_early_goes_on_with_the_chosen_pair_alone(precision):
+@pytest.mark.parametrize(("rows", "run"), [([], [20, 15]), ([1, 4], [16, 13])], ids=["all scored", "two at random"])
+def test_only_finalists_and_random_pairs_go_through_all_blocks(precision, rows, run):
     objective, crops = moby(NONE, replace(STILL, target_precision=precision)), (views(),)
-    selection = SelectionConfig(encoder="target", layer=1, precision=precision)
-    rows = []
+    random, through = at_random(rows, [5] * len(rows)), []
     for block in objective.target.backbone.blocks:
-        block.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
-    scores = objective.pair_losses(crops, selection)
-    chosen = objective.take(crops, select(scores.losses_BP, "hardest"), scores)
+        block.register_forward_pre_hook(lambda _, inputs: through.append(len(inputs[0])))
+    scores = objective.pair_losses(crops, replace(BY_HALF, precision=precision), random)
+    chosen = objective.take(crops, random.put(scores.best("hardest")), scores)
     loss = objective.loss(chosen)[0]
-    assert rows == [20, 10]  # all views through the first block, two through the other
+    assert through == run
     again = objective.loss(replace(chosen, features_B2D=None))[0]
     torch.testing.assert_close(loss, again, rtol=1e-5, atol=1e-5)
+
+
+def test_of_views_that_did_not_go_on_nothing_can_be_taken():
+    objective, crops = moby(NONE, STILL), (views(),)
+    scores = objective.pair_losses(crops, BY_HALF)
+    for image, barred in enumerate(scores.barred_BP):
+        for pair in range(6):
+            chosen = objective.take(crops, torch.full((5,), pair), scores)
+            assert chosen.features_B2D[image].isnan().any() == barred[pair]
+    assert (scores.barred_BP.sum(1) == 3).all() and not scores.losses_BP.isnan().any()
+
+
+@pytest.mark.parametrize("rule", ["hardest", "easiest"])
+def test_with_as_many_finalists_as_views_the_first_blocks_decide_nothing(rule):
+    objective, crops = moby(NONE, STILL), (views(),)
+    train(objective, 3, selection=replace(BY_HALF, rule=rule))
+    wholly = objective.pair_losses(crops, SelectionConfig(encoder="target", rule=rule))
+    by_half = objective.pair_losses(crops, replace(BY_HALF, finalists=4, rule=rule))
+    torch.testing.assert_close(by_half.losses_BP, wholly.losses_BP)
+    assert torch.equal(by_half.best(rule), wholly.best(rule))
+
+
+def test_finalists_are_of_both_policies_where_pairs_of_one_do_not_compete():
+    objective, crops = moby(NONE, STILL), (views(batch=64),)
+    scores = objective.pair_losses(crops, replace(BY_HALF, finalists=2, cross_policy=True))
+    barred = same_policy(4, crops[0].device)
+    assert not barred[scores.best("hardest", barred)].any()
+
+
+@pytest.mark.parametrize("layer", [None, 1])
+def test_random_pairs_neither_have_scores_nor_change_those_of_others(layer):
+    objective, crops = moby(NONE, STILL), views()
+    train(objective, 3, selection=BY_HALF)
+    random, selection = at_random([0, 3], [2, 4]), SelectionConfig(encoder="target", layer=layer)
+    scores = objective.pair_losses((crops,), selection, random)
+    others = [1, 2, 4]
+    assert scores.losses_BP[[0, 3]].isnan().all()
+    alone = objective.pair_losses((crops[others],), selection)
+    torch.testing.assert_close(scores.losses_BP[others], alone.losses_BP)
+    assert random.put(scores.best("hardest"))[[0, 3]].tolist() == [2, 4]
+    assert torch.equal(scores.best("hardest")[others], alone.best("hardest"))
+
+
+def test_with_batchnorm_in_the_backbone_all_views_are_run():
+    objective, crops = moby(NONE, replace(STILL, batchnorm_mlp=True)), (views(),)
+    scores = objective.pair_losses(crops, SelectionConfig(encoder="target"), at_random([0], [2]))
+    everything = objective.pair_losses(crops, SelectionConfig(encoder="target"))
+    torch.testing.assert_close(scores.judged_BND[1:], everything.judged_BND[1:])
 
 
 @pytest.mark.parametrize(
@@ -108,10 +165,9 @@ def test_a_target_that_stopped_early_goes_on_with_the_chosen_pair_alone(precisio
     ],
     ids=["precision", "colour", "drop path", "batchnorm"],
 )
-def test_it_starts_again_where_training_would_compute_something_else(backbone, changes):
-    selection = SelectionConfig(encoder="target", layer=1, **changes)
-    scores = moby(NONE, backbone).pair_losses((views(),), selection)
-    assert scores.begun is None and scores.judged_BND is not None
+def test_the_loss_starts_again_where_training_would_compute_something_else(backbone, changes):
+    scores = moby(NONE, backbone).pair_losses((views(),), replace(BY_HALF, **changes))
+    assert scores.features_BND is None and scores.judged_BND is not None and scores.begun_BND is not None
 
 
 def test_under_bf16_training_bf16_scores_are_the_same_arithmetic():

@@ -72,6 +72,11 @@ def test_the_pair_is_taken_in_one_gather(count):
         ({"every": 0}, "selection.every: 0 must be at least 1"),
         ({"resolution": 0}, "selection.resolution: 0 must be at least 1"),
         ({"random_share": 1.5}, "selection.random_share: 1.5 must lie between 0 and 1"),
+        ({"finalists": 3}, "selection.finalists: goes with encoder = target and a selection.layer; give both"),
+        (
+            {"finalists": 5, "encoder": "target", "layer": 1},
+            "selection.finalists: 5 must lie between 2 and 4, the views",
+        ),
         ({"audit_every": -1}, "selection.audit_every: -1 must be 0 or above"),
     ],
 )
@@ -86,7 +91,7 @@ def test_when_pairs_are_scored_and_audited():
     assert [SelectionConfig(audit_every=2).audits(step) for step in range(3)] == [True, False, True]
     assert not SelectionConfig().audits(0)
     cheap = SelectionConfig(
-        views=6, encoder="target", precision="bf16", resolution=8, layer=1, every=2, random_share=0.5
+        views=6, encoder="target", precision="bf16", resolution=8, layer=1, finalists=4, every=2, random_share=0.5
     )
     assert cheap.full == SelectionConfig(views=6, reuse=False)
 
