@@ -99,8 +99,8 @@ def _read(log: Log, window: tuple[int, int], pairs: int, seed: int) -> tuple[Cho
             bar.advance(len(rows))
     if scored.rows and unscored.rows:
         notes.append(
-            f"{unscored.rows} rows of steps on which nothing was scored (their pairs are random) are left out of all "
-            f"statistics, which are over {scored.rows} rows"
+            f"{unscored.rows} rows that were not scored (their pairs are random) are left out of all statistics, which "
+            f"are over {scored.rows} rows"
         )
     if not scored.rows:
         notes.append("losses: no pair of this log has a loss; importance and the classifier are left out")

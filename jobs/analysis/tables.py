@@ -49,7 +49,7 @@ PAIRS: dict[str, tuple[pa.DataType, str]] = {
     "pair": (pa.int16(), "number of the pair, lexicographic in (first, second)"),
     "first": (pa.int16(), "its first view"),
     "second": (pa.int16(), "its second view"),
-    "loss": (pa.float32(), "the pair's loss at selection, null on steps on which nothing was scored"),
+    "loss": (pa.float32(), "the pair's loss at selection, null for images that were not scored"),
     "chosen": (pa.bool_(), "whether the pair was chosen to train"),
     **{
         name if name in ("iou", "distance", "colour_distance") else f"{name}_difference": (pa.float32(), meaning)

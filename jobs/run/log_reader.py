@@ -33,7 +33,7 @@ class Rows:
     sizes_B2: NDArray[np.int32]
     params: ViewParams
     losses_BP: NDArray[np.float32]
-    """NaN on steps on which nothing was scored."""
+    """NaN for images that were not scored."""
     choice_B: NDArray[np.int32]
     """Index of the pair that trained, −1 where none was recorded."""
     chosen_BN: NDArray[np.bool_]

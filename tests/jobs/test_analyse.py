@@ -251,7 +251,7 @@ def test_one_step_without_labels_and_steps_without_losses(tmp_path):
 
     write_log(tmp_path / "every" / "log.zarr", steps=6, batch=30, every=3)
     found = analyse(tmp_path / "every", pictures=False)
-    assert found["rows"] == 60 and "120 rows of steps on which nothing was scored" in found["notes"][0]
+    assert found["rows"] == 60 and "120 rows that were not scored" in found["notes"][0]
 
 
 def test_no_losses_or_no_choices(tmp_path):
