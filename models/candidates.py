@@ -23,7 +23,7 @@ class RandomPairs:
     pairs_R: Tensor
     """int64: their pairs."""
     others_S: Tensor
-    """int64: the rows of all other images."""
+    """int64: the rows of all other images, ascending."""
 
     @classmethod
     def none(cls, images: int, device: torch.device) -> RandomPairs:
@@ -50,12 +50,13 @@ class Views:
     """Some of a batch's views: M of each image that is scored, and the pairs of those that are not, V = S·M + 2R."""
 
     def __init__(self, random: RandomPairs, numbers_SM: Tensor, views: int) -> None:
-        """`numbers_SM`: which of their N = `views` views, int64."""
+        """`numbers_SM`: which of their N = `views` views, int64, ascending."""
         scored, count = numbers_SM.shape
         pair_R2 = pair_index(views, numbers_SM.device)[random.pairs_R]
         self._rows_V = torch.cat([random.others_S.repeat_interleave(count), random.rows_R.repeat_interleave(2)])
         self._numbers_V = torch.cat([numbers_SM.flatten(), pair_R2.flatten()])
         self._shape, self._scored = (random.images, views), (scored, count)
+        self._whole = (scored, count) == self._shape
 
     @classmethod
     def all(cls, random: RandomPairs, views: int) -> Views:
@@ -64,8 +65,8 @@ class Views:
         return cls(random, torch.arange(views, device=random.others_S.device).expand(scored, views), views)
 
     def of(self, values_BN: Tensor) -> Tensor:
-        """[V, …]: of the values of all views those of these."""
-        return values_BN[self._rows_V, self._numbers_V]
+        """[V, …]: of the values of all views those of these; without a copy where these are all."""
+        return values_BN.flatten(0, 1) if self._whole else values_BN[self._rows_V, self._numbers_V]
 
     def scored(self, values_V: Tensor) -> Tensor:
         """[S, M, …]: of the values of these views those of images that are scored."""

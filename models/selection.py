@@ -55,8 +55,8 @@ class SelectionConfig:
     on with some views alone: see finalists."""
     finalists: int | None = None
     """With `encoder = target` and a layer: views of an image that go through the other blocks, from whose pairs one is
-    chosen: those of the pair that is best by the guesses, and next to it. None = 3, or 2 of 2. With a third of the
-    blocks the cheapest way of all: an eighth of a plain step."""
+    chosen: those of the pair that is best by the guesses, and next to it. None = 3, or 2 of 2. With half of the
+    blocks the cheapest way of all: by matrix products a seventh of a plain step."""
     static_colour: bool = False
     """One colour draw for all views of an image while scoring (HVP, section 6.1.3)."""
     batchnorm: Literal["view", "joint", "running"] = "view"

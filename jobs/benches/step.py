@@ -82,8 +82,9 @@ class StepBench:
 
 JUDGES = ("full", "alone", "target", "early")
 UNTAUGHT = ("full", "alone")  # of these; the others learn from what they choose, and are judged by nothing else
-# What is trained to judge choices: small, with a queue that the first tenth of a short training fills.
-JUDGED = BackboneConfig("vit_tiny_patch16_224", 32, 8, width=64, depth=2, heads=2)
+# What is trained to judge choices: narrow, but as deep as what is timed, which decides what a first half knows; with a
+# queue that the first tenth of a short training fills.
+JUDGED = BackboneConfig("vit_tiny_patch16_224", 32, 8, width=64, depth=6, heads=2)
 JUDGED_OBJECTIVE = MoBYConfig(ALWAYS, queue=1024, hidden=256)
 
 
@@ -118,8 +119,9 @@ class Learner:
         choice_B = torch.randint(len(pairs(views_BNCHW.shape[1])), (images,), device=device)
         scores = None
         if selection is not None:
-            rows_B, count = torch.randperm(images, device=device), round(selection.share_at_random * images)
-            random = RandomPairs(rows_B[:count], choice_B[rows_B[:count]], rows_B[count:])
+            order_B, count = torch.randperm(images, device=device), round(selection.share_at_random * images)
+            rows_R, others_S = order_B[:count], order_B[count:].sort().values
+            random = RandomPairs(rows_R, choice_B[rows_R], others_S)
             scores = moby.pair_losses((views_BNCHW,), selection, random)
             choice_B = random.put(scores.best(selection.rule))
         loss, _ = moby.loss(moby.take((views_BNCHW,), choice_B, scores))

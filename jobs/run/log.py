@@ -93,8 +93,9 @@ class AugmentationLog:
     ) -> None:
         """Takes the rows of global positions `position` … `position + B − 1`; returns before they are written.
 
-        Without `losses_BP` (a step on which nothing was scored) the losses are NaN, as they are for single images that
-        were not scored; without `choice_B` the choice is −1. `chosen_BN` marks the views that trained; by default those of the chosen pair.
+        Without `losses_BP` (a step on which nothing was scored) the losses are NaN, as for a single image that was not
+        scored; without `choice_B` the choice is −1. `chosen_BN` marks the views that trained; by default those of the
+        chosen pair.
 
         Raises:
             ValueError: the position does not lie behind the last one.

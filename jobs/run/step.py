@@ -107,9 +107,10 @@ def choose(t: Training, batch: ViewBatch) -> Choice:
 
     random = RandomPairs.none(len(batch), device)
     if selection.share_at_random > 0:
-        order_B = on_device(t, drawn(Purpose.SHARE, 1)[:, 0].argsort(kind="stable"))
+        order_B = drawn(Purpose.SHARE, 1)[:, 0].argsort(kind="stable")
         count = int(selection.share_at_random * len(batch) + 0.5)
-        random = RandomPairs(order_B[:count], random_pairs()[order_B[:count]], order_B[count:])
+        rows_R, others_S = (on_device(t, np.sort(rows)) for rows in (order_B[:count], order_B[count:]))
+        random = RandomPairs(rows_R, random_pairs()[rows_R], others_S)
     if selection.scores(t.step) and len(random.others_S) > 1:  # heads' BatchNorm wants two images
         scores = t.objective.pair_losses(batch.scored, selection, random)
         best_B = scores.best(selection.rule, barred_P)

@@ -22,6 +22,7 @@ from models.selection import (
     without_side_effects,
 )
 
+from .objective_cases import built
 from .toys import VIT, moby, views
 
 RESNET = BackboneConfig("resnet10t", 32, drop_path=0.1)
@@ -173,7 +174,7 @@ def test_every_encoder_sees_all_views_once_and_no_copy_per_pair_is_made():
     assert all(x.data_ptr() == crops.data_ptr() for x in seen)
     seen.clear()
     objective.pair_losses((crops,), SelectionConfig(views=6, encoder="target"))
-    assert len(seen) == 1  # no online forward
+    assert len(seen) == 1 and seen[0].data_ptr() == crops.data_ptr()  # no online forward
     seen.clear()
     objective.pair_losses((crops,), SelectionConfig(views=6, encoder="online-alone"))
     assert len(seen) == 1  # no target forward
@@ -189,6 +190,8 @@ def test_earlier_layers_and_smaller_views():
         objective.pair_losses((views(),), SelectionConfig(layer=5))
     with pytest.raises(ValueError, match=r"selection.layer: 1 blocks asked for, but the backbone is no ViT"):
         moby(backbone=RESNET).pair_losses((views(side=32),), SelectionConfig(layer=1))
+    with pytest.raises(ValueError, match=r"selection.finalists: only for MoBY, MoCo v3 and BYOL; leave it out"):
+        built("dino").check(SelectionConfig(encoder="target", layer=1, finalists=3))
 
 
 def test_regret_and_agreement():
