@@ -31,6 +31,15 @@ class RandomPairs:
         nobody = torch.empty(0, dtype=torch.int64, device=device)
         return cls(nobody, nobody, torch.arange(images, device=device))
 
+    @classmethod
+    def drawn(cls, order_B: Tensor, pairs_B: Tensor, share: float) -> RandomPairs:
+        """A share of the images, rounded: the first ones in a random order. Unless it is all, two or more are left, as
+        heads with BatchNorm want; `pairs_B` is a random pair of every image."""
+        images = len(order_B)
+        count = images if share == 1 else min(int(share * images + 0.5), max(images - 2, 0))
+        rows_R = order_B[:count]
+        return cls(rows_R, pairs_B[rows_R], order_B[count:].sort().values)
+
     @property
     def images(self) -> int:
         """B."""
@@ -43,7 +52,7 @@ class RandomPairs:
     def spread(self, values_S: Tensor, missing: float) -> Tensor:
         """[B, …]: the other images' values, and `missing` for these."""
         whole_B = values_S.new_full((self.images, *values_S.shape[1:]), missing)
-        return whole_B.index_copy(0, self.others_S, values_S)
+        return whole_B.index_copy_(0, self.others_S, values_S)
 
 
 class Views:
@@ -83,7 +92,7 @@ class Views:
     def spread(self, values_V: Tensor) -> Tensor:
         """[B, N, …]: these views' values, and NaN for others, so that whoever takes those notices."""
         whole_BN = values_V.new_full((*self._shape, *values_V.shape[1:]), torch.nan)
-        return whole_BN.index_put((self._rows_V, self._numbers_V), values_V)
+        return whole_BN.index_put_((self._rows_V, self._numbers_V), values_V)
 
 
 def finalists(scores_SP: Tensor, views: int, count: int, rule: Rule, barred_P: Tensor | None = None) -> Tensor:
@@ -92,9 +101,10 @@ def finalists(scores_SP: Tensor, views: int, count: int, rule: Rule, barred_P: T
     scores_SP = -scores_SP if rule == "easiest" else scores_SP
     if barred_P is not None:
         scores_SP = scores_SP.masked_fill(barred_P, -torch.inf)
-    numbers_N = torch.arange(views, device=scores_SP.device)
-    member_NP = (pair_index(views, scores_SP.device) == numbers_N[:, None, None]).any(2)
+    index_P2 = pair_index(views, scores_SP.device)
+    member_NP = (index_P2 == torch.arange(views, device=scores_SP.device)[:, None, None]).any(2)
     best_SN = scores_SP[:, None].masked_fill(~member_NP, -torch.inf).amax(2)
+    best_SN.scatter_(1, index_P2[scores_SP.argmax(1)], torch.inf)  # both, though others may be as good
     return best_SN.topk(count, dim=1).indices.sort(1).values
 
 

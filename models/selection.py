@@ -39,10 +39,11 @@ class SelectionConfig:
     every: int = 1
     """Select on every k-th step; on the others a random pair trains."""
     random_share: float | None = None
-    """Share of the images (0 to 1) that train on a random pair all the same, drawn anew in every step; None = 0.25 with
-    `encoder = target`, else 0. Where nothing but its own choices trains, the lagging target takes pairs for hard that
-    the online encoder has learned meanwhile, overlooks what it forgot, and sees nothing to correct its guesses by. With
-    the target of MoBY, MoCo v3 and BYOL, these images are not scored: their losses in the log are NaN."""
+    """Share of a process's images (0 to 1) that train on a random pair all the same, drawn anew in every step; None =
+    0.25 with `encoder = target`, else 0. Where nothing but its own choices trains, the lagging target takes pairs for
+    hard that the online encoder has learned meanwhile, overlooks what it forgot, and sees nothing to correct its
+    guesses by. With the target of MoBY, MoCo v3 and BYOL, these images are not scored: their losses in the log are
+    NaN."""
     precision: Precision = "same"
     """Number format of the scoring forwards: as in training; bf16, which is many times slower than fp32 on a processor
     without units for it; auto = bf16 where there are such units, else as in training; int8 or fp8 in the backbone's
@@ -55,7 +56,7 @@ class SelectionConfig:
     on with some views alone: see finalists."""
     finalists: int | None = None
     """With `encoder = target` and a layer: views of an image that go through the other blocks, from whose pairs one is
-    chosen: those of the pair that is best by the guesses, and next to it. None = 3, or 2 of 2. With half of the
+    chosen: those of the pair that is best by the guesses, and next to it. None = 3, or 2 of 3. With half of the
     blocks the cheapest way of all: by matrix products a seventh of a plain step."""
     static_colour: bool = False
     """One colour draw for all views of an image while scoring (HVP, section 6.1.3)."""

@@ -119,9 +119,8 @@ class Learner:
         choice_B = torch.randint(len(pairs(views_BNCHW.shape[1])), (images,), device=device)
         scores = None
         if selection is not None:
-            order_B, count = torch.randperm(images, device=device), round(selection.share_at_random * images)
-            rows_R, others_S = order_B[:count], order_B[count:].sort().values
-            random = RandomPairs(rows_R, choice_B[rows_R], others_S)
+            order_B = torch.randperm(images, device=device)
+            random = RandomPairs.drawn(order_B, choice_B, selection.share_at_random)
             scores = moby.pair_losses((views_BNCHW,), selection, random)
             choice_B = random.put(scores.best(selection.rule))
         loss, _ = moby.loss(moby.take((views_BNCHW,), choice_B, scores))

@@ -103,5 +103,5 @@ def pair_bars(row: HardViews) -> Markup:
         lines.append(tag("div", name, tag("span", fill, class_="track", aria_hidden="true"), amount, class_=kind))
     rest = len(order) - len(shown)
     if rest:
-        lines.append(tag("div", tag("span"), tag("span", f"{rest} easier pairs"), tag("span"), class_="row"))
+        lines.append(tag("div", tag("span"), tag("span", f"{rest} more pairs"), tag("span"), class_="row"))
     return tag("div", *lines, class_="bars")

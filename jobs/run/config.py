@@ -185,8 +185,9 @@ class PretrainConfig:
     """Images per step over all processes."""
     accumulate: int = 1
     """Parts that each process splits its images of a step into, to save memory. The parts' gradients add up to the
-    whole batch's, but for what looks at other images of a batch: BatchNorm's statistics, SwAV's assignments and the
-    negatives of MoCo v3 and SimCLR are those of a part. Queues and centres are updated once a step, by all parts."""
+    whole batch's, but for what looks at other images of a batch: BatchNorm's statistics, SwAV's assignments, the
+    negatives of MoCo v3 and SimCLR and the share on random pairs (selection.random_share) are those of a part. Queues
+    and centres are updated once a step, by all parts."""
     seed: int = 0
     """Seed of every random choice."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -105,21 +105,20 @@ def choose(t: Training, batch: ViewBatch) -> Choice:
     def random_pairs() -> Tensor:
         return select(on_device(t, drawn(Purpose.CHOICE, len(pairs(selection.views)))), "random", barred_P)
 
-    random = RandomPairs.none(len(batch), device)
-    if selection.share_at_random > 0:
-        order_B = drawn(Purpose.SHARE, 1)[:, 0].argsort(kind="stable")
-        count = int(selection.share_at_random * len(batch) + 0.5)
-        rows_R, others_S = (on_device(t, np.sort(rows)) for rows in (order_B[:count], order_B[count:]))
-        random = RandomPairs(rows_R, random_pairs()[rows_R], others_S)
-    if selection.scores(t.step) and len(random.others_S) > 1:  # heads' BatchNorm wants two images
-        scores = t.objective.pair_losses(batch.scored, selection, random)
-        best_B = scores.best(selection.rule, barred_P)
-    elif selection.rule == "lowest-iou" and t.step % selection.every == 0:
-        scores, iou_BP = None, pair_iou(batch.params[:, : selection.views])
-        best_B = select(on_device(t, iou_BP), "lowest-iou", barred_P)
-    else:
+    scored = selection.scores(t.step)
+    if not scored and (selection.rule != "lowest-iou" or t.step % selection.every):
         random_B = random_pairs()
         return Choice(random_B, random_B)
+    random = RandomPairs.none(len(batch), device)
+    if selection.share_at_random > 0:
+        order_B = on_device(t, drawn(Purpose.SHARE, 1)[:, 0].argsort(kind="stable"))
+        random = RandomPairs.drawn(order_B, random_pairs(), selection.share_at_random)
+    if scored:
+        scores = t.objective.pair_losses(batch.scored, selection, random)
+        best_B = scores.best(selection.rule, barred_P)
+    else:
+        scores, iou_BP = None, pair_iou(batch.params[:, : selection.views])
+        best_B = select(on_device(t, iou_BP), "lowest-iou", barred_P)
     return Choice(random.put(best_B), best_B, scores)
 
 

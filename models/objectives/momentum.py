@@ -35,7 +35,7 @@ from models.objectives.base import (
     momentum_encoder,
     per_view,
 )
-from models.selection import SelectionConfig, same_policy, without_side_effects
+from models.selection import SelectionConfig, pairs, same_policy, without_side_effects
 
 
 class MomentumObjective(Objective):
@@ -64,6 +64,14 @@ class MomentumObjective(Objective):
             Correction(features, summary_width(model)) if isinstance(model, VisionTransformer) else None
         )
 
+    def check(self, selection: SelectionConfig) -> None:
+        super().check(selection)
+        if selection.encoder == "target" and selection.layer is not None and has_batchnorm(self.target):
+            raise ValueError(
+                "selection.layer: with encoder = target not for a backbone with BatchNorm, which would normalise "
+                "finalists by one another; leave it out"
+            )
+
     def pair_losses(
         self, crops: tuple[Tensor, ...], selection: SelectionConfig, random: RandomPairs | None = None
     ) -> Scores:
@@ -74,6 +82,9 @@ class MomentumObjective(Objective):
         views_BNCHW = crops[0]
         device = views_BNCHW.device
         random = random or RandomPairs.none(len(views_BNCHW), device)
+        if not len(random.others_S):
+            nothing_BP = views_BNCHW.new_full((len(views_BNCHW), len(pairs(views_BNCHW.shape[1]))), torch.nan)
+            return Scores(nothing_BP, rows_S=random.others_S)
         score = self._by_all_blocks if selection.layer is None else self._by_first_blocks
         with without_side_effects(self, selection.batchnorm == "running"), self.arithmetic(selection, device):
             scores = score(views_BNCHW, selection, random)
@@ -98,7 +109,7 @@ class MomentumObjective(Objective):
         first_SP = self._guess(self.begun_correction, every.scored(begun_VD), selection)
 
         barred_P = same_policy(views, views_BNCHW.device) if selection.cross_policy else None
-        count = selection.finalists or min(3, views)
+        count = selection.finalists or max(2, min(3, views - 1))
         numbers_SM = finalists(first_SP, views, count, selection.rule, barred_P)
         last, pairs_SQ = Views(random, numbers_SM, views), pairs_among(numbers_SM, views)
         features_VD = self.target.finish(tokens_VTD[every.place(numbers_SM)], layer)

@@ -237,7 +237,7 @@ def test_many_pairs_are_cut_but_the_chosen_one_stays() -> None:
     row = hard_views(views=8)
     easiest = HardViews(**{**row.__dict__, "chosen": 0})
     card = view_card(easiest)
-    assert "21 easier pairs" in card
+    assert "21 more pairs" in card
     assert re.search(r'class="row chosen"><span>1 · 2', card) or re.search(
         r'<span>1 · 2<span class="hidden"> chosen', card
     )

@@ -81,6 +81,7 @@ def test_a_share_of_the_images_trains_on_the_pair_that_random_training_takes(
     assert curve(tmp_path / "mixed", "selection/agreement") == [1.0] * 3  # the judge's choice is what is audited
     everything = run("everything", random_share=1.0)
     np.testing.assert_array_equal(everything["choice_B"], random["choice_B"])
+    assert np.isfinite(everything["losses_BP"]).all()
 
 
 @pytest.mark.parametrize("layer", [None, 1])
@@ -96,5 +97,5 @@ def test_where_the_target_scores_random_pairs_have_no_losses(
     assert unscored_B.reshape(6, 16).sum(1).tolist() == [4] * 6
     assert not np.isnan(target["losses_BP"][~unscored_B]).any()
     np.testing.assert_array_equal(target["choice_B"][unscored_B], random["choice_B"][unscored_B])
-    for metric in ("train/loss", "selection/regret", "selection/gain"):
+    for metric in ("train/loss", "selection/regret", "selection/gain", "selection/gain/real"):
         assert len(curve(tmp_path / "target", metric)) == 3 and np.isfinite(curve(tmp_path / "target", metric)).all()

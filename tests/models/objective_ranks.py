@@ -26,7 +26,8 @@ SCORED = {
     "/target early": SelectionConfig(encoder="target", layer=1),
 }
 OBJECTIVES = ("moby", "moco_v3", "simclr", "simsiam", "byol", "swav", "dino", "ibot")
-NAMES = (*OBJECTIVES, *(f"moby{how}" for how in SCORED), "dino/target", "ibot/target")
+LAGGING = ("moby/target", "moby/target early", "moco_v3/target early", "byol/target", "dino/target", "ibot/target")
+NAMES = (*OBJECTIVES, *LAGGING)
 
 
 def share(rows: torch.Tensor, rank: int, world: int) -> torch.Tensor:

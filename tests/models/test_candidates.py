@@ -20,6 +20,17 @@ def test_random_pairs_take_the_place_of_the_best_ones():
     assert RANDOM.images == 5 and RandomPairs.none(3, CPU).images == 3
 
 
+@pytest.mark.parametrize(
+    ("images", "share", "count"),
+    [(64, 0.25, 16), (10, 0.25, 3), (10, 0.9, 8), (10, 1.0, 10), (2, 0.25, 0), (1, 0.5, 0)],
+)
+def test_a_share_is_drawn_that_leaves_two_or_none(images, share, count):
+    order, chance = torch.randperm(images), torch.randint(6, (images,))
+    random = RandomPairs.drawn(order, chance, share)
+    assert torch.equal(random.rows_R, order[:count]) and torch.equal(random.pairs_R, chance[order[:count]])
+    assert random.others_S.tolist() == sorted(order[count:].tolist())
+
+
 def test_what_is_known_of_scored_images_goes_to_their_rows():
     spread = RANDOM.spread(torch.tensor([[1.0, 2], [3, 4], [5, 6]]), torch.nan)
     assert spread[[1, 2, 4]].tolist() == [[1, 2], [3, 4], [5, 6]] and spread[[0, 3]].isnan().all()
@@ -64,6 +75,14 @@ def test_finalists_are_the_views_of_the_best_pairs(count, barred, rule):
         if count == 5 or set(wanted[:count]) == set(row.tolist()):
             continue
         assert set(row.tolist()) == {*wanted[: count - 1], wanted[count]}
+
+
+def test_of_equally_good_pairs_one_is_there_whole():
+    """Views 0 to 3, of which the pairs (0, 1), (0, 3), (1, 2) and (2, 3) compete and cost the same."""
+    found = finalists(torch.ones(1, 6), 4, 2, "hardest", same_policy(4, CPU))
+    assert found.tolist() == [[0, 1]]
+    found = finalists(torch.tensor([[0.0, 5, 1, 1, 5, 1]]), 4, 2, "hardest", same_policy(4, CPU))
+    assert pairs(4).index(tuple(found[0].tolist())) in (2, 3, 5)
 
 
 def test_pairs_of_some_views_keep_their_numbers():
