@@ -20,10 +20,7 @@ class _Synchronised(nn.modules.batchnorm._BatchNorm):
         if world_size() == 1 or not self.training:
             return super().forward(input)
         rows = input.float().movedim(1, -1)
-        axes = tuple(range(rows.dim() - 1))
-        count = rows[..., 0].numel() * world_size()
-        mean = sum_over_ranks(rows.sum(axes)) / count
-        variance = sum_over_ranks((rows - mean).square().sum(axes)) / count
+        mean, variance, count = statistics(rows)
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             assert self.num_batches_tracked is not None and self.momentum is not None
             self.num_batches_tracked.add_(1)
@@ -35,8 +32,29 @@ class _Synchronised(nn.modules.batchnorm._BatchNorm):
         return normal.movedim(-1, 1).to(input.dtype)
 
 
+def statistics(rows: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Mean and variance [C] of all ranks' rows [..., C], and how many rows they are."""
+    axes = tuple(range(rows.dim() - 1))
+    count = rows[..., 0].numel() * world_size()
+    mean = sum_over_ranks(rows.sum(axes)) / count
+    return mean, sum_over_ranks((rows - mean).square().sum(axes)) / count, count
+
+
 class BatchNorm(_Synchronised, nn.BatchNorm1d):
-    """Over [B, D]."""
+    """Over [B, D]. Of [B, N, D], while nothing is tracked, each of the N views is a batch of its own: the same as N
+    calls, without as many passes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == 2:
+            return super().forward(input)
+        assert self.training and not self.track_running_stats
+        columns = input.flatten(1)
+        weight, bias = (p if p is None else p.repeat(input.shape[1]) for p in (self.weight, self.bias))
+        if world_size() == 1:
+            return F.batch_norm(columns, None, None, weight, bias, training=True, eps=self.eps).view_as(input)
+        mean, variance, _ = statistics(columns.float())
+        normal = ((columns - mean) * (variance + self.eps).rsqrt()).view_as(input)
+        return (normal if self.weight is None else normal * self.weight + self.bias).to(input.dtype)
 
 
 class BatchNorm2d(_Synchronised, nn.BatchNorm2d):

@@ -329,7 +329,7 @@ def per_view(head: Callable[[Tensor], Tensor], features_BND: Tensor, selection: 
     """[N, B, D]: a head's output for all views; its BatchNorm sees one view of all images at a time, as in training,
     or with `batchnorm = joint` all views at once."""
     if selection.batchnorm == "view":
-        return torch.stack([head(features_BD) for features_BD in features_BND.unbind(1)])
+        return head(features_BND).transpose(0, 1)
     return head(features_BND.flatten(0, 1)).unflatten(0, features_BND.shape[:2]).transpose(0, 1)
 
 

@@ -40,6 +40,20 @@ def test_in_a_world_of_one_collectives_are_the_identity():
         assert function(rows) is rows
 
 
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("worlds", [[1], [2, 1]], ids=["one rank", "the arithmetic of many"])
+def test_views_side_by_side_are_batches_of_their_own(worlds, affine, monkeypatch):
+    norm, views = BatchNorm(5, affine=affine), torch.randn(16, 3, 5)
+    norm.track_running_stats = False
+    if affine:
+        torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    wanted = torch.stack([norm(view) for view in views.unbind(1)], 1)
+    monkeypatch.setattr("models.heads.sum_over_ranks", lambda value: value)
+    calls = iter(worlds)  # more than one rank for the branch, one for the count
+    monkeypatch.setattr("models.heads.world_size", lambda: next(calls))
+    torch.testing.assert_close(norm(views), wanted)
+
+
 @pytest.mark.parametrize(("ours", "shape"), [(BatchNorm, (16, 5)), (BatchNorm2d, (4, 5, 3, 2))])
 def test_synchronised_formula_equals_torch_s(ours, shape, monkeypatch):
     """The arithmetic of many ranks, in a world whose other ranks are silent."""
