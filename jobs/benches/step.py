@@ -63,7 +63,7 @@ class StepBench:
     rounds: int = 5
     """Times that each step is measured."""
     steps: int = 1600
-    """Length of the four trainings that agreement and regret are measured in (steps), 40 minutes of a core;
+    """Length of the four trainings that agreement and regret are measured in (steps), an hour of a core;
     0 = leave them out. The shorter, the more of a training passes while the target still lags behind its start."""
     audit_every: int = 20
     """Steps between two comparisons."""
