@@ -151,7 +151,7 @@ def test_dalis_graph_agrees_with_torchs_crops(dali: DaliDecoder) -> None:
         assert views.flip.any() and not views.flip.all()
 
 
-@pytest.mark.parametrize(("size", "mean"), [(1, 1), (8, 0.2), (31, 0.06), (96, 0.06), (224, 0.02)])
+@pytest.mark.parametrize(("size", "mean"), [(1, 1), (2, 1), (8, 0.2), (31, 0.06), (32, 0.06), (96, 0.06), (224, 0.02)])
 @pytest.mark.parametrize(("height", "width"), [(400, 470), (40, 1200), (1200, 40), (30, 30), (900, 700)])
 def test_the_backends_agree_on_noise_at_every_scale(size: int, mean: float, height: int, width: int) -> None:
     """Noise is the worst case: what a border takes from beyond the box shows up to 20/255."""
