@@ -175,10 +175,13 @@ def check_arm(config: PretrainConfig) -> None:
         ValueError: values, sizes or shards that do not fit, or a number format that this machine lacks.
     """
     open_data(config).reader.close()
-    selection = config.selection
-    check_units(selection.precision, pick_device(config.device))
+    selection, backbone, device = config.selection, config.backbone, pick_device(config.device)
+    check_units("selection.precision", selection.precision, device)
+    check_units("backbone.target_precision", backbone.target_precision, device)
+    plain = replace(
+        config, selection=replace(selection, precision="same"), backbone=replace(backbone, target_precision="same")
+    )
     with torch.device("meta") as meta:
-        plain = replace(config, selection=replace(selection, precision="same"))
         make_objective(plain, Length(1, 1), meta)
 
 

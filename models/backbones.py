@@ -6,7 +6,7 @@ B images, D feature width.
 import difflib
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import timm
 import torch
@@ -16,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from models.heads import BatchNorm, BatchNorm2d
+from models.precision import PRECISIONS, Precision
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,10 @@ class BackboneConfig:
     """Stochastic depth rate of the online encoder (0 to 1)."""
     target_drop_path: float = 0.0
     """Stochastic depth rate of the target encoder (0 to 1)."""
-    target_precision: Literal["same", "auto", "bf16"] = "same"
-    """Arithmetic of the target's backbone: as in training, bf16, or auto = bf16 where the device has units for it.
-    With the same in scoring, selection's target features are by definition those of the loss, which uses them again."""
+    target_precision: Precision = "same"
+    """Number format of the target's backbone, as `selection.precision` says of scoring. With the same in both,
+    selection's target features are by definition those of the loss, which uses them again: where the target scores,
+    hard views then cost least in bf16, or on a CPU without bf16 in int8."""
     pool: str = ""
     """How a ViT's tokens become one feature: token (class token) or avg (mean of patches); empty = the model's own."""
     fixed_patch: bool = False
@@ -63,9 +65,9 @@ class BackboneConfig:
                 f"backbone.patch_size: {self.patch_size} does not divide the image size {self.image_size}; "
                 f"take a divisor of it"
             )
-        if self.target_precision not in ("same", "auto", "bf16"):
+        if self.target_precision not in PRECISIONS:
             raise ValueError(
-                f"backbone.target_precision: {self.target_precision!r} is unknown; take same, auto or bf16"
+                f"backbone.target_precision: {self.target_precision!r} is unknown; take {', '.join(PRECISIONS)}"
             )
         if self.pool not in ("", "token", "avg"):
             raise ValueError(f"backbone.pool: {self.pool!r} is unknown; take token, avg or nothing")

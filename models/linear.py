@@ -11,10 +11,14 @@ from torch import Tensor, nn
 def linear_forward(module: nn.Module, forward: Callable[[nn.Linear, Tensor], Tensor]) -> Iterator[None]:
     """Inside, every linear layer of the module runs `forward(layer, input)`."""
     layers = [part for part in module.modules() if type(part) is nn.Linear]
+    before = [vars(layer).get("forward") for layer in layers]
     try:
         for layer in layers:
             layer.forward = partial(forward, layer)  # pyright: ignore[reportAttributeAccessIssue]
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for layer, outer in zip(layers, before, strict=True):
+            if outer is None:
+                del layer.forward
+            else:
+                layer.forward = outer

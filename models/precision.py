@@ -1,11 +1,13 @@
 """Number formats of forwards without gradient: bf16 by autocast; int8 and fp8 in a backbone's linear layers.
 
-int8 and fp8 scale each row of the input and each row of the weights by its own largest value, drawn anew in every
-forward, because the weights move with every step (dynamic symmetric quantisation).
+int8 and fp8 scale each row of the weights by its own largest value, and on a GPU each row of the input too; on a CPU,
+where passes over memory cost as much as the products, all of a forward's input by its range. All is measured anew in
+every forward, because the weights move with every step (dynamic quantisation).
 
 Shape suffixes: R rows of an input, D its width, E outputs.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Literal, get_args
@@ -34,17 +36,17 @@ def has_units(device: torch.device, precision: str) -> bool:
     tiles = cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
     if precision == "bf16":
         return tiles or cpu._is_avx512_bf16_supported()  # pyright: ignore[reportPrivateUsage]
-    return precision == "int8" and (tiles or cpu._is_vnni_supported())  # pyright: ignore[reportPrivateUsage]
+    return precision == "int8" and cpu._is_avx2_supported()  # pyright: ignore[reportPrivateUsage]
 
 
-def check_units(precision: Precision, device: torch.device) -> None:
+def check_units(field: str, precision: Precision, device: torch.device) -> None:
     """
     Raises:
-        ValueError: int8 or fp8 asked of a device that has no units for it.
+        ValueError: the field asks for int8 or fp8, and the device has no units for it.
     """
     if precision in ("int8", "fp8") and not has_units(device, precision):
         raise ValueError(
-            f"selection.precision: this {device.type} device does not multiply in {precision}; take auto, which is "
+            f"{field}: this {device.type} device does not multiply in {precision}; take auto, which is "
             f"{resolved('auto', device)} here"
         )
 
@@ -65,12 +67,49 @@ def arithmetic(precision: Precision, device: torch.device, *backbones: nn.Module
 
 
 def int8_linear(linear: nn.Linear, x: Tensor) -> Tensor:
-    """x Wᵀ + b by whole numbers from −127 to 127."""
-    rows_RD, rows_scale_R1 = _scaled(x.flatten(0, -2), 127)
+    """x Wᵀ + b by whole numbers of 8 bits."""
     weight_ED, weight_scale_E1 = _scaled(linear.weight, 127)
-    rows, weight = rows_RD.round().to(torch.int8), weight_ED.round().to(torch.int8)
-    products_RE = torch._int_mm(rows, weight.T)  # pyright: ignore[reportPrivateImportUsage]
+    by_device = _int8_on_cpu if x.device.type == "cpu" else _int8_on_gpu
+    return by_device(linear, x, weight_ED.round_().to(torch.int8), weight_scale_E1)
+
+
+def _int8_on_gpu(linear: nn.Linear, x: Tensor, weight_ED: Tensor, weight_scale_E1: Tensor) -> Tensor:
+    rows_RD, rows_scale_R1 = _scaled(x.flatten(0, -2), 127)
+    products_RE = torch._int_mm(  # pyright: ignore[reportPrivateImportUsage]
+        rows_RD.round_().to(torch.int8), weight_ED.T
+    )
     return _finished(linear, x, products_RE.float() * rows_scale_R1 * weight_scale_E1.T)
+
+
+def _int8_on_cpu(linear: nn.Linear, x: Tensor, weight_ED: Tensor, weight_scale_E1: Tensor) -> Tensor:
+    # AVX2 adds products in pairs to 16 bits, which hold 2 · 128 · 127 but not 2 · 255 · 127. With zero rounded, the
+    # largest value may come out one higher than here.
+    largest = 254 if torch.cpu._is_vnni_supported() else 127  # pyright: ignore[reportPrivateUsage]
+    rows_RD = x.flatten(0, -2).float()
+    low, high = (float(end) for end in rows_RD.aminmax())
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = max((high - low) / largest, 1e-12)
+    if not math.isfinite(scale):
+        return x.new_full((*x.shape[:-1], linear.out_features), math.nan)
+    zero = round(-low / scale)
+    # Rounded to the nearest by cutting off, which takes fewer passes over memory.
+    whole_RD = torch.add(torch.tensor(zero + 0.5), rows_RD, alpha=1 / scale).to(torch.uint8)
+    products_RE = torch.ops.onednn.qlinear_pointwise(
+        whole_RD,
+        scale,
+        zero,
+        torch.ops.onednn.qlinear_prepack(weight_ED, None),
+        weight_scale_E1.flatten(),
+        torch.zeros(linear.out_features, dtype=torch.int32),
+        linear.bias,
+        1.0,  # scale and zero of the output, which is not quantised
+        0,
+        torch.float32,
+        "none",  # nothing after it
+        [],
+        "",
+    )
+    return products_RE.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 def fp8_linear(linear: nn.Linear, x: Tensor) -> Tensor:

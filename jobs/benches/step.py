@@ -31,7 +31,7 @@ from models.candidates import RandomPairs
 from models.negatives import NONE, NegativesConfig
 from models.objectives import Length, build_objective
 from models.objectives.moby import MoBY, MoBYConfig
-from models.precision import resolved
+from models.precision import Precision, has_units, resolved
 from models.selection import SelectionConfig, audit, pairs
 from pipelines.crop import crop_views
 from pipelines.draw import draw
@@ -88,17 +88,30 @@ JUDGED = BackboneConfig("vit_tiny_patch16_224", 32, 8, width=64, depth=6, heads=
 JUDGED_OBJECTIVE = MoBYConfig(ALWAYS, queue=1024, hidden=256)
 
 
-def selections(views: int, backbone: BackboneConfig) -> dict[str, SelectionConfig]:
-    """Side → how its pairs are scored. `precise` computes as training does; the others as fast as the device can."""
-    fast = SelectionConfig(views, precision="auto")
-    target = replace(fast, encoder="target")
+def target_precision(device: str) -> Precision:
+    """What the target computes in where it scores: bf16, or int8 where a device has no units for bf16 but for that."""
+    if has_units(torch.device(device), "bf16"):
+        return "bf16"
+    return "int8" if has_units(torch.device(device), "int8") else "same"
+
+
+def selections(bench: StepBench, backbone: BackboneConfig) -> dict[str, SelectionConfig]:
+    """Side → how its pairs are scored. `precise` computes as training does; the others in bf16 where the device can,
+    and the target in what is fastest there, because it asks for no more than a guess."""
+    fast = SelectionConfig(bench.views, precision="auto")
+    target = replace(fast, encoder="target", precision=target_precision(bench.device))
     return {
-        "precise": SelectionConfig(views),
+        "precise": SelectionConfig(bench.views),
         "full": fast,
         "alone": replace(fast, encoder="online-alone"),
         "target": target,
         "early": replace(target, layer=half_depth(backbone)),
     }
+
+
+def as_scored(backbone: BackboneConfig, selection: SelectionConfig) -> BackboneConfig:
+    """With the target in the number format of scoring, so that the loss uses what was scored again."""
+    return replace(backbone, target_precision=selection.precision)
 
 
 class Learner:
@@ -170,14 +183,13 @@ def photograph_views(bench: StepBench, size: int, step: int) -> Tensor:
 def step_times(bench: StepBench) -> dict[str, float]:
     """Median milliseconds of each side's step; the sides take turns."""
     views_BNCHW = photograph_views(bench, bench.size, 0)
-    low = replace(bench.shape, target_precision="auto")  # as the scores, so that the loss uses the target's again
-    scored = selections(bench.views, bench.shape)
+    scored = selections(bench, bench.shape)
     sides: dict[str, Callable[[], object]] = {}
     for name, backbone, negatives in (
         ("plain", bench.shape, NONE),
         ("obvious", bench.shape, ALWAYS),
         ("precise", bench.shape, ALWAYS),
-        *((name, low, ALWAYS) for name in JUDGES),
+        *((name, as_scored(bench.shape, scored[name]), ALWAYS) for name in JUDGES),
     ):
         learner = Learner(bench, MoBYConfig(negatives), backbone, LONG)
         run = learner.obvious_step if name == "obvious" else partial(learner.step, selection=scored.get(name))
@@ -198,9 +210,8 @@ def choices(bench: StepBench, trained_by: str) -> dict[str, float]:
     """Agreement and regret of UNTAUGHT and of what trains, which is `trained_by` of JUDGES: means over a whole short
     training without its first tenth. The learning rate rises in that tenth and falls by a cosine after it, the target's
     momentum goes from 0.99 to 1."""
-    backbone, length = replace(JUDGED, target_precision="auto"), Length(bench.steps, bench.steps)
-    learner = Learner(bench, JUDGED_OBJECTIVE, backbone, length)
-    scored = selections(bench.views, JUDGED)
+    scored = selections(bench, JUDGED)
+    learner = Learner(bench, JUDGED_OBJECTIVE, as_scored(JUDGED, scored[trained_by]), Length(bench.steps, bench.steps))
     warm = max(1, bench.steps // 10)
     found: dict[str, list[float]] = {}
     for step in range(bench.steps):
@@ -219,7 +230,7 @@ def choices(bench: StepBench, trained_by: str) -> dict[str, float]:
 
 def measure(bench: StepBench) -> dict[str, float | str]:
     """Figures by name: ratios to the plain step, times in milliseconds, agreement and regret as shares; the number
-    format of the fast scores."""
+    formats of the fast scores and of the target where it scores."""
     times = step_times(bench)
     ratios = {
         "overhead": times["full"] / times["plain"],
@@ -235,13 +246,18 @@ def measure(bench: StepBench) -> dict[str, float | str]:
     if judged:  # by what each kind of step itself trains on
         ratios |= {"agreement": judged["agreement_full_full"], "regret": judged["regret_full_full"]}
         ratios |= {f"regret_{name}": judged[f"regret_{name}_{name}"] for name in ("alone", "target", "early")}
-    arithmetic = resolved("auto", torch.device(bench.device))
     return {
         **ratios,
         **judged,
         **{f"{name}_ms": value for name, value in times.items()},
-        "precision": "fp32" if arithmetic == "same" else arithmetic,
+        "precision": format_name(resolved("auto", torch.device(bench.device))),
+        "target_precision": format_name(target_precision(bench.device)),
     }
+
+
+def format_name(precision: Precision) -> str:
+    """What a number format is called beside training in fp32."""
+    return "fp32" if precision == "same" else precision
 
 
 def main(argv: Sequence[str]) -> None:
@@ -275,7 +291,7 @@ def table(bench: StepBench, figures: dict[str, float | str]) -> Table:
         "precise": ("scored in fp32", "overhead_precise"),
         "full": (f"full: in {figures['precision']}", "overhead"),
         "alone": ("online alone, the same", "overhead_alone"),
-        "target": ("target alone, the same", "overhead_target"),
+        "target": (f"target alone, in {figures['target_precision']}", "overhead_target"),
         "early": ("half of the target, the same", "overhead_early"),
     }
     for name, (text, ratio) in texts.items():

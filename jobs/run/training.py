@@ -194,8 +194,7 @@ def checkpoint_activations(encoder: Encoder, name: str) -> None:
 def compile_encoders(config: PretrainConfig, objective: Objective, device: torch.device) -> None:
     """torch.compile of the backbones in place, where the configuration asks for it, and by default on CUDA.
 
-    Each of the few shapes of batches has code of its own: to score and to train, per size of crops. A target that stops
-    early to score has two parts, each compiled.
+    Each of the few shapes of batches has code of its own: to score and to train, per size of crops.
     """
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
         from torch._dynamo import config as dynamo  # takes seconds to import
@@ -203,10 +202,7 @@ def compile_encoders(config: PretrainConfig, objective: Objective, device: torch
         dynamo.recompile_limit = 64  # torch's 8 are for all backbones together; beyond them it would not compile
         for encoder in (objective.online, objective.target):
             if encoder is not None:
-                encoder.backbone.compile(dynamic=False)
-                if config.selection.layer is not None:
-                    encoder.begin = torch.compile(encoder.begin, dynamic=False)
-                    encoder.finish = torch.compile(encoder.finish, dynamic=False)
+                encoder.compile_backbone(parts=config.selection.layer is not None)
 
 
 def fingerprints(data: Data) -> list[dict[str, Any]]:

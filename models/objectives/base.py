@@ -85,8 +85,7 @@ class Chosen:
 class Encoder(nn.Module):
     """Backbone and heads: pixels → features → projection (→ prediction, where there is a predictor).
 
-    `precision` is the backbone's own arithmetic: `same` as what surrounds it, bf16, or `auto`, which is bf16 where the
-    device multiplies in it.
+    `precision` is the backbone's own arithmetic, without gradient where it is not `same` as what surrounds it.
     """
 
     def __init__(
@@ -101,6 +100,14 @@ class Encoder(nn.Module):
         self.projector = projector
         self.predictor = predictor
         self.precision: Precision = precision
+        self._begin, self._finish = begin, finish
+
+    def compile_backbone(self, *, parts: bool) -> None:
+        """torch.compile of the backbone, and of `begin` and `finish` where `parts` says that they are used, in place.
+        Numbers of images and sizes of crops have code of their own; number formats are chosen outside of it."""
+        self.backbone.compile(dynamic=False)
+        if parts:
+            self._begin, self._finish = torch.compile(begin, dynamic=False), torch.compile(finish, dynamic=False)
 
     def forward(self, x_B3HW: Tensor) -> Tensor:
         """[B, D]: the last head's output, not normalised."""
@@ -112,17 +119,18 @@ class Encoder(nn.Module):
 
     def begin(self, x_B3HW: Tensor, layer: int) -> Tensor:
         """[B, T, D]: a ViT's tokens after `layer` blocks."""
-        return self._computed(lambda x: begin(self.backbone, x, layer), x_B3HW)
+        return self._computed(lambda x: self._begin(self.backbone, x, layer), x_B3HW)
 
     def finish(self, tokens_BTD: Tensor, layer: int) -> Tensor:
         """[B, D]: what a ViT's other blocks make of its tokens; together the same as `features`."""
-        return self._computed(lambda tokens: finish(self.backbone, tokens, layer), tokens_BTD)
+        return self._computed(lambda tokens: self._finish(self.backbone, tokens, layer), tokens_BTD)
 
     def _computed(self, part: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
-        if resolved(self.precision, values.device) == "same" or in_bf16(values.device):
+        if resolved(self.precision, values.device) == "same":
             return part(values)
-        with bf16(values.device):
-            return part(values).float()
+        with arithmetic(self.precision, values.device, self.backbone):
+            computed = part(values)
+        return computed if in_bf16(values.device) else computed.float()
 
     def head(self, features_BD: Tensor) -> Tensor:
         """What the heads make of backbone features."""
@@ -192,7 +200,10 @@ class Objective(nn.Module):
             raise ValueError("selection.encoder: target asked of an objective without a target encoder; take online")
         if selection.finalists is not None and not self.has_finalists:
             raise ValueError("selection.finalists: only for MoBY, MoCo v3 and BYOL; leave it out")
-        check_units(selection.precision, next(self.parameters()).device)
+        device = next(self.parameters()).device
+        check_units("selection.precision", selection.precision, device)
+        if self.target is not None:
+            check_units("backbone.target_precision", self.target.precision, device)
         with first_blocks(self.online.backbone, selection.layer):
             pass
 
@@ -355,7 +366,7 @@ def scores_as_trained(encoder: Encoder, selection: SelectionConfig, device: torc
         return False
     precision = resolved(selection.precision, device)
     own = resolved(encoder.precision, device)
-    same = precision == "same" or (precision == "bf16" and (in_bf16(device) or own == "bf16"))
+    same = precision in ("same", own) or (precision == "bf16" and in_bf16(device))
     return same and not has_batchnorm(encoder) and not has_drop(encoder)
 
 
@@ -374,11 +385,6 @@ def in_bf16(device: torch.device) -> bool:
     """Whether what surrounds this computes in bf16."""
     kind = device.type
     return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
-
-
-def bf16(device: torch.device) -> AbstractContextManager[Any]:
-    """bf16 arithmetic inside."""
-    return torch.autocast(device.type, torch.bfloat16)
 
 
 def fp32(device: torch.device) -> AbstractContextManager[Any]:

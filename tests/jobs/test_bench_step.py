@@ -16,7 +16,7 @@ def test_figures(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     assert cli.run(["bench", "step", *SMALL, "--steps", "11", "--audit-every", "5", "--json"]) == 0
     text, last = capsys.readouterr().out.rstrip().rsplit("\n", 1)
     figures = json.loads(last)
-    assert "online alone" in text and "target alone" in text
+    assert "online alone" in text and f"target alone, in {figures['target_precision']}" in text
     assert figures["overhead"] == figures["full_ms"] / figures["plain_ms"]
     assert figures["baseline_overhead"] == figures["obvious_ms"] / figures["plain_ms"]
     if figures["precision"] == "fp32":  # then the full choice is what it is compared with
@@ -31,7 +31,7 @@ def test_each_side_forwards_what_it_says(monkeypatch: pytest.MonkeyPatch) -> Non
     """Images through the last blocks of both backbones in a step; selection keeps what the loss would forward again."""
     bench = StepBench(size=16, patch=8, depth=2, batch=4, rounds=1)
     seen: dict[str, list[int]] = {}
-    scored = selections(bench.views, bench.shape)
+    scored = selections(bench, bench.shape)
 
     def counted(self: step.Learner, views, selection):
         kind = next((name for name, s in scored.items() if s == selection), "plain")
@@ -62,6 +62,18 @@ def test_each_side_forwards_what_it_says(monkeypatch: pytest.MonkeyPatch) -> Non
         "target": [2, 3.5],
         "early": [2, 2.75],
     }
+
+
+@pytest.mark.parametrize(
+    ("units", "taken"), [({"bf16", "int8"}, "bf16"), ({"bf16"}, "bf16"), ({"int8"}, "int8"), (set(), "same")]
+)
+def test_the_target_scores_in_what_the_device_is_fastest_in(
+    units: set[str], taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "has_units", lambda device, precision: precision in units)
+    scored = selections(StepBench(), StepBench().shape)
+    assert {name for name, selection in scored.items() if selection.precision == taken} >= {"target", "early"}
+    assert scored["full"].precision == scored["alone"].precision == "auto"  # judged by how often they agree
 
 
 def test_the_same_step_has_the_same_views() -> None:

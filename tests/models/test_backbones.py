@@ -103,7 +103,7 @@ def test_drop_path_is_each_encoders_own():
         ({"width": 100}, "backbone.heads: timm cannot build .* take heads that divide the width"),
         ({"depth": 0}, "backbone.depth: 0 must be at least 1"),
         ({"drop_path": 1.0}, r"backbone.drop_path: 1.0 must lie in \[0, 1\)"),
-        ({"target_precision": "fp16"}, "backbone.target_precision: 'fp16' is unknown; take same, auto or bf16"),
+        ({"target_precision": "fp16"}, "backbone.target_precision: 'fp16' is unknown; take same, auto, bf16,"),
         ({"pool": "max"}, "backbone.pool: 'max' is unknown; take token, avg or nothing"),
         ({"image_size": 32, "patch_size": 8, "width": 30, "heads": 3, "depth": 1, "sincos": True}, "divisible by 4"),
     ],

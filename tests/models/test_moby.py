@@ -18,10 +18,9 @@ from models.objectives import OBJECTIVES, Length, build_objective
 from models.objectives.moby import MoBY, MoBYConfig
 from models.selection import SelectionConfig, same_policy, select, take_pair
 
-from .toys import SIX, VIT, moby, views
+from .toys import CPU, INT8, SIX, VIT, moby, views
 
 STILL = replace(VIT, drop_path=0.0)
-CPU = torch.device("cpu")
 
 
 def train(objective, steps, *, selection=None, batch=5, labels=None):
@@ -58,16 +57,21 @@ def test_loss_and_gradients_equal_the_naive_composition(negatives):
             assert name.startswith("target") and p.grad is None
 
 
+# int8 has a scale of all views that are run together.
+FORMATS = [("same", 1e-5), ("bf16", 1e-5), pytest.param("int8", 0.02, marks=INT8)]
+
+
 @pytest.mark.parametrize("encoder", ["online", "target"])
-@pytest.mark.parametrize("precision", ["same", "bf16"])
-def test_reused_features_give_the_loss_that_forwarding_again_gives(encoder, precision):
+@pytest.mark.parametrize(("precision", "tolerance"), FORMATS)
+def test_reused_features_give_the_loss_that_forwarding_again_gives(encoder, precision, tolerance):
     objective = moby(NONE, replace(STILL, target_precision=precision))
     crops = (views(),)
     scores = objective.pair_losses(crops, SelectionConfig(encoder=encoder, precision=precision))
     assert scores.features_BND is not None and scores.features_BND.dtype == torch.float32
     choice = select(scores.losses_BP, "hardest")
     again = objective.loss(replace(objective.take(crops, choice, scores), features_B2D=None))[0]
-    torch.testing.assert_close(objective.loss(objective.take(crops, choice, scores))[0], again, rtol=1e-5, atol=1e-5)
+    reused = objective.loss(objective.take(crops, choice, scores))[0]
+    torch.testing.assert_close(reused, again, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -93,9 +97,9 @@ def at_random(rows, pairs, images=5):
     return RandomPairs(*(torch.tensor(values, dtype=torch.int64) for values in (rows, pairs, others)))
 
 
-@pytest.mark.parametrize("precision", ["same", "bf16"])
+@pytest.mark.parametrize(("precision", "tolerance"), FORMATS)
 @pytest.mark.parametrize(("rows", "run"), [([], [20, 15]), ([1, 4], [16, 13])], ids=["all scored", "two at random"])
-def test_only_finalists_and_random_pairs_go_through_all_blocks(precision, rows, run):
+def test_only_finalists_and_random_pairs_go_through_all_blocks(precision, tolerance, rows, run):
     objective, crops = moby(NONE, replace(STILL, target_precision=precision)), (views(),)
     random, through = at_random(rows, [5] * len(rows)), []
     for block in objective.target.backbone.blocks:
@@ -105,7 +109,7 @@ def test_only_finalists_and_random_pairs_go_through_all_blocks(precision, rows, 
     loss = objective.loss(chosen)[0]
     assert through == run
     again = objective.loss(replace(chosen, features_B2D=None))[0]
-    torch.testing.assert_close(loss, again, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss, again, rtol=tolerance, atol=tolerance)
 
 
 def test_of_views_that_did_not_go_on_nothing_can_be_taken():

@@ -11,31 +11,68 @@ from models.negatives import NONE
 from models.precision import arithmetic, check_units, fp8_linear, int8_linear, resolved
 from models.selection import SelectionConfig
 
-from .toys import VIT, moby, views
+from .toys import CPU, INT8, VIT, moby, views
 
-CPU = torch.device("cpu")
 STILL = replace(VIT, drop_path=0.0)
 
 
-@pytest.mark.parametrize(("forward", "error"), [(int8_linear, 0.015), (fp8_linear, 0.06)])
+QUANTISED = [pytest.param("int8", marks=INT8), "fp8"]
+LINEAR = {"int8": int8_linear, "fp8": fp8_linear}
+
+
 @pytest.mark.parametrize("bias", [True, False])
-def test_quantised_layers_are_close_to_exact_ones(forward, error, bias):
+def test_fp8_layers_are_close_to_exact_ones(bias):
     layer = nn.Linear(64, 48, bias=bias)
     x = torch.randn(5, 7, 64) * torch.logspace(-3, 3, 7)[:, None]  # rows of very different size
     with torch.no_grad():
-        exact, found = layer(x), forward(layer, x)
+        exact, found = layer(x), fp8_linear(layer, x)
     off = (found - exact).norm(dim=-1) / exact.norm(dim=-1)
     assert found.shape == exact.shape and found.dtype == exact.dtype
-    assert 1e-4 < off.max() < error
+    assert 1e-4 < off.max() < 0.06
 
 
-def test_a_row_of_zeros_gives_the_bias():
+@INT8
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shift", [0.0, 5.0])
+def test_int8_layers_are_as_close_to_exact_ones_as_rounding_allows(bias, shift):
+    layer, x = nn.Linear(64, 48, bias=bias), torch.randn(5, 7, 64) + shift
+    with torch.no_grad():
+        exact, found = layer(x), int8_linear(layer, x)
+        # Half a step of 127 for every input and of 2 · 127 for every weight.
+        off_x = (x.max().clamp_min(0) - x.min().clamp_max(0)) / 127 / 2
+        off_w_E1 = layer.weight.abs().amax(1, keepdim=True) / 127 / 2
+        most = off_x * layer.weight.abs().sum(1) + (x.abs() + off_x) @ off_w_E1.expand(48, 64).T
+    assert found.shape == exact.shape and found.dtype == exact.dtype
+    assert ((found - exact).abs() <= most + 1e-5).all()
+    assert 1e-4 < (found - exact).norm() / exact.norm() < 0.025
+
+
+@INT8
+@pytest.mark.parametrize("low", [-1.0, -0.17, 0.0, 0.5])
+def test_sums_of_the_largest_int8_values_are_exact(low):
+    """Instructions that add products in 16 bits would cut them off. All positive, as after a ReLU, or from `low`."""
+    layer, x = nn.Linear(192, 8, bias=False), torch.full((6, 192), 1.0)
+    layer.weight.data.fill_(1.0)[::2] *= -1
+    x[0] = low
+    with torch.no_grad():
+        torch.testing.assert_close(int8_linear(layer, x), layer(x), rtol=1e-2, atol=1.0)
+
+
+@INT8
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_so_in_int8(value):
+    layer, x = nn.Linear(16, 8), torch.randn(2, 3, 16)
+    x[1, 2, 3] = value
+    assert int8_linear(layer, x).isnan().all()
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_a_row_of_zeros_gives_the_bias(kind):
     layer = nn.Linear(16, 8)
-    for forward in (int8_linear, fp8_linear):
-        torch.testing.assert_close(forward(layer, torch.zeros(3, 16)), layer.bias.expand(3, -1))
+    torch.testing.assert_close(LINEAR[kind](layer, torch.zeros(3, 16)), layer.bias.expand(3, -1))
 
 
-@pytest.mark.parametrize(("kind", "choices"), [("int8", 0.9), ("fp8", 0.8)])
+@pytest.mark.parametrize(("kind", "choices"), [pytest.param("int8", 0.9, marks=INT8), ("fp8", 0.8)])
 def test_scores_in_low_precision_choose_mostly_the_same(kind, choices, monkeypatch):
     monkeypatch.setattr(precision, "has_units", lambda device, kind: True)
     objective, crops = moby(NONE, STILL), (views(batch=60),)
@@ -45,14 +82,33 @@ def test_scores_in_low_precision_choose_mostly_the_same(kind, choices, monkeypat
     assert (exact.losses_BP.argmax(1) == found.losses_BP.argmax(1)).float().mean() >= choices
 
 
-def test_only_the_backbones_given_are_quantised():
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_only_the_backbones_given_are_quantised(kind):
     inside, outside = nn.Linear(8, 8), nn.Linear(8, 8)
     x = torch.randn(3, 8)
     with torch.no_grad():
         exact = inside(x), outside(x)
-        with arithmetic("int8", CPU, inside):
-            assert not torch.equal(inside(x), exact[0]) and torch.equal(outside(x), exact[1])
+        with arithmetic(kind, CPU, inside):
+            found = inside(x)
+            assert not torch.equal(found, exact[0]) and torch.equal(outside(x), exact[1])
+            with arithmetic(kind, CPU, inside):
+                assert torch.equal(inside(x), found)
+            assert torch.equal(inside(x), found)
         assert torch.equal(inside(x), exact[0])
+
+
+@pytest.mark.parametrize("kind", ["bf16", *QUANTISED])
+def test_a_target_with_a_format_of_its_own_always_computes_in_it(kind):
+    objective, (x_BCHW, *_) = moby(NONE, replace(STILL, target_precision=kind)), views().unbind(1)
+    target = objective.target
+    with torch.no_grad():
+        exact, found = target.backbone(x_BCHW), target.features(x_BCHW)
+        with arithmetic(kind, CPU, target.backbone):
+            torch.testing.assert_close(found, target.backbone(x_BCHW).float())
+        parts = target.finish(target.begin(x_BCHW, 1), 1)
+    assert found.dtype == torch.float32 and 1e-4 < (found - exact).norm() / exact.norm() < 0.2
+    torch.testing.assert_close(parts, found)
+    assert "forward" not in vars(target.backbone.blocks[0].attn.qkv)
 
 
 @pytest.mark.parametrize("units", [True, False])
@@ -73,4 +129,6 @@ def test_a_device_without_units_is_told_what_to_take(monkeypatch):
     monkeypatch.setattr(precision, "has_units", lambda device, kind: False)
     with pytest.raises(ValueError, match=r"selection.precision: this cpu device does not multiply in fp8; take auto"):
         moby(NONE, STILL).check(SelectionConfig(precision="fp8"))
-    check_units("bf16", CPU)  # slow without units, but right
+    with pytest.raises(ValueError, match=r"backbone.target_precision: this cpu device does not multiply in int8"):
+        moby(NONE, replace(STILL, target_precision="int8")).check(SelectionConfig())
+    check_units("selection.precision", "bf16", CPU)  # slow without units, but right
