@@ -69,8 +69,10 @@ def arithmetic(precision: Precision, device: torch.device, *backbones: nn.Module
 def int8_linear(linear: nn.Linear, x: Tensor) -> Tensor:
     """x Wᵀ + b by whole numbers of 8 bits."""
     weight_ED, weight_scale_E1 = _scaled(linear.weight, 127)
-    by_device = _int8_on_cpu if x.device.type == "cpu" else _int8_on_gpu
-    return by_device(linear, x, weight_ED.round_().to(torch.int8), weight_scale_E1)
+    whole_ED = weight_ED.round_().to(torch.int8)
+    if x.device.type == "cpu":
+        return _int8_on_cpu(linear, x, whole_ED, weight_scale_E1)  # pyright: ignore[reportCallIssue]
+    return _int8_on_gpu(linear, x, whole_ED, weight_scale_E1)
 
 
 def _int8_on_gpu(linear: nn.Linear, x: Tensor, weight_ED: Tensor, weight_scale_E1: Tensor) -> Tensor:
@@ -81,6 +83,7 @@ def _int8_on_gpu(linear: nn.Linear, x: Tensor, weight_ED: Tensor, weight_scale_E
     return _finished(linear, x, products_RE.float() * rows_scale_R1 * weight_scale_E1.T)
 
 
+@torch.compiler.disable  # weights are packed and a range is read in every call, which no compiled code holds
 def _int8_on_cpu(linear: nn.Linear, x: Tensor, weight_ED: Tensor, weight_scale_E1: Tensor) -> Tensor:
     # AVX2 adds products in pairs to 16 bits, which hold 2 · 128 · 127 but not 2 · 255 · 127. With zero rounded, the
     # largest value may come out one higher than here.
