@@ -120,6 +120,16 @@ def torch_pair() -> Iterator[Finding]:
         yield Finding("torch with torchvision", "ok", f"built for CUDA {torch.version.cuda or 'none'}")
 
 
+def number_formats() -> Iterator[Finding]:
+    """What the processor multiplies in, for `--selection.precision` and `--backbone.target-precision`."""
+    import torch
+
+    from models.precision import has_units
+
+    units = [name for name in ("bf16", "int8") if has_units(torch.device("cpu"), name)]
+    yield Finding("number formats", "ok", f"the processor multiplies in {', '.join(('fp32', *units))}")
+
+
 def devices() -> Iterator[Finding]:
     """GPUs that torch can use, or why it cannot."""
     import torch
@@ -275,7 +285,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-CHECKS = (machine, packages, torch_pair, devices, processes, decoders, crops)
+CHECKS = (machine, packages, torch_pair, number_formats, devices, processes, decoders, crops)
 
 
 def examine() -> list[Finding]:

@@ -10,6 +10,7 @@ import torch
 
 from jobs import doctor
 from jobs.doctor import Finding, examine
+from models import precision
 from pipelines.crop import crop_by_torch, find_kernel
 
 
@@ -89,6 +90,15 @@ def test_a_torchvision_of_another_torch(monkeypatch: pytest.MonkeyPatch) -> None
     (finding,) = doctor.torch_pair()
     assert (finding.state, finding.detail) == ("broken", "operator torchvision::nms does not exist")
     assert "one pip command" in finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("units", "said"), [({"int8"}, "fp32, int8"), ({"bf16", "int8"}, "fp32, bf16, int8"), ((), "fp32")]
+)
+def test_what_the_processor_multiplies_in(units, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "has_units", lambda device, name: device.type == "cpu" and name in units)
+    (finding,) = doctor.number_formats()
+    assert finding.state == "ok" and finding.detail == f"the processor multiplies in {said}"
 
 
 def test_a_gpu_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
