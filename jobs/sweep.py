@@ -31,7 +31,6 @@ from jobs.run.time_limit import TimeLimit, process_began, time_limit
 from jobs.run.training import make_objective
 from jobs.run.world import pick_device
 from models.objectives import Length
-from models.precision import check_units
 from shards.errors import InputError
 
 
@@ -175,14 +174,8 @@ def check_arm(config: PretrainConfig) -> None:
         ValueError: values, sizes or shards that do not fit, or a number format that this machine lacks.
     """
     open_data(config).reader.close()
-    selection, backbone, device = config.selection, config.backbone, pick_device(config.device)
-    check_units("selection.precision", selection.precision, device)
-    check_units("backbone.target_precision", backbone.target_precision, device)
-    plain = replace(
-        config, selection=replace(selection, precision="same"), backbone=replace(backbone, target_precision="same")
-    )
     with torch.device("meta") as meta:
-        make_objective(plain, Length(1, 1), meta)
+        make_objective(config, Length(1, 1), meta, runs_on=pick_device(config.device))
 
 
 def work(config: SweepConfig, planned: Sequence[Member], settings: Mapping[str, Any], limit: TimeLimit) -> None:

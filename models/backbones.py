@@ -40,9 +40,10 @@ class BackboneConfig:
     target_drop_path: float = 0.0
     """Stochastic depth rate of the target encoder (0 to 1)."""
     target_precision: Precision = "same"
-    """Number format of the target's backbone, as `selection.precision` says of scoring. With the same in both,
-    selection's target features are by definition those of the loss, which uses them again: where the target scores,
-    hard views then cost least in bf16, or on a CPU without bf16 in int8."""
+    """Number format of the target's backbone, in scoring and in the loss: as around it; bf16; auto = bf16 where the
+    device has units for it; int8 or fp8 in its linear layers, where the hardware has it. With `selection.precision`
+    the same or left alone, the loss uses again what the target made of the views in scoring, and where the target alone
+    scores, hard views cost least: in bf16, or on a CPU without it in int8."""
     pool: str = ""
     """How a ViT's tokens become one feature: token (class token) or avg (mean of patches); empty = the model's own."""
     fixed_patch: bool = False

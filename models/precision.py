@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from models.linear import linear_forward
+from models.linear import linear_forward, linear_layers
 
 Precision = Literal["same", "auto", "bf16", "int8", "fp8"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
@@ -36,19 +36,22 @@ def has_units(device: torch.device, precision: str) -> bool:
     tiles = cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
     if precision == "bf16":
         return tiles or cpu._is_avx512_bf16_supported()  # pyright: ignore[reportPrivateUsage]
-    return precision == "int8" and cpu._is_avx2_supported()  # pyright: ignore[reportPrivateUsage]
+    onednn = torch.backends.mkldnn.is_available()
+    return precision == "int8" and onednn and cpu._is_avx2_supported()  # pyright: ignore[reportPrivateUsage]
 
 
-def check_units(field: str, precision: Precision, device: torch.device) -> None:
+def check_format(field: str, precision: Precision, device: torch.device, backbone: nn.Module) -> None:
     """
     Raises:
-        ValueError: the field asks for int8 or fp8, and the device has no units for it.
+        ValueError: the field asks for int8 or fp8, and the device has no units for it or the backbone no linear layers.
     """
-    if precision in ("int8", "fp8") and not has_units(device, precision):
-        raise ValueError(
-            f"{field}: this {device.type} device does not multiply in {precision}; take auto, which is "
-            f"{resolved('auto', device)} here"
-        )
+    if precision not in ("int8", "fp8"):
+        return
+    remedy = f"take auto, which is {resolved('auto', device)} here"
+    if not has_units(device, precision):
+        raise ValueError(f"{field}: this {device.type} device does not multiply in {precision}; {remedy}")
+    if not linear_layers(backbone):
+        raise ValueError(f"{field}: {precision} is for linear layers, and this backbone has none; {remedy}")
 
 
 @contextmanager

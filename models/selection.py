@@ -57,7 +57,7 @@ class SelectionConfig:
     finalists: int | None = None
     """With `encoder = target` and a layer: views of an image that go through the other blocks, from whose pairs one is
     chosen: those of the pair that is best by the guesses, and next to it. None = 3, or 2 of 3. With half of the
-    blocks the cheapest way of all: by matrix products a seventh of a plain step."""
+    blocks it adds, by matrix products, a seventh of a plain step, where the whole target adds a fifth."""
     static_colour: bool = False
     """One colour draw for all views of an image while scoring (HVP, section 6.1.3)."""
     batchnorm: Literal["view", "joint", "running"] = "view"

@@ -148,8 +148,11 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
     return training
 
 
-def make_objective(config: PretrainConfig, length: Length, device: torch.device) -> Objective:
-    """The objective with weights that are a function of the seed, in training mode on its device.
+def make_objective(
+    config: PretrainConfig, length: Length, device: torch.device, runs_on: torch.device | None = None
+) -> Objective:
+    """The objective with weights that are a function of the seed, in training mode on its device; what it asks for is
+    checked against the device that it `runs_on`, by default the same.
 
     Raises:
         InputError: values that do not fit; the message has field, value and remedy.
@@ -157,7 +160,7 @@ def make_objective(config: PretrainConfig, length: Length, device: torch.device)
     torch.manual_seed(config.seed)
     try:
         objective = build_objective(config.objective, config.backbone, length).to(device)
-        objective.check(config.selection)
+        objective.check(config.selection, runs_on)
         objective.check_batch(config.batch // config.accumulate)
     except ValueError as error:
         raise InputError(str(error)) from error

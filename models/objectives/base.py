@@ -18,7 +18,7 @@ from models.candidates import RandomPairs
 from models.contrast import Contrast
 from models.known import KnownOutputs, known_outputs
 from models.momentum import target_of
-from models.precision import Precision, arithmetic, check_units, resolved
+from models.precision import Precision, arithmetic, check_format, resolved
 from models.selection import Rule, SelectionConfig, audit, select, take_pair, without_side_effects
 
 Metrics = dict[str, Tensor]
@@ -189,21 +189,21 @@ class Objective(nn.Module):
         assert encoder is not None
         return encoder.backbone
 
-    def check(self, selection: SelectionConfig) -> None:
-        """Says before training what scoring would say.
+    def check(self, selection: SelectionConfig, device: torch.device | None = None) -> None:
+        """Says before training what scoring would say on a device, by default on the one where the objective is.
 
         Raises:
-            ValueError: the selection asks for an encoder or layer that the objective does not have, or a number format
-                that its device does not have.
+            ValueError: the selection asks for an encoder or layer that the objective does not have, or it or the target
+                for a number format that the device does not have.
         """
         if selection.encoder == "target" and self.target is None:
             raise ValueError("selection.encoder: target asked of an objective without a target encoder; take online")
         if selection.finalists is not None and not self.has_finalists:
             raise ValueError("selection.finalists: only for MoBY, MoCo v3 and BYOL; leave it out")
-        device = next(self.parameters()).device
-        check_units("selection.precision", selection.precision, device)
+        device = device or next(self.parameters()).device
+        check_format("selection.precision", selection.precision, device, self.online.backbone)
         if self.target is not None:
-            check_units("backbone.target_precision", self.target.precision, device)
+            check_format("backbone.target_precision", self.target.precision, device, self.target.backbone)
         with first_blocks(self.online.backbone, selection.layer):
             pass
 
@@ -360,7 +360,8 @@ def scores_as_trained(encoder: Encoder, selection: SelectionConfig, device: torc
     """Whether scoring makes of a view what training makes of it in this backbone.
 
     That is: the same views, layer and arithmetic (around this call is the training's), no drop path, and no BatchNorm,
-    whose statistics would depend on which views are together. The heads, which have BatchNorm, run again.
+    whose statistics would depend on which views are together. The heads, which have BatchNorm, run again. In int8 on a
+    CPU, which views are together moves what is rounded to what, and nothing else.
     """
     if selection.resolution is not None or selection.layer is not None or selection.static_colour:
         return False

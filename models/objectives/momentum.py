@@ -64,8 +64,8 @@ class MomentumObjective(Objective):
             Correction(features, summary_width(model)) if isinstance(model, VisionTransformer) else None
         )
 
-    def check(self, selection: SelectionConfig) -> None:
-        super().check(selection)
+    def check(self, selection: SelectionConfig, device: torch.device | None = None) -> None:
+        super().check(selection, device)
         if selection.encoder == "target" and selection.layer is not None and has_batchnorm(self.target):
             raise ValueError(
                 "selection.layer: with encoder = target not for a backbone with BatchNorm, which would normalise "

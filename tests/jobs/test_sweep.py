@@ -24,7 +24,7 @@ from shards.errors import InputError
 TINY = (
     "backbone.image_size=16", "backbone.width=16", "backbone.depth=1", "backbone.heads=2", "objective.hidden=16",
     "objective.width=8", "objective.queue=64", "data.threads=1", "monitor.bank=0", "monitor.loggers=[\"json\"]",
-    "monitor.every=1", "checkpoint.every=1",
+    "monitor.every=1", "checkpoint.every=1", "device=cpu",
 )  # fmt: skip
 
 

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models import precision
+from models.backbones import BackboneConfig
 from models.negatives import NONE
-from models.precision import arithmetic, check_units, fp8_linear, int8_linear, resolved
+from models.precision import arithmetic, check_format, fp8_linear, int8_linear, resolved
 from models.selection import SelectionConfig
 
 from .toys import CPU, INT8, VIT, moby, views
@@ -31,24 +32,32 @@ def test_fp8_layers_are_close_to_exact_ones(bias):
     assert 1e-4 < off.max() < 0.06
 
 
+def int8_reference(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Whole numbers multiplied one by one: of x from 0 to 127 (254 with VNNI), between its ends or 0; of each row of
+    the weights from −127 to 127."""
+    low, high = min(0.0, float(x.min())), max(0.0, float(x.max()))
+    step = (high - low) / (254 if torch.cpu._is_vnni_supported() else 127)
+    zero = round(-low / step)
+    steps_E1 = layer.weight.abs().amax(1, keepdim=True) / 127
+    whole, weight = torch.floor(x / step + zero + 0.5) - zero, torch.round(layer.weight / steps_E1)
+    products = whole.double() @ weight.double().T * step * steps_E1.T
+    return (products if layer.bias is None else products + layer.bias).float()
+
+
 @INT8
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shift", [0.0, 5.0])
-def test_int8_layers_are_as_close_to_exact_ones_as_rounding_allows(bias, shift):
+@pytest.mark.parametrize("shift", [0.0, 5.0, -5.0])
+def test_int8_layers_compute_with_whole_numbers(bias, shift):
     layer, x = nn.Linear(64, 48, bias=bias), torch.randn(5, 7, 64) + shift
     with torch.no_grad():
-        exact, found = layer(x), int8_linear(layer, x)
-        # Half a step of 127 for every input and of 2 · 127 for every weight.
-        off_x = (x.max().clamp_min(0) - x.min().clamp_max(0)) / 127 / 2
-        off_w_E1 = layer.weight.abs().amax(1, keepdim=True) / 127 / 2
-        most = off_x * layer.weight.abs().sum(1) + (x.abs() + off_x) @ off_w_E1.expand(48, 64).T
+        exact, found, expected = layer(x), int8_linear(layer, x), int8_reference(layer, x)
     assert found.shape == exact.shape and found.dtype == exact.dtype
-    assert ((found - exact).abs() <= most + 1e-5).all()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert 1e-4 < (found - exact).norm() / exact.norm() < 0.025
 
 
 @INT8
-@pytest.mark.parametrize("low", [-1.0, -0.17, 0.0, 0.5])
+@pytest.mark.parametrize("low", [-1.0, -0.17, 0.0, 0.5, 1.0])
 def test_sums_of_the_largest_int8_values_are_exact(low):
     """Instructions that add products in 16 bits would cut them off. All positive, as after a ReLU, or from `low`."""
     layer, x = nn.Linear(192, 8, bias=False), torch.full((6, 192), 1.0)
@@ -131,4 +140,17 @@ def test_a_device_without_units_is_told_what_to_take(monkeypatch):
         moby(NONE, STILL).check(SelectionConfig(precision="fp8"))
     with pytest.raises(ValueError, match=r"backbone.target_precision: this cpu device does not multiply in int8"):
         moby(NONE, replace(STILL, target_precision="int8")).check(SelectionConfig())
-    check_units("selection.precision", "bf16", CPU)  # slow without units, but right
+    check_format("selection.precision", "bf16", CPU, nn.Linear(2, 2))  # slow without units, but right
+
+
+@INT8
+def test_a_backbone_without_linear_layers_is_not_for_int8():
+    resnet = BackboneConfig("resnet10t", 32, target_precision="int8")
+    with pytest.raises(ValueError, match=r"backbone.target_precision: int8 is for linear layers, and this"):
+        moby(NONE, resnet).check(SelectionConfig())
+    moby(NONE, replace(resnet, target_precision="bf16")).check(SelectionConfig())
+
+
+def test_a_resnet_s_features_in_bf16_are_given_in_fp32():
+    target = moby(NONE, BackboneConfig("resnet10t", 32, target_precision="bf16")).target
+    assert target.features(torch.randn(2, 3, 32, 32)).dtype == torch.float32
