@@ -121,13 +121,13 @@ def torch_pair() -> Iterator[Finding]:
 
 
 def number_formats() -> Iterator[Finding]:
-    """What the processor multiplies in, for `--selection.precision` and `--backbone.target-precision`."""
+    """Number formats that the processor multiplies in, for `--precision` and `--selection.precision`."""
     import torch
 
-    from models.precision import has_units
+    from models.precision import has_bf16_units
 
-    units = [name for name in ("bf16", "int8") if has_units(torch.device("cpu"), name)]
-    yield Finding("number formats", "ok", f"the processor multiplies in {', '.join(('fp32', *units))}")
+    formats = "fp32 and bf16" if has_bf16_units(torch.device("cpu")) else "fp32"
+    yield Finding("number formats", "ok", f"the processor multiplies in {formats}")
 
 
 def devices() -> Iterator[Finding]:

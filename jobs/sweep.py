@@ -29,7 +29,6 @@ from jobs.run.folder import RunFolder, write_json
 from jobs.run.studies import Member, Study, changed, differences, members, shared_changes, study
 from jobs.run.time_limit import TimeLimit, process_began, time_limit
 from jobs.run.training import make_objective
-from jobs.run.world import pick_device
 from models.objectives import Length
 from shards.errors import InputError
 
@@ -175,7 +174,7 @@ def check_arm(config: PretrainConfig) -> None:
     """
     open_data(config).reader.close()
     with torch.device("meta") as meta:
-        make_objective(config, Length(1, 1), meta, runs_on=pick_device(config.device))
+        make_objective(config, Length(1, 1), meta)
 
 
 def work(config: SweepConfig, planned: Sequence[Member], settings: Mapping[str, Any], limit: TimeLimit) -> None:

@@ -5,6 +5,8 @@ B images, D feature width.
 
 import difflib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +18,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from models.heads import BatchNorm, BatchNorm2d
-from models.precision import PRECISIONS, Precision
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,6 @@ class BackboneConfig:
     """Stochastic depth rate of the online encoder (0 to 1)."""
     target_drop_path: float = 0.0
     """Stochastic depth rate of the target encoder (0 to 1)."""
-    target_precision: Precision = "same"
-    """Number format of the target's backbone, in scoring and in the loss: as around it; bf16; auto = bf16 where the
-    device has units for it; int8 or fp8 in its linear layers, where the hardware has it. With `selection.precision`
-    the same or left alone, the loss uses again what the target made of the views in scoring, and where the target alone
-    scores, hard views cost least: in bf16, or on a CPU without it in int8."""
     pool: str = ""
     """How a ViT's tokens become one feature: token (class token) or avg (mean of patches); empty = the model's own."""
     fixed_patch: bool = False
@@ -65,10 +61,6 @@ class BackboneConfig:
             raise ValueError(
                 f"backbone.patch_size: {self.patch_size} does not divide the image size {self.image_size}; "
                 f"take a divisor of it"
-            )
-        if self.target_precision not in PRECISIONS:
-            raise ValueError(
-                f"backbone.target_precision: {self.target_precision!r} is unknown; take {', '.join(PRECISIONS)}"
             )
         if self.pool not in ("", "token", "avg"):
             raise ValueError(f"backbone.pool: {self.pool!r} is unknown; take token, avg or nothing")
@@ -125,6 +117,38 @@ def feature_width(backbone: nn.Module) -> int:
     width = backbone.num_features
     assert isinstance(width, int)
     return width
+
+
+def check_layer(backbone: nn.Module, layer: int) -> VisionTransformer:
+    """The backbone, which has at least `layer` blocks.
+
+    Raises:
+        ValueError: it is no ViT, or has fewer blocks.
+    """
+    if not isinstance(backbone, VisionTransformer):
+        raise ValueError(f"selection.layer: {layer} blocks asked for, but the backbone is no ViT")
+    if layer > len(backbone.blocks):
+        raise ValueError(f"selection.layer: {layer} blocks asked for, but the backbone has {len(backbone.blocks)}")
+    return backbone
+
+
+@contextmanager
+def first_blocks(backbone: nn.Module, layer: int | None) -> Iterator[None]:
+    """Inside, a ViT stops after `layer` blocks; its final norm and pooling still follow. None = all blocks.
+
+    Raises:
+        ValueError: the backbone is no ViT, or has fewer blocks.
+    """
+    if layer is None:
+        yield
+        return
+    vit = check_layer(backbone, layer)
+    blocks = vit.blocks
+    try:
+        vit.blocks = blocks[:layer]
+        yield
+    finally:
+        vit.blocks = blocks
 
 
 def _kind(name: str) -> str:

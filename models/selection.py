@@ -17,7 +17,7 @@ from models.precision import PRECISIONS, Precision
 
 Rule = Literal["hardest", "easiest", "random", "lowest-iou"]
 CHOICES = {
-    "encoder": ("online", "target", "online-alone"),
+    "encoder": ("online", "target"),
     "precision": PRECISIONS,
     "batchnorm": ("view", "joint", "running"),
 }
@@ -31,44 +31,30 @@ class SelectionConfig:
     """Views per image that pairs are chosen from (at least 2; 2 = no choice)."""
     rule: Rule = "hardest"
     """hardest: largest loss; easiest: smallest (collapses); random: plain training; lowest-iou: least overlap."""
-    encoder: Literal["online", "target", "online-alone"] = "online"
-    """Whose features are scored. online: the online encoder's against the target's keys, as the loss does. One forward
-    fewer: online-alone, the online encoder's against its own keys; target, the target's, whose features serve the loss
-    again. The target lags: what the online encoder would say is guessed, from what training saw of both
-    (models/correction.py); see also layer and random_share."""
+    encoder: Literal["online", "target"] = "online"
+    """Which encoder computes the features that are scored. online: the online encoder for queries and the target for
+    keys, as in the loss. target: the target alone, one forward fewer; its features serve the loss again. The online
+    encoder's features are then predicted from the target's (models/correction.py); see also random_share."""
     every: int = 1
     """Select on every k-th step; on the others a random pair trains."""
     random_share: float | None = None
-    """Share of a process's images (0 to 1) that train on a random pair all the same, drawn anew in every step; None =
-    0.25 with `encoder = target`, else 0. Where nothing but its own choices trains, the lagging target takes pairs for
-    hard that the online encoder has learned meanwhile, overlooks what it forgot, and sees nothing to correct its
-    guesses by. With the target of MoBY, MoCo v3 and BYOL, these images are not scored: their losses in the log are
-    NaN."""
+    """Probability (0 to 1) that an image trains on a random pair in a step that is scored; None = 0.25 with
+    `encoder = target`, else 0. The target lags: without random pairs it keeps choosing pairs that the online
+    encoder has learned meanwhile, and its correction sees no others. The log marks these images as `at_random`."""
     precision: Precision = "same"
-    """Number format of the scoring forwards: as in training; bf16, which is many times slower than fp32 on a processor
-    without units for it; auto = bf16 where there are such units, else as in training; int8 or fp8 in the backbone's
-    linear layers, where the hardware has it."""
+    """Number format of the scoring forwards. same: as in training. bf16: much slower than fp32 on a processor without
+    bf16 units. auto: bf16 where the device has such units, else as in training."""
     resolution: int | None = None
     """Side of the views while scoring (pixels); None = as in training."""
     layer: int | None = None
-    """Score what a ViT has after this many blocks; None = all of them. The heads judge those features as they are; with
-    `encoder = target`, both backbones' features are guessed from them. The target of MoBY, MoCo v3 and BYOL then goes
-    on with some views alone: see finalists."""
-    finalists: int | None = None
-    """With `encoder = target` and a layer: views of an image that go through the other blocks, from whose pairs one is
-    chosen: those of the pair that is best by the guesses, and next to it. None = 3, or 2 of 3. With half of the
-    blocks it adds, by matrix products, a seventh of a plain step, where the whole target adds a fifth."""
+    """Score the features of a ViT's first so many blocks (HVP's earlier-layer variant); None = all blocks."""
     static_colour: bool = False
     """One colour draw for all views of an image while scoring (HVP, section 6.1.3)."""
     batchnorm: Literal["view", "joint", "running"] = "view"
-    """Whose statistics BatchNorm uses while scoring: of all images' v-th views (as in training), of all views of all
-    images at once, or the running ones. Running statistics never change here."""
+    """Statistics that BatchNorm uses while scoring. view: of all images' v-th views, as in training; joint: of all
+    views of all images; running: the running ones. Running statistics never change here."""
     cross_policy: bool = False
     """Only pairs of views from different policies (one of T, one of T′) compete."""
-    reuse: bool = True
-    """Keep what the online backbone's linear layers give for all views until the pair is chosen, so that the loss does
-    not compute it again. Only where that is exact: scores in the arithmetic of training, no drop path, no BatchNorm in
-    the backbone, not compiled. Costs memory: some 9 widths for a token, block and view."""
     audit_every: int = 0
     """Steps between comparisons of a cheaper choice with the full one (agreement, regret); 0 = never."""
 
@@ -86,16 +72,12 @@ class SelectionConfig:
                 raise ValueError(f"selection.{field}: {value} must be at least 1")
         if self.random_share is not None and not 0 <= self.random_share <= 1:
             raise ValueError(f"selection.random_share: {self.random_share} must lie between 0 and 1")
-        if self.finalists is not None and (self.encoder != "target" or self.layer is None):
-            raise ValueError("selection.finalists: goes with encoder = target and a selection.layer; give both")
-        if self.finalists is not None and not 2 <= self.finalists <= self.views:
-            raise ValueError(f"selection.finalists: {self.finalists} must lie between 2 and {self.views}, the views")
         if self.audit_every < 0:
             raise ValueError(f"selection.audit_every: {self.audit_every} must be 0 or above")
 
     @property
     def share_at_random(self) -> float:
-        """`random_share`, made definite."""
+        """`random_share` with its default filled in."""
         if self.random_share is not None:
             return self.random_share
         return 0.25 if self.encoder == "target" else 0.0
@@ -111,13 +93,7 @@ class SelectionConfig:
     @property
     def full(self) -> "SelectionConfig":
         """The same rule without any of the savings: what `audit` compares with."""
-        return SelectionConfig(
-            self.views,
-            self.rule,
-            batchnorm=self.batchnorm,
-            cross_policy=self.cross_policy,
-            reuse=False,  # nothing trains on it
-        )
+        return SelectionConfig(self.views, self.rule, batchnorm=self.batchnorm, cross_policy=self.cross_policy)
 
 
 @cache

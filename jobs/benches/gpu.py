@@ -27,7 +27,7 @@ BENCHES: dict[str, tuple[str, list[str]]] = {
     "views-4": ("views", ["--views", "4", *_VIEWS]),
     "views-2": ("views", ["--views", "2", *_VIEWS]),
     "training": ("training", ["--sides", "plain", "hard"]),
-    "training-more": ("training", ["--sides", "plain", "negatives", "target", "early"]),
+    "training-more": ("training", ["--sides", "plain", "negatives", "target"]),
     "negatives": ("negatives", []),
     "multicrop": ("multicrop", []),
     "step": ("step", [*_STEP, "--steps", "0"]),

@@ -1,9 +1,10 @@
 """`hardviews bench step`: what hard views and synthetic negatives add to a plain MoBY step, by turns in one run.
 
-Every side is a whole optimizer step: selection, loss, backward, AdamW, momentum and queues. `obvious` is the plain
-composition of `jobs.benches.obvious`. Then short trainings of a small ViT measure how far cheaper choices agree with
-the full one, and their regret, after the first tenth of the steps. Regret depends on what is learned from, so each kind
-of step is judged by a training on pairs that it chose itself, and where it needs no teaching, on those of the full one.
+Every side is a whole optimizer step: selection, loss, backward, AdamW, momentum and queues. `plain` is the `moby`
+preset, the others are `synby` with hard views, with the drop paths of these presets; `obvious` is the plain composition
+of `jobs.benches.obvious`. Then short trainings of a small ViT measure how far the choices agree with the full one in
+fp32, and their regret, after the first tenth of the steps. Regret depends on the pairs that were trained on, so each
+kind of choice is judged in a training on its own choices.
 
 Shape suffixes: B images, N views, P pairs.
 """
@@ -24,15 +25,14 @@ from torch import Tensor
 from jobs.benches.obvious import loop_pair_losses, naive_loss
 from jobs.run.command import parse, tables
 from jobs.run.memory import keep_freed_memory
+from jobs.run.presets import moby, synby
 from jobs.run.schedule import warmup_cosine
 from models.backbones import BackboneConfig
-from models.blocks import half_depth
-from models.candidates import RandomPairs
-from models.negatives import NONE, NegativesConfig
+from models.negatives import NegativesConfig
 from models.objectives import Length, build_objective
 from models.objectives.moby import MoBY, MoBYConfig
-from models.precision import Precision, has_units, resolved
-from models.selection import SelectionConfig, audit, pairs
+from models.precision import resolved
+from models.selection import SelectionConfig, pairs, select
 from pipelines.crop import crop_views
 from pipelines.draw import draw
 from pipelines.photometric import fused
@@ -63,8 +63,8 @@ class StepBench:
     rounds: int = 5
     """Times that each step is measured."""
     steps: int = 1600
-    """Length of the four trainings that agreement and regret are measured in (steps), an hour of a core;
-    0 = leave them out. The shorter, the more of a training passes while the target still lags behind its start."""
+    """Length of the two trainings that agreement and regret are measured in (steps), half an hour of a core; 0 = leave
+    them out. The shorter, the more of a training passes while the target still lags behind its start."""
     audit_every: int = 20
     """Steps between two comparisons."""
     threads: int = 0
@@ -76,42 +76,21 @@ class StepBench:
 
     @property
     def shape(self) -> BackboneConfig:
-        """The encoder whose steps are timed."""
+        """The encoder whose steps are timed, without drop path."""
         return BackboneConfig(self.backbone, self.size, self.patch, depth=self.depth)
 
 
-JUDGES = ("full", "alone", "target", "early")
-UNTAUGHT = ("full", "alone")  # of these; the others learn from what they choose, and are judged by nothing else
-# What is trained to judge choices: narrow, but as deep as what is timed, which decides what a first half knows; with a
-# queue that the first tenth of a short training fills.
-JUDGED = BackboneConfig("vit_tiny_patch16_224", 32, 8, width=64, depth=6, heads=2)
+JUDGES = ("full", "target")
+# What is trained to judge choices: narrow, with a queue that the first tenth of a short training fills.
+JUDGED = synby(BackboneConfig("vit_tiny_patch16_224", 32, 8, width=64, depth=6, heads=2)).backbone
 JUDGED_OBJECTIVE = MoBYConfig(ALWAYS, queue=1024, hidden=256)
 
 
-def target_precision(device: str) -> Precision:
-    """What the target computes in where it scores: bf16, or int8 where a device has no units for bf16 but for that."""
-    if has_units(torch.device(device), "bf16"):
-        return "bf16"
-    return "int8" if has_units(torch.device(device), "int8") else "same"
-
-
-def selections(bench: StepBench, backbone: BackboneConfig) -> dict[str, SelectionConfig]:
-    """Side → how its pairs are scored. `precise` computes as training does; the others in bf16 where the device can,
-    and the target in what is fastest there, because it asks for no more than a guess."""
+def selections(bench: StepBench) -> dict[str, SelectionConfig]:
+    """Side → how its pairs are scored. `precise` in the number format of training, the others in bf16 where the device
+    has units for it."""
     fast = SelectionConfig(bench.views, precision="auto")
-    target = replace(fast, encoder="target", precision=target_precision(bench.device))
-    return {
-        "precise": SelectionConfig(bench.views),
-        "full": fast,
-        "alone": replace(fast, encoder="online-alone"),
-        "target": target,
-        "early": replace(target, layer=half_depth(backbone)),
-    }
-
-
-def as_scored(backbone: BackboneConfig, selection: SelectionConfig) -> BackboneConfig:
-    """With the target in the number format of scoring, so that the loss uses what was scored again."""
-    return replace(backbone, target_precision=selection.precision)
+    return {"precise": SelectionConfig(bench.views), "full": fast, "target": replace(fast, encoder="target")}
 
 
 class Learner:
@@ -132,10 +111,9 @@ class Learner:
         choice_B = torch.randint(len(pairs(views_BNCHW.shape[1])), (images,), device=device)
         scores = None
         if selection is not None:
-            order_B = torch.randperm(images, device=device)
-            random = RandomPairs.drawn(order_B, choice_B, selection.share_at_random)
-            scores = moby.pair_losses((views_BNCHW,), selection, random)
-            choice_B = random.put(scores.best(selection.rule))
+            scores = moby.pair_losses((views_BNCHW,), selection)
+            at_random_B = torch.rand(images, device=device) < selection.share_at_random
+            choice_B = torch.where(at_random_B, choice_B, select(scores.losses_BP, selection.rule))
         loss, _ = moby.loss(moby.take((views_BNCHW,), choice_B, scores))
         self._descend(loss)
         moby.after_step()
@@ -183,15 +161,13 @@ def photograph_views(bench: StepBench, size: int, step: int) -> Tensor:
 def step_times(bench: StepBench) -> dict[str, float]:
     """Median milliseconds of each side's step; the sides take turns."""
     views_BNCHW = photograph_views(bench, bench.size, 0)
-    scored = selections(bench, bench.shape)
+    scored, plain, hard = selections(bench), moby(bench.shape), synby(bench.shape)
+    assert isinstance(plain.objective, MoBYConfig)
     sides: dict[str, Callable[[], object]] = {}
-    for name, backbone, negatives in (
-        ("plain", bench.shape, NONE),
-        ("obvious", bench.shape, ALWAYS),
-        ("precise", bench.shape, ALWAYS),
-        *((name, as_scored(bench.shape, scored[name]), ALWAYS) for name in JUDGES),
-    ):
-        learner = Learner(bench, MoBYConfig(negatives), backbone, LONG)
+    for name in ("plain", "obvious", *scored):
+        objective = plain.objective if name == "plain" else MoBYConfig(ALWAYS)
+        backbone = plain.backbone if name == "plain" else hard.backbone
+        learner = Learner(bench, objective, backbone, LONG)
         run = learner.obvious_step if name == "obvious" else partial(learner.step, selection=scored.get(name))
         sides[name] = partial(run, views_BNCHW)
     times: dict[str, list[float]] = {name: [] for name in sides}
@@ -207,57 +183,41 @@ def step_times(bench: StepBench) -> dict[str, float]:
 
 
 def choices(bench: StepBench, trained_by: str) -> dict[str, float]:
-    """Agreement and regret of UNTAUGHT and of what trains, which is `trained_by` of JUDGES: means over a whole short
-    training without its first tenth. The learning rate rises in that tenth and falls by a cosine after it, the target's
-    momentum goes from 0.99 to 1."""
-    scored = selections(bench, JUDGED)
-    learner = Learner(bench, JUDGED_OBJECTIVE, as_scored(JUDGED, scored[trained_by]), Length(bench.steps, bench.steps))
+    """Agreement and regret of the choices that train, `trained_by` of JUDGES: means over a whole short training without
+    its first tenth. The learning rate rises in that tenth and falls by a cosine after it, the target's momentum goes
+    from 0.99 to 1."""
+    selection = selections(bench)[trained_by]
+    learner = Learner(bench, JUDGED_OBJECTIVE, JUDGED, Length(bench.steps, bench.steps))
     warm = max(1, bench.steps // 10)
     found: dict[str, list[float]] = {}
     for step in range(bench.steps):
         views_BNCHW = photograph_views(bench, JUDGED.image_size, step)
         if step >= warm and (step - warm) % bench.audit_every == 0:
-            precise_BP = learner.moby.pair_losses((views_BNCHW,), scored["precise"].full).losses_BP
-            for name in dict.fromkeys((*UNTAUGHT, trained_by)):
-                choice_B = learner.moby.pair_losses((views_BNCHW,), scored[name]).best("hardest")
-                for key, value in audit(precise_BP, choice_B, scored[name]).items():
-                    found.setdefault(f"{key.removeprefix('selection/')}_{name}", []).append(float(value))
+            choice_B = select(learner.moby.pair_losses((views_BNCHW,), selection).losses_BP, "hardest")
+            for key, value in learner.moby.audit((views_BNCHW,), choice_B, selection).items():
+                found.setdefault(f"{key.removeprefix('selection/')}_{trained_by}", []).append(float(value))
         for group in learner.optimizer.param_groups:
             group["lr"] = warmup_cosine(step, bench.steps, warm, JUDGED_RATE)
-        learner.step(views_BNCHW, scored[trained_by])
-    return {f"{name}_{trained_by}": statistics.fmean(values) for name, values in found.items()}
+        learner.step(views_BNCHW, selection)
+    return {name: statistics.fmean(values) for name, values in found.items()}
 
 
 def measure(bench: StepBench) -> dict[str, float | str]:
     """Figures by name: ratios to the plain step, times in milliseconds, agreement and regret as shares; the number
-    formats of the fast scores and of the target where it scores."""
+    format of the fast scores."""
     times = step_times(bench)
-    ratios = {
-        "overhead": times["full"] / times["plain"],
-        "overhead_precise": times["precise"] / times["plain"],
-        "overhead_alone": times["alone"] / times["plain"],
-        "overhead_target": times["target"] / times["plain"],
-        "overhead_early": times["early"] / times["plain"],
-        "baseline_overhead": times["obvious"] / times["plain"],
-    }
     judged: dict[str, float] = {}
     for trained_by in JUDGES if bench.steps else ():
         judged |= choices(bench, trained_by)
-    if judged:  # by what each kind of step itself trains on
-        ratios |= {"agreement": judged["agreement_full_full"], "regret": judged["regret_full_full"]}
-        ratios |= {f"regret_{name}": judged[f"regret_{name}_{name}"] for name in ("alone", "target", "early")}
     return {
-        **ratios,
+        "overhead": times["full"] / times["plain"],
+        "overhead_precise": times["precise"] / times["plain"],
+        "overhead_target": times["target"] / times["plain"],
+        "baseline_overhead": times["obvious"] / times["plain"],
         **judged,
         **{f"{name}_ms": value for name, value in times.items()},
-        "precision": format_name(resolved("auto", torch.device(bench.device))),
-        "target_precision": format_name(target_precision(bench.device)),
+        "precision": "bf16" if resolved("auto", torch.device(bench.device)) == "bf16" else "fp32",
     }
-
-
-def format_name(precision: Precision) -> str:
-    """What a number format is called beside training in fp32."""
-    return "fp32" if precision == "same" else precision
 
 
 def main(argv: Sequence[str]) -> None:
@@ -280,25 +240,19 @@ def main(argv: Sequence[str]) -> None:
 
 
 def table(bench: StepBench, figures: dict[str, float | str]) -> Table:
-    """A row per kind of step; agreement and regret by what the training learned from."""
+    """A row per kind of step; agreement and regret in a training on its own choices."""
     title = f"{bench.backbone}, {(bench.size // bench.patch) ** 2} tokens, depth {bench.depth}, batch {bench.batch}"
-    learned = ("full choice", "its own choice") if "agreement" in figures else ()
-    shares = [f"same choice, regret\nlearning from {name}" for name in learned]
-    result = Table("step", "ms", "of plain", *shares, title=title)
+    result = Table("step", "ms", "of plain", "same choice", "regret", title=title)
     texts = {
         "plain": ("plain MoBY", ""),
         "obvious": ("obvious", "baseline_overhead"),
         "precise": ("scored in fp32", "overhead_precise"),
-        "full": (f"full: in {figures['precision']}", "overhead"),
-        "alone": ("online alone, the same", "overhead_alone"),
-        "target": (f"target alone, in {figures['target_precision']}", "overhead_target"),
-        "early": ("half of the target, the same", "overhead_early"),
+        "full": (f"scored in {figures['precision']}", "overhead"),
+        "target": ("by the target alone, the same", "overhead_target"),
     }
     for name, (text, ratio) in texts.items():
-        judged = []
-        for trained_by in ("full", name) if learned and name in JUDGES else ():
-            keys = [f"{what}_{name}_{trained_by}" for what in ("agreement", "regret")]
-            judged.append(", ".join(f"{figures[key]:.1%}" for key in keys if key in figures))
+        shares = [figures.get(f"{key}_{name}") for key in ("agreement", "regret")]
+        judged = ["" if share is None else f"{share:.1%}" for share in shares]
         result.add_row(text, f"{figures[f'{name}_ms']:,.0f}", f"{figures[ratio]:.2f}×" if ratio else "1", *judged)
     result.caption = f"{bench.views} views; a quarter of the images that the target chooses for train on a random pair"
     return result

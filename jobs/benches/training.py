@@ -29,14 +29,13 @@ from jobs.run.step import train_step
 from jobs.run.training import Training, open_training
 from jobs.run.world import World, pick_device
 from models.backbones import BackboneConfig
-from models.blocks import half_depth
 from models.negatives import NegativesConfig
 from models.objectives import MoBYConfig
 from pipelines.batch import ViewBatch
 from pipelines.stream import cores
 from shards.errors import InputError
 
-SIDES = ("plain", "negatives", "hard", "target", "early")
+SIDES = ("plain", "negatives", "hard", "target")
 FORWARDS = (
     8  # of one view, in a step of MoBY on two views: both forward and backward online (3 each), both by the target
 )
@@ -52,7 +51,7 @@ class TrainingBench:
     """Encoder."""
     sides: tuple[str, ...] = SIDES
     """plain: MoBY on two random views; negatives: with synthetic negatives; hard: with the hardest pair of four views
-    besides; target: the same, scored by the target alone; early: by the target's first half."""
+    besides; target: the same, scored by the target alone."""
     batch: int = 256
     """Images per step."""
     steps: int = 20
@@ -86,12 +85,10 @@ def config_of(side: str, bench: TrainingBench, shards: Path) -> PretrainConfig:
     """The run of a side, with synthetic negatives from the first step on where it has any."""
     always = MoBYConfig(NegativesConfig(start_epoch=0, last_epochs_without=0))
     config = moby(bench.backbone) if side == "plain" else replace(synby(bench.backbone), objective=always)
-    if side in ("hard", "target", "early"):
+    if side in ("hard", "target"):
         config = hard(config)
-    if side in ("target", "early"):
+    if side == "target":
         config = replace(config, selection=replace(config.selection, encoder="target"))
-    if side == "early":
-        config = replace(config, selection=replace(config.selection, layer=half_depth(config.backbone)))
     return replace(
         config,
         data=DataConfig(real=str(shards), threads=bench.threads),
@@ -213,8 +210,7 @@ def measure(bench: TrainingBench) -> dict[str, object]:
 def compared(found: dict[str, dict[str, object]]) -> dict[str, float]:
     """Ratios of the other sides' steps to the plain one's, where that was measured."""
     times = {side: float(str(one["resident_ms"])) for side, one in found.items()}
-    names = {"negatives": "overhead_negatives", "hard": "overhead"}
-    names |= {side: f"overhead_{side}" for side in ("target", "early")}
+    names = {"negatives": "overhead_negatives", "hard": "overhead", "target": "overhead_target"}
     return {names[side]: times[side] / times["plain"] for side in times if side in names and "plain" in times}
 
 

@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 from jobs.run.health import clip_and_norm
 from jobs.run.optim import set_step
 from jobs.run.training import Training
-from models.candidates import RandomPairs
 from models.objectives.base import Scores
 from models.selection import same_policy, select
 from pipelines.batch import ViewBatch
@@ -25,12 +24,14 @@ from pipelines.params import pair_iou, pairs
 
 @dataclass(frozen=True)
 class Choice:
-    """What selection found for some images."""
+    """The pairs of some images."""
 
     choice_B: Tensor
     """The pair that trains."""
     best_B: Tensor
-    """The pair that the rule prefers: the same but for images that take a random one. Any where they have no scores."""
+    """The pair that the rule prefers; differs from `choice_B` only for images that train on a random pair."""
+    at_random_B: Tensor
+    """bool: the image trains on a random pair."""
     scores: Scores | None = None
     views_BM: Tensor | None = None
 
@@ -71,10 +72,9 @@ def train_step(t: Training, batch: ViewBatch) -> StepResult:
                 loss, t.metrics = t.learner(chosen, on_device(t, part.labels_B.astype(np.int64)))
             with t.timer.phase("backward"):
                 (loss / len(parts)).backward()
-        rows_S = None if choice.scores is None else choice.scores.rows_S
-        if selection.audits(t.step) and (rows_S is None or len(rows_S)):
+        if selection.audits(t.step):
             with t.timer.phase("audit"), autocast(t):
-                t.metrics |= t.objective.audit(part.crops, choice.best_B, selection, rows_S)
+                t.metrics |= t.objective.audit(part.crops, choice.best_B, selection)
         losses.append(loss.detach())
         choices.append(replace(choice, views_BM=chosen.views_BM))
         if t.objective.seen_features_BD is not None:
@@ -95,7 +95,7 @@ def train_step(t: Training, batch: ViewBatch) -> StepResult:
 
 
 def choose(t: Training, batch: ViewBatch) -> Choice:
-    """The pair of each image that trains: by the configured rule, but for a share of the images at random."""
+    """The pair of each image that trains: by the configured rule, for a share of the images at random."""
     selection, device = t.config.selection, t.world.device
     barred_P = same_policy(selection.views, device) if selection.cross_policy and selection.views > 2 else None
 
@@ -108,18 +108,16 @@ def choose(t: Training, batch: ViewBatch) -> Choice:
     scored = selection.scores(t.step)
     if not scored and (selection.rule != "lowest-iou" or t.step % selection.every):
         random_B = random_pairs()
-        return Choice(random_B, random_B)
-    random = RandomPairs.none(len(batch), device)
-    if selection.share_at_random > 0:
-        order_B = on_device(t, drawn(Purpose.SHARE, 1)[:, 0].argsort(kind="stable"))
-        random = RandomPairs.drawn(order_B, random_pairs(), selection.share_at_random)
+        return Choice(random_B, random_B, torch.ones_like(random_B, dtype=torch.bool))
     if scored:
-        scores = t.objective.pair_losses(batch.scored, selection, random)
-        best_B = scores.best(selection.rule, barred_P)
+        scores = t.objective.pair_losses(batch.scored, selection)
+        best_B = select(scores.losses_BP, selection.rule, barred_P)
     else:
         scores, iou_BP = None, pair_iou(batch.params[:, : selection.views])
         best_B = select(on_device(t, iou_BP), "lowest-iou", barred_P)
-    return Choice(random.put(best_B), best_B, scores)
+    at_random_B = on_device(t, drawn(Purpose.SHARE, 1)[:, 0] < selection.share_at_random)
+    choice_B = torch.where(at_random_B, random_pairs(), best_B)
+    return Choice(choice_B, best_B, at_random_B, scores)
 
 
 def update(t: Training, loss: float, finite: bool) -> None:

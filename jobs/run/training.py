@@ -148,11 +148,8 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
     return training
 
 
-def make_objective(
-    config: PretrainConfig, length: Length, device: torch.device, runs_on: torch.device | None = None
-) -> Objective:
-    """The objective with weights that are a function of the seed, in training mode on its device; what it asks for is
-    checked against the device that it `runs_on`, by default the same.
+def make_objective(config: PretrainConfig, length: Length, device: torch.device) -> Objective:
+    """The objective with weights that are a function of the seed, in training mode on its device.
 
     Raises:
         InputError: values that do not fit; the message has field, value and remedy.
@@ -160,7 +157,7 @@ def make_objective(
     torch.manual_seed(config.seed)
     try:
         objective = build_objective(config.objective, config.backbone, length).to(device)
-        objective.check(config.selection, runs_on)
+        objective.check(config.selection)
         objective.check_batch(config.batch // config.accumulate)
     except ValueError as error:
         raise InputError(str(error)) from error
@@ -205,7 +202,7 @@ def compile_encoders(config: PretrainConfig, objective: Objective, device: torch
         dynamo.recompile_limit = 64  # torch's 8 are for all backbones together; beyond them it would not compile
         for encoder in (objective.online, objective.target):
             if encoder is not None:
-                encoder.compile_backbone(parts=config.selection.layer is not None)
+                encoder.backbone.compile(dynamic=False)
 
 
 def fingerprints(data: Data) -> list[dict[str, Any]]:

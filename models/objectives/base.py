@@ -4,7 +4,7 @@ Shape suffixes: B images, N views, P pairs, 3HW pixels, D width.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -12,14 +12,11 @@ import torch
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
-from models.backbones import BackboneConfig, build_backbone
-from models.blocks import begin, finish, first_blocks
-from models.candidates import RandomPairs
+from models.backbones import check_layer, first_blocks
 from models.contrast import Contrast
-from models.known import KnownOutputs, known_outputs
-from models.momentum import target_of
-from models.precision import Precision, arithmetic, check_format, resolved
-from models.selection import Rule, SelectionConfig, audit, select, take_pair, without_side_effects
+from models.correction import Correction
+from models.precision import arithmetic, in_bf16, resolved
+from models.selection import SelectionConfig, audit, take_pair, without_side_effects
 
 Metrics = dict[str, Tensor]
 
@@ -37,115 +34,67 @@ class Length:
 
 
 @dataclass(frozen=True)
+class Features:
+    """Backbone features of all views, without gradient."""
+
+    online_BND: Tensor
+    """The online encoder's; predicted from the target's where the target alone scores."""
+    target_BND: Tensor | None
+    """The target's; None for an objective without a target."""
+
+
+@dataclass(frozen=True)
 class Scores:
-    """What selection learned about all views, without gradient. NaN in place of what it did not learn."""
+    """Result of scoring all views, without gradient."""
 
     losses_BP: Tensor
     """Loss of every candidate pair of the competing views."""
     features_BND: Tensor | None = None
-    """The target backbone's features of the views, where they are exactly what the loss would compute again."""
-    known: KnownOutputs | None = None
-    """What the online backbone's linear layers gave for the views, where the loss would compute it again."""
-    judged_BND: Tensor | None = None
-    """What the target's backbone made of the views, where features of both backbones were guessed from it."""
-    begun_BND: Tensor | None = None
-    """What its first blocks made of them, where features were guessed from that before."""
-    barred_BP: Tensor | None = None
-    """Pairs with a loss that is guessed from the first blocks alone: they do not compete."""
-    rows_S: Tensor | None = None
-    """Images that were scored; None = all."""
+    """The target backbone's features, where the loss would compute exactly the same again."""
+    scored_BND: Tensor | None = None
+    """The target's features that the online encoder's were predicted from, where the target alone scored."""
     local_BPL: Tensor | None = None
     """Multi-crop: for each pair, the numbers of the local views that go with it (its hardest ones)."""
-
-    def best(self, rule: Rule, barred_P: Tensor | None = None) -> Tensor:
-        """int64 [B]: the pair that each image's scores are for; see `select`."""
-        if self.barred_BP is not None:
-            barred_P = self.barred_BP if barred_P is None else self.barred_BP | barred_P
-        return select(self.losses_BP, rule, barred_P)
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What trains: the chosen pair's crops and what selection computed of them that the loss can use again."""
+    """What trains: the crops of the chosen pair, and features of it from scoring that the loss uses again."""
 
     crops: tuple[Tensor, ...]
     """[B, 2, 3, H, W]; multi-crop: then the local views [B, L, 3, h, w]."""
     features_B2D: Tensor | None = None
     """The target backbone's features."""
-    known: tuple[list[Tensor], list[Tensor]] | None = None
-    """Outputs of the online backbone's linear layers for the first and the second views."""
-    judged_B2D: Tensor | None = None
-    """What features of both backbones were guessed from."""
-    begun_B2D: Tensor | None = None
-    """What they were guessed from before."""
+    scored_B2D: Tensor | None = None
+    """The target's features that the online encoder's were predicted from."""
     views_BM: Tensor | None = None
     """Multi-crop: numbers of all chosen views, over all groups side by side; None where it is just the pair."""
 
 
 class Encoder(nn.Module):
-    """Backbone and heads: pixels → features → projection (→ prediction, where there is a predictor).
+    """Backbone and heads: pixels → features → projection (→ prediction, where there is a predictor)."""
 
-    `precision` is the backbone's own arithmetic, without gradient where it is not `same` as what surrounds it.
-    """
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        projector: nn.Module,
-        predictor: nn.Module | None = None,
-        precision: Precision = "same",
-    ) -> None:
+    def __init__(self, backbone: nn.Module, projector: nn.Module, predictor: nn.Module | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.projector = projector
         self.predictor = predictor
-        self.precision: Precision = precision
-        self._begin, self._finish = begin, finish
-
-    def compile_backbone(self, *, parts: bool) -> None:
-        """torch.compile of the backbone, and of `begin` and `finish` where `parts` says that they are used, in place.
-        Numbers of images and sizes of crops have code of their own; number formats are chosen outside of it."""
-        self.backbone.compile(dynamic=False)
-        if parts:
-            self._begin, self._finish = torch.compile(begin, dynamic=False), torch.compile(finish, dynamic=False)
 
     def forward(self, x_B3HW: Tensor) -> Tensor:
         """[B, D]: the last head's output, not normalised."""
         return self.head(self.features(x_B3HW))
 
     def features(self, x_B3HW: Tensor) -> Tensor:
-        """[B, D]: what the backbone makes of pixels."""
-        return self._computed(self.backbone, x_B3HW)
-
-    def begin(self, x_B3HW: Tensor, layer: int) -> Tensor:
-        """[B, T, D]: a ViT's tokens after `layer` blocks."""
-        return self._computed(lambda x: self._begin(self.backbone, x, layer), x_B3HW)
-
-    def finish(self, tokens_BTD: Tensor, layer: int) -> Tensor:
-        """[B, D]: what a ViT's other blocks make of its tokens; together the same as `features`."""
-        return self._computed(lambda tokens: self._finish(self.backbone, tokens, layer), tokens_BTD)
-
-    def _computed(self, part: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
-        if resolved(self.precision, values.device) == "same":
-            return part(values)
-        with arithmetic(self.precision, values.device, self.backbone):
-            computed = part(values)
-        return computed if in_bf16(values.device) else computed.float()
+        """[B, D]: the backbone's features of images."""
+        return self.backbone(x_B3HW)
 
     def head(self, features_BD: Tensor) -> Tensor:
-        """What the heads make of backbone features."""
+        """The heads' output for backbone features."""
         return self.predict(self.projector(features_BD))
 
     def predict(self, projected_BD: Tensor) -> Tensor:
         """The predictor's output; the input where there is none."""
         return projected_BD if self.predictor is None else self.predictor(projected_BD)
-
-
-def momentum_encoder(online: Encoder, config: BackboneConfig) -> Encoder:
-    """The online encoder's copy without predictor, with the target's own drop path and arithmetic; no gradients."""
-    backbone = build_backbone(config, config.target_drop_path)  # apart, because its drop path differs
-    backbone.load_state_dict(online.backbone.state_dict())
-    return Encoder(backbone.requires_grad_(False), target_of(online.projector), precision=config.target_precision)
 
 
 class Objective(nn.Module):
@@ -154,20 +103,21 @@ class Objective(nn.Module):
     `online` learns by gradient; `target`, where there is one, follows it. `step` counts steps since the start of
     training. `state_dict` holds all of this, queues and centres included.
 
-    A subclass computes `pair_table` from embeddings of all views, `loss` of the chosen pair, and what `after_step` adds
-    to counting.
+    A subclass writes `pair_table` (losses of all pairs from the features of all views) and `loss` (of the chosen pair),
+    and extends `after_step` where a step changes more than the parameters.
     """
 
     online: Encoder
     target: Encoder | None
+    correction: Correction | None
+    """Predicts the online encoder's features where the target alone scores."""
     # MoCo, MoBY, BYOL and those without a target evaluate the online encoder; DINO and iBOT the target.
     keeps: ClassVar[Literal["online", "target"]] = "online"
-    # Whether a target that scores by its first blocks goes on with some of the views.
-    has_finalists: ClassVar[bool] = False
 
     def __init__(self, length: Length) -> None:
         super().__init__()
         self.target = None
+        self.correction = None
         self.length = length
         self.step = 0
         # What monitors look at after a step: features of the images it trained on and, while `watching` is set, of the
@@ -189,102 +139,75 @@ class Objective(nn.Module):
         assert encoder is not None
         return encoder.backbone
 
-    def check(self, selection: SelectionConfig, device: torch.device | None = None) -> None:
-        """Says before training what scoring would say on a device, by default on the one where the objective is.
+    def check(self, selection: SelectionConfig) -> None:
+        """Checks before training whether the objective can score as configured.
 
         Raises:
-            ValueError: the selection asks for an encoder or layer that the objective does not have, or it or the target
-                for a number format that the device does not have.
+            ValueError: the selection asks for an encoder or layer that the objective does not have.
         """
         if selection.encoder == "target" and self.target is None:
             raise ValueError("selection.encoder: target asked of an objective without a target encoder; take online")
-        if selection.finalists is not None and not self.has_finalists:
-            raise ValueError("selection.finalists: only for MoBY, MoCo v3 and BYOL; leave it out")
-        device = device or next(self.parameters()).device
-        check_format("selection.precision", selection.precision, device, self.online.backbone)
-        if self.target is not None:
-            check_format("backbone.target_precision", self.target.precision, device, self.target.backbone)
-        with first_blocks(self.online.backbone, selection.layer):
-            pass
+        if selection.layer is not None:
+            check_layer(self.online.backbone, selection.layer)
 
     def check_batch(self, images: int) -> None:
-        """Says before training what the loss of `images` images of all ranks would say; by default nothing.
+        """Checks before training whether `images` images of all ranks are enough; by default any number is.
 
         Raises:
             ValueError: the objective wants more images at once.
         """
 
-    def pair_losses(
-        self, crops: tuple[Tensor, ...], selection: SelectionConfig, random: RandomPairs | None = None
-    ) -> Scores:
+    def pair_losses(self, crops: tuple[Tensor, ...], selection: SelectionConfig) -> Scores:
         """Losses [B, P] of all pairs of crops[0] [B, N, 3, H, W], without gradient and without side effects.
-
-        `random`: images of which only the given pair is needed; an objective may score them all the same, as here.
 
         Raises:
             ValueError: the selection asks for an encoder or layer that the objective does not have.
         """
-        views_BNCHW = crops[0]
-        device = views_BNCHW.device
-        reused = self.reuses_features(selection, device)
-        known = KnownOutputs(*views_BNCHW.shape[:2]) if self.reuses_outputs(selection, device) else None
-        with without_side_effects(self, selection.batchnorm == "running"), self.arithmetic(selection, device):
-            features = self.score_features(views_BNCHW, selection, known)
-            losses_BP = self.pair_table(features, selection)
-        return Scores(losses_BP.float(), features["target"] if reused else None, known)
-
-    def score_features(
-        self, views_BNCHW: Tensor, selection: SelectionConfig, known: KnownOutputs | None = None
-    ) -> dict[str, Tensor | None]:
-        """Backbone features [B, N, D] of all views from the online encoder, and from the target where it scores too.
-        `known` collects what the online backbone's linear layers give."""
         self.check(selection)
-        wanted = {"target": None if selection.encoder == "online-alone" else self.target, "online": self.online}
-        found: dict[str, Tensor | None] = {}
-        for name, encoder in wanted.items():
-            if encoder is None:
-                found[name] = None
-            else:
-                recording = known.record(encoder.backbone) if known and name == "online" else nullcontext()
-                with first_blocks(encoder.backbone, selection.layer), recording:
-                    found[name] = all_views(encoder, views_BNCHW, selection)
-        return found
+        device = crops[0].device
+        with without_side_effects(self, selection.batchnorm == "running"), arithmetic(selection.precision, device):
+            features = self.score_features(crops[0], selection)
+            losses_BP = self.pair_table(features, selection)
+        return self.with_target(losses_BP, features.target_BND, selection, device)
 
-    def arithmetic(self, selection: SelectionConfig, device: torch.device) -> AbstractContextManager[None]:
-        """The number format of scoring, for both backbones."""
-        encoders = [encoder.backbone for encoder in (self.online, self.target) if encoder is not None]
-        return arithmetic(selection.precision, device, *encoders)
+    def score_features(self, views_BNCHW: Tensor, selection: SelectionConfig) -> Features:
+        """Backbone features [B, N, D] of all views, by the encoders that score."""
+        target_BND = None if self.target is None else all_views(self.target, views_BNCHW, selection)
+        if selection.encoder == "target":
+            assert target_BND is not None and self.correction is not None
+            return Features(self.correction(target_BND), target_BND)
+        return Features(all_views(self.online, views_BNCHW, selection), target_BND)
+
+    def with_target(
+        self,
+        losses_BP: Tensor,
+        target_BND: Tensor | None,
+        selection: SelectionConfig,
+        device: torch.device,
+        local_BPL: Tensor | None = None,
+    ) -> Scores:
+        """The losses with the target's features that the loss or the correction uses again."""
+        scored_BND = target_BND if selection.encoder == "target" else None
+        features_BND = target_BND if self.reuses_features(selection, device) else None
+        return Scores(losses_BP.float(), features_BND, scored_BND, local_BPL)
 
     def reuses_features(self, selection: SelectionConfig, device: torch.device) -> bool:
-        """Whether the target's features from scoring are by definition what the loss would compute."""
-        if self.target is None or selection.encoder == "online-alone":
+        """Whether the loss would compute exactly the target's features from scoring again: the same views, layer and
+        number format, no drop path, and no BatchNorm, whose statistics depend on which views are together."""
+        if self.target is None or selection.resolution is not None or selection.static_colour:
             return False
-        return scores_as_trained(self.target, selection, device)
+        same = resolved(selection.precision, device) == "same" or in_bf16(device)
+        return same and selection.layer is None and not has_batchnorm(self.target) and not has_drop(self.target)
 
-    def reuses_outputs(self, selection: SelectionConfig, device: torch.device) -> bool:
-        """Whether the outputs of the online backbone's linear layers while scoring are what the loss would compute, and
-        are to be kept. A compiled backbone has no layers that could be told, one that recomputes its activations is
-        short of memory."""
-        backbone = self.online.backbone
-        if not selection.reuse or getattr(backbone, "grad_checkpointing", False):
-            return False
-        compiled = backbone._compiled_call_impl is not None  # pyright: ignore[reportPrivateUsage]
-        return not compiled and scores_as_trained(self.online, selection, device)
-
-    def audit(
-        self, crops: tuple[Tensor, ...], choice_B: Tensor, selection: SelectionConfig, rows_S: Tensor | None = None
-    ) -> Metrics:
+    def audit(self, crops: tuple[Tensor, ...], choice_B: Tensor, selection: SelectionConfig) -> Metrics:
         """How often a cheaper choice agrees with the full one, and its regret; see `selection.audit`. No side effects.
 
-        `crops` are those that train, not smaller or recoloured ones that were scored; `rows_S` the images that were.
+        `crops` are those that train, not smaller or recoloured ones that were scored.
         """
-        losses_BP = self.pair_losses(crops, selection.full).losses_BP
-        if rows_S is not None:
-            losses_BP, choice_B = losses_BP[rows_S], choice_B[rows_S]
-        return audit(losses_BP, choice_B, selection)
+        return audit(self.pair_losses(crops, selection.full).losses_BP, choice_B, selection)
 
-    def pair_table(self, features: dict[str, Tensor | None], selection: SelectionConfig) -> Tensor:
-        """[B, P] from the features of all views. What a subclass defines."""
+    def pair_table(self, features: Features, selection: SelectionConfig) -> Tensor:
+        """[B, P]: losses of all pairs, from the features of all views. A subclass writes it."""
         raise TypeError(f"{type(self).__name__} defines no pair_table")
 
     def take(self, crops: tuple[Tensor, ...], choice_B: Tensor, scores: Scores | None) -> Chosen:
@@ -292,28 +215,15 @@ class Objective(nn.Module):
         pair = (take_pair(crops[0], choice_B), *crops[1:])
         if scores is None:
             return Chosen(pair)
-        return Chosen(
-            pair,
-            None if scores.features_BND is None else take_pair(scores.features_BND, choice_B),
-            None if scores.known is None else scores.known.take(choice_B),
-            None if scores.judged_BND is None else take_pair(scores.judged_BND, choice_B),
-            None if scores.begun_BND is None else take_pair(scores.begun_BND, choice_B),
-        )
+        return Chosen(pair, taken(scores.features_BND, choice_B), taken(scores.scored_BND, choice_B))
 
     def pair_features(self, chosen: Chosen) -> tuple[Tensor, Tensor]:
         """The online backbone's features [B, D] of the pair's first and second views, with their graph."""
-        first, second = (
-            self._features(x_BCHW, None if chosen.known is None else chosen.known[number])
-            for number, x_BCHW in enumerate(chosen.crops[0].unbind(1))
-        )
-        return first, second
-
-    def _features(self, x_BCHW: Tensor, known: list[Tensor] | None) -> Tensor:
-        with nullcontext() if known is None else known_outputs(self.online.backbone, known):
-            return self.online.features(x_BCHW)
+        first_BCHW, second_BCHW = chosen.crops[0].unbind(1)
+        return self.online.features(first_BCHW), self.online.features(second_BCHW)
 
     def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
-        """Scalar loss with its graph, and scalar metrics. What a subclass defines."""
+        """Scalar loss with its graph, and scalar metrics. A subclass writes it."""
         raise TypeError(f"{type(self).__name__} defines no loss")
 
     def keep_positives(self, *pairs: tuple[Tensor, Tensor]) -> None:
@@ -326,7 +236,7 @@ class Objective(nn.Module):
         self.step += 1
 
     def skip_step(self) -> None:
-        """To be called instead where the step was not finite: nothing of it is kept."""
+        """To be called instead of `after_step` where the step was not finite: nothing of it is kept."""
         self.step += 1
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -344,31 +254,19 @@ def per_view(head: Callable[[Tensor], Tensor], features_BND: Tensor, selection: 
     return head(features_BND.flatten(0, 1)).unflatten(0, features_BND.shape[:2]).transpose(0, 1)
 
 
-def all_views(
-    encoder: Encoder, views_BNCHW: Tensor, selection: SelectionConfig, part: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
-    """[B, N, …]: features of all views, or what another `part` of the encoder makes of pixels, in one forward; in N,
-    one view of all images at a time, where the backbone has BatchNorm and `batchnorm = view` asks for the composition
-    of training."""
-    part = part or encoder.features
-    if selection.batchnorm == "view" and has_batchnorm(encoder):
-        return torch.stack([part(views_BCHW) for views_BCHW in views_BNCHW.unbind(1)], 1)
-    return part(views_BNCHW.flatten(0, 1)).unflatten(0, views_BNCHW.shape[:2])
+def all_views(encoder: Encoder, views_BNCHW: Tensor, selection: SelectionConfig) -> Tensor:
+    """[B, N, D]: backbone features of all views after the blocks that are scored, in one forward; one view of all
+    images at a time, N forwards, where the backbone has BatchNorm and `batchnorm = view` asks for the statistics of
+    training."""
+    with first_blocks(encoder.backbone, selection.layer):
+        if selection.batchnorm == "view" and has_batchnorm(encoder):
+            return torch.stack([encoder.features(views_BCHW) for views_BCHW in views_BNCHW.unbind(1)], 1)
+        return encoder.features(views_BNCHW.flatten(0, 1)).unflatten(0, views_BNCHW.shape[:2])
 
 
-def scores_as_trained(encoder: Encoder, selection: SelectionConfig, device: torch.device) -> bool:
-    """Whether scoring makes of a view what training makes of it in this backbone.
-
-    That is: the same views, layer and arithmetic (around this call is the training's), no drop path, and no BatchNorm,
-    whose statistics would depend on which views are together. The heads, which have BatchNorm, run again. In int8 on a
-    CPU, which views are together moves what is rounded to what, and nothing else.
-    """
-    if selection.resolution is not None or selection.layer is not None or selection.static_colour:
-        return False
-    precision = resolved(selection.precision, device)
-    own = resolved(encoder.precision, device)
-    same = precision in ("same", own) or (precision == "bf16" and in_bf16(device))
-    return same and not has_batchnorm(encoder) and not has_drop(encoder)
+def taken(values_BND: Tensor | None, choice_B: Tensor) -> Tensor | None:
+    """[B, 2, D] of the chosen pair; None where there are no values."""
+    return None if values_BND is None else take_pair(values_BND, choice_B)
 
 
 def has_batchnorm(encoder: Encoder) -> bool:
@@ -380,12 +278,6 @@ def has_drop(encoder: Encoder) -> bool:
     """Whether any part of the backbone drops paths or units while training."""
     parts = encoder.backbone.modules()
     return any((isinstance(p, DropPath) and p.drop_prob) or (isinstance(p, nn.Dropout) and p.p > 0) for p in parts)
-
-
-def in_bf16(device: torch.device) -> bool:
-    """Whether what surrounds this computes in bf16."""
-    kind = device.type
-    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
 
 
 def fp32(device: torch.device) -> AbstractContextManager[Any]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from models.backbones import BackboneConfig
 from models.heads import mlp
-from models.objectives.base import Chosen, Length, Metrics, check_positive, products
+from models.objectives.base import Chosen, Features, Length, Metrics, check_positive, products
 from models.objectives.momentum import MomentumObjective
 from models.selection import SelectionConfig, pair_index
 
@@ -45,7 +45,7 @@ class BYOL(MomentumObjective):
 
         super().__init__(backbone, length, heads, config.momentum)
 
-    def pair_table(self, features: dict[str, Tensor | None], selection: SelectionConfig) -> Tensor:
+    def pair_table(self, features: Features, selection: SelectionConfig) -> Tensor:
         q_NBD, k_NBD = self.queries_and_keys(features, selection)
         cosine_NNB = products(q_NBD, k_NBD)
         a, b = pair_index(len(q_NBD), q_NBD.device).T

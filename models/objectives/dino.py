@@ -11,7 +11,7 @@ pair of global views the l local views with the largest cross entropy against th
 Shape suffixes: B images, G global views, L local views of which l train, V = G + L, P pairs of global views, K outputs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -19,11 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.backbones import BackboneConfig, build_backbone, feature_width
-from models.blocks import first_blocks
-from models.candidates import RandomPairs
 from models.correction import Correction
 from models.distributed import gather
-from models.momentum import follow, momentum_at
 from models.objectives.base import (
     Chosen,
     Encoder,
@@ -34,9 +31,10 @@ from models.objectives.base import (
     all_views,
     check_positive,
     fp32,
-    momentum_encoder,
 )
-from models.selection import SelectionConfig, pair_index, take_pair, without_side_effects
+from models.objectives.momentum import follow, momentum_at, momentum_encoder
+from models.precision import arithmetic
+from models.selection import SelectionConfig, pair_index, without_side_effects
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class DINOConfig:
 
 @dataclass(frozen=True)
 class Taught:
-    """What the target makes of the global views."""
+    """The target's outputs for the global views."""
 
     teacher_B2K: Tensor
     """The distributions that the online encoder has to predict."""
@@ -131,6 +129,7 @@ class DINO(Objective):
     """DINO."""
 
     target: Encoder  # pyright: ignore[reportIncompatibleVariableOverride]  # never None here
+    correction: Correction  # pyright: ignore[reportIncompatibleVariableOverride]  # nor this
     keeps: ClassVar[Literal["online", "target"]] = "target"
     centre_K: Tensor
 
@@ -140,7 +139,7 @@ class DINO(Objective):
         model = build_backbone(backbone, backbone.drop_path)
         self.online = Encoder(model, DINOHead(feature_width(model), config))
         self.target = momentum_encoder(self.online, backbone)  # pyright: ignore[reportIncompatibleVariableOverride]
-        self.correction = Correction(feature_width(model), feature_width(model))
+        self.correction = Correction(feature_width(model))  # pyright: ignore[reportIncompatibleVariableOverride]
         self.register_buffer("centre_K", torch.zeros(config.outputs))
         self._pending: list[Tensor] = []
 
@@ -159,55 +158,50 @@ class DINO(Objective):
         """Online outputs → log probabilities, fp32."""
         return (s.float() / self.config.student_temperature).log_softmax(-1)
 
-    def pair_losses(
-        self, crops: tuple[Tensor, ...], selection: SelectionConfig, random: RandomPairs | None = None
-    ) -> Scores:
+    def pair_losses(self, crops: tuple[Tensor, ...], selection: SelectionConfig) -> Scores:
         """Losses of all pairs of global views, each with the local views that are hardest for it. Where the target
-        alone scores, features of both backbones are guessed, as in models/objectives/momentum.py."""
-        device = crops[0].device
-        reused, alone = self.reuses_features(selection, device), selection.encoder == "target"
-        student = self.target if alone else self.online
-        teacher = self.online if selection.encoder == "online-alone" else self.target
-        scored = crops if self.config.local_views else crops[:1]
-        with without_side_effects(self, selection.batchnorm == "running"), self.arithmetic(selection, device):
-            with first_blocks(teacher.backbone, selection.layer):
-                features_BGD = all_views(teacher, crops[0], selection)
-            teacher_BGK = self.teach(teacher.head(self.correction(features_BGD)[1] if alone else features_BGD))
-            parts = []
-            for group, crops_BnCHW in enumerate(scored):
-                if student is teacher and group == 0:
-                    features = features_BGD
-                else:
-                    with first_blocks(student.backbone, selection.layer):
-                        features = all_views(student, crops_BnCHW, selection)
-                predicted = self.predict(self.online.head(self.correction(features)[0] if alone else features))
-                parts.append(cross_entropies(teacher_BGK, predicted))
+        alone scores, the online encoder's features of all views are predicted from it, as in `Objective`."""
+        self.check(selection)
+        device, alone = crops[0].device, selection.encoder == "target"
+        local_views = crops[1:] if self.config.local_views else ()
+        with without_side_effects(self, selection.batchnorm == "running"), arithmetic(selection.precision, device):
+            features = self.score_features(crops[0], selection)
+            assert features.target_BND is not None
+            teacher_BGK = self.teach(self.target.head(features.target_BND))
+            student = self.target if alone else self.online
+            locals_BND = [all_views(student, views_BNCHW, selection) for views_BNCHW in local_views]
+            if alone:
+                locals_BND = [self.correction(features_BND) for features_BND in locals_BND]
+            cross_BGV = torch.cat(
+                [
+                    cross_entropies(teacher_BGK, self.predict(self.online.head(features_BND)))
+                    for features_BND in (features.online_BND, *locals_BND)
+                ],
+                2,
+            )
         table_BP, local_BPL = best_locals(
-            torch.cat(parts, 2),
+            cross_BGV,
             self.config.local_views,
             easiest=selection.rule == "easiest",
             candidates=self.config.candidates,
             seed=self.step,
         )
-        judged = features_BGD if alone else None
-        return Scores(table_BP, features_BGD if reused else None, judged_BND=judged, local_BPL=local_BPL)
+        return self.with_target(table_BP, features.target_BND, selection, device, local_BPL)
 
     def take(self, crops: tuple[Tensor, ...], choice_B: Tensor, scores: Scores | None) -> Chosen:
         """The chosen global pair with its hardest local views, or where nothing was scored, with the first ones."""
-        rows_B1 = torch.arange(len(choice_B), device=choice_B.device)[:, None]
+        chosen = super().take(crops[:1], choice_B, scores)
         pair_B2 = pair_index(crops[0].shape[1], choice_B.device)[choice_B]
-        pair = take_pair(crops[0], choice_B)
-        found = (None, None) if scores is None else (scores.features_BND, scores.judged_BND)
-        features, judged = (None if values is None else take_pair(values, choice_B) for values in found)
         if len(crops) == 1 or self.config.local_views == 0:
-            return Chosen((pair,), features, judged_B2D=judged, views_BM=pair_B2)
+            return replace(chosen, views_BM=pair_B2)
+        rows_B1 = torch.arange(len(choice_B), device=choice_B.device)[:, None]
         if scores is None or scores.local_BPL is None:
             count = min(self.config.local_views, crops[1].shape[1])
             local_BL = torch.arange(count, device=choice_B.device).expand(len(choice_B), -1)
         else:
             local_BL = scores.local_BPL[rows_B1[:, 0], choice_B]
         views_BM = torch.cat([pair_B2, local_BL + crops[0].shape[1]], 1)
-        return Chosen((pair, crops[1][rows_B1, local_BL]), features, judged_B2D=judged, views_BM=views_BM)
+        return replace(chosen, crops=(*chosen.crops, crops[1][rows_B1, local_BL]), views_BM=views_BM)
 
     def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
         taught = self.targets(chosen)
@@ -216,7 +210,7 @@ class DINO(Objective):
 
     @torch.no_grad()
     def targets(self, chosen: Chosen) -> Taught:
-        """What the target makes of the global views, whose outputs go into the centre."""
+        """The target's outputs for the global views; their mean goes into the centre."""
         globals_B2CHW = chosen.crops[0]
         features_B2D = chosen.features_B2D
         if features_B2D is None:
@@ -229,19 +223,19 @@ class DINO(Objective):
 
     def against_globals(self, taught: Taught, chosen: Chosen, whole_B2: Tensor | None = None) -> Tensor:
         """[B, 2, 2]: cross entropies of the targets with what the online encoder predicts for the global views. Keeps
-        what monitors look at, and what corrects the next guesses: of views that were seen whole, where that is told."""
+        the features and embeddings that monitors read, and teaches the correction: from the views without masks, where
+        `whole_B2` marks them."""
         cross_B22, features_B2D, embedded_B2D = self._against(taught, chosen.crops[0])
         self.seen_features_BD = features_B2D[:, 0].detach()
         (q1, q2), (k1, k2) = embedded_B2D.unbind(1), taught.keys_B2D.unbind(1)
         self.keep_positives((q1, k2), (q2, k1))
-        if chosen.judged_B2D is not None:
-            judged, online, target = chosen.judged_B2D, features_B2D, taught.features_B2D
+        if chosen.scored_B2D is not None:
             counts = None if whole_B2 is None else whole_B2.flatten()
-            self.correction.learn(judged.flatten(0, 1), online.flatten(0, 1), target.flatten(0, 1), counts)
+            self.correction.learn(chosen.scored_B2D.flatten(0, 1), features_B2D.flatten(0, 1), counts)
         return cross_B22
 
     def against_locals(self, taught: Taught, chosen: Chosen) -> list[Tensor]:
-        """[B, 2, n] for each group of local views: the same of them."""
+        """[B, 2, n] for each group of local views: cross entropies of the targets with their predictions."""
         return [self._against(taught, crops_BnCHW)[0] for crops_BnCHW in chosen.crops[1:]]
 
     def _against(self, taught: Taught, crops_BnCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,7 +21,7 @@ from models.contrast import Contrast, learn, queue_pair_losses, same_class
 from models.distributed import gather
 from models.heads import mlp
 from models.negatives import NegativesConfig
-from models.objectives.base import Chosen, Length, Metrics, check_positive
+from models.objectives.base import Chosen, Features, Length, Metrics, check_positive
 from models.objectives.momentum import MomentumObjective
 from models.queue import Queue
 from models.selection import SelectionConfig
@@ -70,7 +70,7 @@ class MoBY(MomentumObjective):
         self.queue1, self.queue2 = Queue(config.queue, config.width), Queue(config.queue, config.width)
         self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def pair_table(self, features: dict[str, Tensor | None], selection: SelectionConfig) -> Tensor:
+    def pair_table(self, features: Features, selection: SelectionConfig) -> Tensor:
         """Plain InfoNCE of all pairs: synthetic negatives, which are redrawn for every loss, do not take part."""
         queues = self.queue1.rows_KD, self.queue2.rows_KD
         return queue_pair_losses(*self.queries_and_keys(features, selection), *queues, self.config.temperature)

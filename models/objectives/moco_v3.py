@@ -18,7 +18,7 @@ from models.distributed import gather
 from models.heads import mlp
 from models.in_batch import batch_contrast, batch_pair_losses, check_others
 from models.negatives import NONE, NegativesConfig
-from models.objectives.base import Chosen, Length, Metrics, check_positive
+from models.objectives.base import Chosen, Features, Length, Metrics, check_positive
 from models.objectives.momentum import MomentumObjective
 from models.selection import SelectionConfig
 
@@ -61,7 +61,7 @@ class MoCoV3(MomentumObjective):
     def check_batch(self, images: int) -> None:
         check_others(self.config.negatives, images, 1)
 
-    def pair_table(self, features: dict[str, Tensor | None], selection: SelectionConfig) -> Tensor:
+    def pair_table(self, features: Features, selection: SelectionConfig) -> Tensor:
         q_NBD, k_NBD = self.queries_and_keys(features, selection)
         return 2 * self.config.temperature * batch_pair_losses(q_NBD, k_NBD, self.config.temperature)
 

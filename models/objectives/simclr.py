@@ -16,7 +16,7 @@ from models.distributed import gather_with_gradient
 from models.heads import mlp, unit
 from models.in_batch import batch_contrast, check_others, nt_xent_pair_losses
 from models.negatives import NONE, NegativesConfig
-from models.objectives.base import Chosen, Encoder, Length, Metrics, Objective, check_positive, per_view
+from models.objectives.base import Chosen, Encoder, Features, Length, Metrics, Objective, check_positive, per_view
 from models.selection import SelectionConfig
 
 
@@ -55,9 +55,8 @@ class SimCLR(Objective):
     def check_batch(self, images: int) -> None:
         check_others(self.config.negatives, images, 2)
 
-    def pair_table(self, features: dict[str, Tensor | None], selection: SelectionConfig) -> Tensor:
-        assert features["online"] is not None
-        z_NBD = unit(per_view(self.online.head, features["online"], selection))
+    def pair_table(self, features: Features, selection: SelectionConfig) -> Tensor:
+        z_NBD = unit(per_view(self.online.head, features.online_BND, selection))
         return nt_xent_pair_losses(z_NBD, self.config.temperature)
 
     def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:

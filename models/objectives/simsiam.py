@@ -13,7 +13,17 @@ from torch import Tensor
 
 from models.backbones import BackboneConfig, build_backbone, feature_width
 from models.heads import mlp, unit
-from models.objectives.base import Chosen, Encoder, Length, Metrics, Objective, check_positive, per_view, products
+from models.objectives.base import (
+    Chosen,
+    Encoder,
+    Features,
+    Length,
+    Metrics,
+    Objective,
+    check_positive,
+    per_view,
+    products,
+)
 from models.selection import SelectionConfig, pair_index
 
 
@@ -39,9 +49,8 @@ class SimSiam(Objective):
         projector = mlp(feature_width(model), config.width, config.width, layers=3, last_norm=True)
         self.online = Encoder(model, projector, mlp(config.width, config.bottleneck, config.width))
 
-    def pair_table(self, features: dict[str, Tensor | None], selection: SelectionConfig) -> Tensor:
-        assert features["online"] is not None
-        z_NBD = per_view(self.online.projector, features["online"], selection)
+    def pair_table(self, features: Features, selection: SelectionConfig) -> Tensor:
+        z_NBD = per_view(self.online.projector, features.online_BND, selection)
         p_NBD = per_view(self.online.predict, z_NBD.transpose(0, 1), selection)
         cosine_NNB = products(unit(p_NBD), unit(z_NBD))
         a, b = pair_index(len(z_NBD), z_NBD.device).T

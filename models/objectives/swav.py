@@ -19,6 +19,7 @@ from models.heads import mlp, unit
 from models.objectives.base import (
     Chosen,
     Encoder,
+    Features,
     Length,
     Metrics,
     Objective,
@@ -79,9 +80,8 @@ class SwAV(Objective):
         with fp32(z_BD.device):
             return unit(z_BD) @ prototypes.T
 
-    def pair_table(self, features: dict[str, Tensor | None], selection: SelectionConfig) -> Tensor:
-        assert features["online"] is not None
-        s_NBK = self.scores(per_view(self.online.head, features["online"], selection))
+    def pair_table(self, features: Features, selection: SelectionConfig) -> Tensor:
+        s_NBK = self.scores(per_view(self.online.head, features.online_BND, selection))
         codes_NBK = torch.stack([self.codes(s_BK) for s_BK in s_NBK])
         log_p_NBK = (s_NBK / self.config.temperature).log_softmax(-1)
         cross_NNB = -products(codes_NBK, log_p_NBK)

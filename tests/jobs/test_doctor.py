@@ -92,13 +92,11 @@ def test_a_torchvision_of_another_torch(monkeypatch: pytest.MonkeyPatch) -> None
     assert "one pip command" in finding.remedy
 
 
-@pytest.mark.parametrize(
-    ("units", "said"), [({"int8"}, "fp32, int8"), ({"bf16", "int8"}, "fp32, bf16, int8"), ((), "fp32")]
-)
-def test_what_the_processor_multiplies_in(units, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "has_units", lambda device, name: device.type == "cpu" and name in units)
+@pytest.mark.parametrize(("bf16", "formats"), [(True, "fp32 and bf16"), (False, "fp32")])
+def test_what_the_processor_multiplies_in(bf16: bool, formats: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "has_bf16_units", lambda device: bf16)
     (finding,) = doctor.number_formats()
-    assert finding.state == "ok" and finding.detail == f"the processor multiplies in {said}"
+    assert finding.state == "ok" and finding.detail == f"the processor multiplies in {formats}"
 
 
 def test_a_gpu_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:

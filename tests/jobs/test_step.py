@@ -76,8 +76,8 @@ def test_a_share_of_the_images_trains_on_the_pair_that_random_training_takes(
     best_B = mixed["losses_BP"].argmax(1)
     at_random_B = mixed["choice_B"] != best_B
     np.testing.assert_array_equal(mixed["choice_B"][at_random_B], random["choice_B"][at_random_B])
-    # Half of 96 images, but for those whose random pair is the hardest one.
-    assert 0.25 < at_random_B.mean() <= 0.5
+    # Half of 96 images (standard deviation 0.05), but for those whose random pair is the hardest one.
+    assert 0.25 < at_random_B.mean() < 0.6
     assert curve(tmp_path / "mixed", "selection/agreement") == [1.0] * 3  # the judge's choice is what is audited
     everything = run("everything", random_share=1.0)
     np.testing.assert_array_equal(everything["choice_B"], random["choice_B"])
@@ -85,17 +85,15 @@ def test_a_share_of_the_images_trains_on_the_pair_that_random_training_takes(
 
 
 @pytest.mark.parametrize("layer", [None, 1])
-def test_where_the_target_scores_random_pairs_have_no_losses(
-    tiny: PretrainConfig, tmp_path: Path, layer: int | None
-) -> None:
+def test_the_target_scores_all_images(tiny: PretrainConfig, tmp_path: Path, layer: int | None) -> None:
     tiny = replace(tiny, backbone=replace(tiny.backbone, depth=2))
     changes = {"random": {"rule": "random"}, "target": {"encoder": "target", "layer": layer, "audit_every": 1}}
     for name, change in changes.items():
         pretrain(replace(tiny, selection=replace(tiny.selection, **change)), tmp_path / name)
     random, target = rows(tmp_path / "random"), rows(tmp_path / "target")
-    unscored_B = np.isnan(target["losses_BP"]).all(1)
-    assert unscored_B.reshape(6, 16).sum(1).tolist() == [4] * 6
-    assert not np.isnan(target["losses_BP"][~unscored_B]).any()
-    np.testing.assert_array_equal(target["choice_B"][unscored_B], random["choice_B"][unscored_B])
+    assert np.isfinite(target["losses_BP"]).all()
+    easier_B = target["choice_B"] != target["losses_BP"].argmax(1)
+    assert 0.05 < easier_B.mean() < 0.4  # a quarter at random, but for those whose random pair is the hardest one
+    np.testing.assert_array_equal(target["choice_B"][easier_B], random["choice_B"][easier_B])
     for metric in ("train/loss", "selection/regret", "selection/gain", "selection/gain/real"):
         assert len(curve(tmp_path / "target", metric)) == 3 and np.isfinite(curve(tmp_path / "target", metric)).all()

@@ -14,7 +14,7 @@ if __name__ == "__main__":
 
 from models.distributed import gather, world_size
 from models.probes import matching_probabilities, task_statistics
-from models.selection import SelectionConfig
+from models.selection import SelectionConfig, select
 from tests.models.objective_cases import built, crops_for
 
 BATCH = 8
@@ -47,7 +47,7 @@ def step(name: str, rank: int, world: int) -> dict[str, object]:
     objective = built(name, **FIELDS.get(name, {}))
     crops = tuple(share(group, rank, world) for group in crops_for(name, BATCH))
     scores = objective.pair_losses(crops, SCORED.get(slash + how, SelectionConfig()))
-    choice = scores.best("hardest")
+    choice = select(scores.losses_BP, "hardest")
     objective.watching = True
     labels = share(torch.arange(BATCH) % 3, rank, world)
     loss, _ = objective.loss(objective.take(crops, choice, scores), labels)

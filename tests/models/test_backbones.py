@@ -8,7 +8,14 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from models.backbones import BackboneConfig, TokenBatchNorm, build_backbone, feature_width, sincos_positions
+from models.backbones import (
+    BackboneConfig,
+    TokenBatchNorm,
+    build_backbone,
+    feature_width,
+    first_blocks,
+    sincos_positions,
+)
 from models.heads import BatchNorm2d
 from models.objectives.base import has_drop
 
@@ -103,7 +110,6 @@ def test_drop_path_is_each_encoders_own():
         ({"width": 100}, "backbone.heads: timm cannot build .* take heads that divide the width"),
         ({"depth": 0}, "backbone.depth: 0 must be at least 1"),
         ({"drop_path": 1.0}, r"backbone.drop_path: 1.0 must lie in \[0, 1\)"),
-        ({"target_precision": "fp16"}, "backbone.target_precision: 'fp16' is unknown; take same, auto, bf16,"),
         ({"pool": "max"}, "backbone.pool: 'max' is unknown; take token, avg or nothing"),
         ({"image_size": 32, "patch_size": 8, "width": 30, "heads": 3, "depth": 1, "sincos": True}, "divisible by 4"),
     ],
@@ -111,3 +117,27 @@ def test_drop_path_is_each_encoders_own():
 def test_bad_values_say_field_value_and_remedy(config, message):
     with pytest.raises(ValueError, match=message):
         build_backbone(BackboneConfig(**config), 0.0)
+
+
+def test_a_backbone_that_stops_early_is_whole_again_afterwards():
+    backbone = build_backbone(replace(VIT, depth=3), 0.0)
+    with pytest.raises(RuntimeError), first_blocks(backbone, 2):
+        assert len(backbone.blocks) == 2
+        raise RuntimeError
+    assert len(backbone.blocks) == 3
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+def test_the_first_blocks_are_those_of_a_shallower_backbone(layer):
+    deep, x = build_backbone(replace(VIT, depth=3), 0.0).eval(), torch.randn(2, 3, 16, 16)
+    shallow = build_backbone(replace(VIT, depth=layer), 0.0).eval()
+    shallow.load_state_dict({name: value for name, value in deep.state_dict().items() if name in shallow.state_dict()})
+    with first_blocks(deep, layer):
+        torch.testing.assert_close(deep(x), shallow(x))
+
+
+def test_a_layer_that_the_backbone_does_not_have_is_refused():
+    for name, there in (("vit_tiny_patch16_224", "the backbone has 2"), ("resnet18", "the backbone is no ViT")):
+        backbone = build_backbone(VIT if there.endswith("2") else BackboneConfig(name, 32), 0.0)
+        with pytest.raises(ValueError, match=f"selection.layer: 5 blocks asked for, but {there}"):
+            first_blocks(backbone, 5).__enter__()

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from jobs.benches.obvious import naive_loss
-from models.candidates import RandomPairs
+from models.backbones import first_blocks
 from models.heads import mlp
-from models.momentum import momentum_at
 from models.negatives import NONE, NegativesConfig
 from models.objectives import OBJECTIVES, Length, build_objective
 from models.objectives.moby import MoBY, MoBYConfig
-from models.selection import SelectionConfig, same_policy, select, take_pair
+from models.objectives.momentum import momentum_at
+from models.selection import SelectionConfig, select, take_pair
 
-from .toys import CPU, INT8, SIX, VIT, moby, views
+from .toys import SIX, VIT, moby, views
 
 STILL = replace(VIT, drop_path=0.0)
 
@@ -30,7 +30,7 @@ def train(objective, steps, *, selection=None, batch=5, labels=None):
         crops, choice, scores = (views(batch),), torch.zeros(batch, dtype=torch.int64), None
         if selection is not None:
             scores = objective.pair_losses(crops, selection)
-            choice = scores.best(selection.rule)
+            choice = select(scores.losses_BP, selection.rule)
         loss, _ = objective.loss(objective.take(crops, choice, scores), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -58,30 +58,13 @@ def test_loss_and_gradients_equal_the_naive_composition(negatives):
 
 
 @pytest.mark.parametrize("encoder", ["online", "target"])
-@pytest.mark.parametrize("precision", ["same", "bf16"])
-def test_reused_features_give_the_loss_that_forwarding_again_gives(encoder, precision):
-    objective = moby(NONE, replace(STILL, target_precision=precision))
-    crops = (views(),)
-    scores = objective.pair_losses(crops, SelectionConfig(encoder=encoder, precision=precision))
+def test_reused_features_give_the_loss_that_forwarding_again_gives(encoder):
+    objective, crops = moby(NONE, STILL), (views(),)
+    scores = objective.pair_losses(crops, SelectionConfig(encoder=encoder))
     assert scores.features_BND is not None and scores.features_BND.dtype == torch.float32
     choice = select(scores.losses_BP, "hardest")
     again = objective.loss(replace(objective.take(crops, choice, scores), features_B2D=None))[0]
     torch.testing.assert_close(objective.loss(objective.take(crops, choice, scores))[0], again, rtol=1e-5, atol=1e-5)
-
-
-@INT8
-@pytest.mark.parametrize("encoder", ["online", "target"])
-@pytest.mark.parametrize("precision", ["same", "int8"])
-def test_what_the_target_made_of_views_in_int8_is_used_again(encoder, precision):
-    """To the bit what it makes of all views together, by whose range they are rounded."""
-    objective, x_BNCHW = moby(NONE, replace(STILL, target_precision="int8")), views()
-    scores = objective.pair_losses((x_BNCHW,), SelectionConfig(encoder=encoder, precision=precision))
-    with torch.no_grad():
-        features_BND = objective.target.features(x_BNCHW.flatten(0, 1)).unflatten(0, (5, 4))
-    assert not torch.allclose(features_BND[:, 0], objective.target.backbone(x_BNCHW[:, 0]), rtol=1e-4)
-    choice = select(scores.losses_BP, "hardest")
-    chosen = objective.take((x_BNCHW,), choice, scores)
-    torch.testing.assert_close(chosen.features_B2D, take_pair(features_BND, choice), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -99,120 +82,24 @@ def test_features_are_not_reused_where_they_would_differ(backbone, selection):
     assert moby(NONE, backbone).pair_losses((views(),), selection).features_BND is None
 
 
-BY_HALF = SelectionConfig(encoder="target", layer=1)
-
-
-def at_random(rows, pairs, images=5):
-    others = [row for row in range(images) if row not in rows]
-    return RandomPairs(*(torch.tensor(values, dtype=torch.int64) for values in (rows, pairs, others)))
-
-
-@pytest.mark.parametrize("precision", ["same", "bf16"])
-@pytest.mark.parametrize(("rows", "run"), [([], [20, 15]), ([1, 4], [16, 13])], ids=["all scored", "two at random"])
-def test_only_finalists_and_random_pairs_go_through_all_blocks(precision, rows, run):
-    objective, crops = moby(NONE, replace(STILL, target_precision=precision)), (views(),)
-    random, through = at_random(rows, [5] * len(rows)), []
-    for block in objective.target.backbone.blocks:
-        block.register_forward_pre_hook(lambda _, inputs: through.append(len(inputs[0])))
-    scores = objective.pair_losses(crops, replace(BY_HALF, precision=precision), random)
-    chosen = objective.take(crops, random.put(scores.best("hardest")), scores)
-    loss = objective.loss(chosen)[0]
-    assert through == run
-    again = objective.loss(replace(chosen, features_B2D=None))[0]
-    torch.testing.assert_close(loss, again, rtol=1e-5, atol=1e-5)
-
-
-def test_of_views_that_did_not_go_on_nothing_can_be_taken():
-    objective, crops = moby(NONE, STILL), (views(),)
-    scores = objective.pair_losses(crops, BY_HALF)
-    for image, barred in enumerate(scores.barred_BP):
-        for pair in range(6):
-            chosen = objective.take(crops, torch.full((5,), pair), scores)
-            assert chosen.features_B2D[image].isnan().any() == barred[pair]
-    assert (scores.barred_BP.sum(1) == 3).all() and not scores.losses_BP.isnan().any()
-
-
-def test_with_as_many_finalists_as_views_the_first_blocks_decide_nothing():
-    objective, crops = moby(NONE, STILL), (views(),)
-    train(objective, 3, selection=BY_HALF)
-    wholly = objective.pair_losses(crops, SelectionConfig(encoder="target"))
-    by_half = objective.pair_losses(crops, replace(BY_HALF, finalists=4))
-    torch.testing.assert_close(by_half.losses_BP, wholly.losses_BP)
-    assert torch.equal(by_half.best("hardest"), wholly.best("hardest"))
-
-
-@pytest.mark.parametrize("rule", ["hardest", "easiest"])
-def test_of_two_finalists_the_first_blocks_decide(rule, monkeypatch):
-    objective, crops, guessed = moby(NONE, STILL), (views(batch=64),), []
-    guess = objective._guess
-    monkeypatch.setattr(objective, "_guess", lambda *seen: guessed.append(guess(*seen)) or guessed[-1])
-    scores = objective.pair_losses(crops, replace(BY_HALF, finalists=2, rule=rule))
-    first, last = guessed
-    assert last.shape == (64, 1) and torch.equal(scores.best(rule), select(first, rule))
-
-
-def test_finalists_are_of_both_policies_where_pairs_of_one_do_not_compete():
-    objective, crops = moby(NONE, STILL), (views(batch=64),)
-    scores, barred = objective.pair_losses(crops, replace(BY_HALF, finalists=2, cross_policy=True)), same_policy(4, CPU)
-    best = scores.best("hardest", barred)
-    assert not barred[best].any() and not scores.barred_BP.gather(1, best[:, None]).any()
-
-
-@pytest.mark.parametrize("views_there", [3, 4, 6])
-def test_one_view_at_least_is_spared(views_there):
-    scores = moby(NONE, STILL).pair_losses((views(count=views_there),), replace(BY_HALF, views=views_there))
-    went_on = ~scores.judged_BND.isnan().any(2)
-    assert (went_on.sum(1) == {3: 2, 4: 3, 6: 3}[views_there]).all()
-
-
-def test_where_all_train_at_random_nothing_is_run():
-    objective = moby(NONE, STILL)
-    for encoder in objective.target, objective.online:
-        encoder.register_forward_pre_hook(lambda *_: pytest.fail("run"))
-    crops, random = (views(),), at_random(range(5), [3, 0, 5, 1, 1])
-    scores = objective.pair_losses(crops, BY_HALF, random)
-    assert scores.losses_BP.isnan().all() and random.put(scores.best("hardest")).tolist() == [3, 0, 5, 1, 1]
-    assert objective.take(crops, random.pairs_R, scores).features_B2D is None
-
-
-def test_a_backbone_whose_batchnorm_would_see_finalists_alone_is_refused():
-    with pytest.raises(ValueError, match=r"selection.layer: with encoder = target not for a backbone with BatchNorm"):
-        moby(NONE, replace(STILL, batchnorm_mlp=True)).check(BY_HALF)
-
-
 @pytest.mark.parametrize("layer", [None, 1])
-def test_random_pairs_neither_have_scores_nor_change_those_of_others(layer):
-    objective, crops = moby(NONE, STILL), views()
-    train(objective, 3, selection=BY_HALF)
-    random, selection = at_random([0, 3], [2, 4]), SelectionConfig(encoder="target", layer=layer)
-    scores = objective.pair_losses((crops,), selection, random)
-    others = [1, 2, 4]
-    assert scores.losses_BP[[0, 3]].isnan().all()
-    alone = objective.pair_losses((crops[others],), selection)
-    torch.testing.assert_close(scores.losses_BP[others], alone.losses_BP)
-    assert random.put(scores.best("hardest"))[[0, 3]].tolist() == [2, 4]
-    assert torch.equal(scores.best("hardest")[others], alone.best("hardest"))
-
-
-def test_with_batchnorm_in_the_backbone_all_views_are_run():
-    objective, crops = moby(NONE, replace(STILL, batchnorm_mlp=True)), (views(),)
-    scores = objective.pair_losses(crops, SelectionConfig(encoder="target"), at_random([0], [2]))
-    everything = objective.pair_losses(crops, SelectionConfig(encoder="target"))
-    torch.testing.assert_close(scores.judged_BND[1:], everything.judged_BND[1:])
-
-
-@pytest.mark.parametrize(
-    ("backbone", "changes"),
-    [
-        (STILL, {"precision": "bf16"}),
-        (STILL, {"static_colour": True}),
-        (replace(STILL, target_drop_path=0.1), {}),
-    ],
-    ids=["precision", "colour", "drop path"],
-)
-def test_the_loss_starts_again_where_training_would_compute_something_else(backbone, changes):
-    scores = moby(NONE, backbone).pair_losses((views(),), replace(BY_HALF, **changes))
-    assert scores.features_BND is None and scores.judged_BND is not None and scores.begun_BND is not None
+def test_the_online_features_are_predicted_from_what_the_target_scored(layer):
+    objective, crops = moby(NONE, STILL), (views(),)
+    selection = SelectionConfig(encoder="target", layer=layer)
+    train(objective, 3, selection=selection)
+    objective.correction.weight_XF.normal_()
+    scores = objective.pair_losses(crops, selection)
+    with torch.no_grad(), first_blocks(objective.target.backbone, layer):
+        features = objective.target.eval().features(crops[0].flatten(0, 1)).unflatten(0, (5, 4))
+    objective.train()
+    torch.testing.assert_close(scores.scored_BND, features)
+    assert (scores.features_BND is None) == (layer == 1)  # the loss wants the features of all blocks
+    choice = select(scores.losses_BP, "hardest")
+    torch.testing.assert_close(objective.take(crops, choice, scores).scored_B2D, take_pair(features, choice))
+    before = objective.correction.gram_XX.clone()
+    objective.loss(objective.take(crops, choice, scores))
+    objective.after_step()
+    assert not torch.equal(objective.correction.gram_XX, before)
 
 
 def test_under_bf16_training_bf16_scores_are_the_same_arithmetic():
@@ -228,15 +115,6 @@ def test_target_features_pass_through_the_online_heads():
     assert not torch.allclose(by_target, objective.pair_losses((crops,), SelectionConfig()).losses_BP)
     objective.online.backbone = objective.target.backbone
     torch.testing.assert_close(by_target, objective.pair_losses((crops,), SelectionConfig()).losses_BP)
-
-
-def test_the_online_encoder_alone_is_scored_against_its_own_keys():
-    objective, crops = moby(NONE, STILL), views()
-    train(objective, 3)
-    alone = objective.pair_losses((crops,), SelectionConfig(encoder="online-alone"))
-    assert alone.features_BND is None and alone.known is not None
-    objective.target.load_state_dict({n: v for n, v in objective.online.state_dict().items() if "predictor" not in n})
-    torch.testing.assert_close(alone.losses_BP, objective.pair_losses((crops,), SelectionConfig()).losses_BP)
 
 
 def test_heads_are_moby_s():

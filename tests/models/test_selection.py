@@ -22,7 +22,6 @@ from models.selection import (
     without_side_effects,
 )
 
-from .objective_cases import built
 from .toys import VIT, moby, views
 
 RESNET = BackboneConfig("resnet10t", 32, drop_path=0.1)
@@ -67,17 +66,12 @@ def test_the_pair_is_taken_in_one_gather(count):
     [
         ({"views": 1}, "selection.views: 1 leaves no pair to choose; give 2 or more"),
         ({"rule": "worst"}, "selection.rule: 'worst' is unknown; known: hardest, easiest, random, lowest-iou"),
-        ({"encoder": "both"}, "selection.encoder: 'both' is unknown; known: online, target, online-alone"),
-        ({"precision": "fp4"}, "selection.precision: 'fp4' is unknown; known: same, auto, bf16, int8, fp8"),
+        ({"encoder": "both"}, "selection.encoder: 'both' is unknown; known: online, target"),
+        ({"precision": "fp4"}, "selection.precision: 'fp4' is unknown; known: same, auto, bf16"),
         ({"batchnorm": "none"}, "selection.batchnorm: 'none' is unknown; known: view, joint, running"),
         ({"every": 0}, "selection.every: 0 must be at least 1"),
         ({"resolution": 0}, "selection.resolution: 0 must be at least 1"),
         ({"random_share": 1.5}, "selection.random_share: 1.5 must lie between 0 and 1"),
-        ({"finalists": 3}, "selection.finalists: goes with encoder = target and a selection.layer; give both"),
-        (
-            {"finalists": 5, "encoder": "target", "layer": 1},
-            "selection.finalists: 5 must lie between 2 and 4, the views",
-        ),
         ({"audit_every": -1}, "selection.audit_every: -1 must be 0 or above"),
     ],
 )
@@ -92,14 +86,14 @@ def test_when_pairs_are_scored_and_audited():
     assert [SelectionConfig(audit_every=2).audits(step) for step in range(3)] == [True, False, True]
     assert not SelectionConfig().audits(0)
     cheap = SelectionConfig(
-        views=6, encoder="target", precision="bf16", resolution=8, layer=1, finalists=4, every=2, random_share=0.5
+        views=6, encoder="target", precision="bf16", resolution=8, layer=1, every=2, random_share=0.5
     )
-    assert cheap.full == SelectionConfig(views=6, reuse=False)
+    assert cheap.full == SelectionConfig(views=6)
 
 
 def test_a_lagging_judge_gets_random_pairs_beside_its_own_unless_told_otherwise():
-    shares = [SelectionConfig(encoder=e).share_at_random for e in ("online", "online-alone", "target")]
-    assert shares == [0, 0, 0.25] and SelectionConfig(encoder="target", random_share=0).share_at_random == 0
+    shares = [SelectionConfig(encoder=e).share_at_random for e in ("online", "target")]
+    assert shares == [0, 0.25] and SelectionConfig(encoder="target", random_share=0).share_at_random == 0
 
 
 def state_of(objective):
@@ -175,9 +169,6 @@ def test_every_encoder_sees_all_views_once_and_no_copy_per_pair_is_made():
     seen.clear()
     objective.pair_losses((crops,), SelectionConfig(views=6, encoder="target"))
     assert len(seen) == 1 and seen[0].data_ptr() == crops.data_ptr()  # no online forward
-    seen.clear()
-    objective.pair_losses((crops,), SelectionConfig(views=6, encoder="online-alone"))
-    assert len(seen) == 1  # no target forward
 
 
 def test_earlier_layers_and_smaller_views():
@@ -190,8 +181,6 @@ def test_earlier_layers_and_smaller_views():
         objective.pair_losses((views(),), SelectionConfig(layer=5))
     with pytest.raises(ValueError, match=r"selection.layer: 1 blocks asked for, but the backbone is no ViT"):
         moby(backbone=RESNET).pair_losses((views(side=32),), SelectionConfig(layer=1))
-    with pytest.raises(ValueError, match=r"selection.finalists: only for MoBY, MoCo v3 and BYOL; leave it out"):
-        built("dino").check(SelectionConfig(encoder="target", layer=1, finalists=3))
 
 
 def test_regret_and_agreement():

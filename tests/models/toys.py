@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,10 +10,8 @@ from models.backbones import BackboneConfig
 from models.negatives import NegativesConfig
 from models.objectives import Length, build_objective
 from models.objectives.moby import MoBY, MoBYConfig
-from models.precision import has_units
 
 CPU = torch.device("cpu")
-INT8 = pytest.mark.skipif(not has_units(CPU, "int8"), reason="on CPUs, torch multiplies int8 where they have AVX2")
 VIT = BackboneConfig("vit_tiny_patch16_224", 16, patch_size=8, width=32, depth=2, heads=2, drop_path=0.2)
 SIX = NegativesConfig(8, 3, 4, 5, 2, 6, 1, start_epoch=0, last_epochs_without=0)
 
