@@ -40,9 +40,10 @@ def pretrain(config: PretrainConfig, run: Path, *, resume: bool = False, overwri
     Raises:
         InputError: a folder, value or file that does not fit.
     """
-    keep_freed_memory()
     folder = RunFolder(run)
     with open_world(config.device, last_words=lambda why: record_failure(folder, RankLostError(why))) as world:
+        if world.device.type == "cpu":
+            keep_freed_memory()
         if world.leads:
             folder.check(resume=resume, overwrite=overwrite)
         world.barrier()

@@ -165,8 +165,9 @@ def measure(bench: RunBench) -> dict[str, tuple[float, ...]]:
 
 
 def main(argv: Sequence[str]) -> None:
-    keep_freed_memory()
     bench = parse(RunBench, argv, prog="hardviews bench run")
+    if bench.device == "cpu":
+        keep_freed_memory()
     if bench.threads > 0:
         torch.set_num_threads(bench.threads)
     figures = measure(bench)

@@ -221,8 +221,9 @@ def measure(bench: StepBench) -> dict[str, float | str]:
 
 
 def main(argv: Sequence[str]) -> None:
-    keep_freed_memory()
     bench = parse(StepBench, argv, prog="hardviews bench step")
+    if bench.device == "cpu":
+        keep_freed_memory()
     if bench.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device: cuda asked for, but torch sees no CUDA device; take --device cpu")
     for name in ("batch", "depth", "rounds", "audit_every"):

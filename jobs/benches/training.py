@@ -190,6 +190,8 @@ def kernels(side: Side, batches: int = 5) -> dict[str, float]:
 def measure(bench: TrainingBench) -> dict[str, object]:
     """Figures by side, and what each part makes of the plain step's time."""
     device = pick_device(bench.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     found: dict[str, dict[str, object]] = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hardviews-bench-")))
@@ -215,7 +217,6 @@ def compared(found: dict[str, dict[str, object]]) -> dict[str, float]:
 
 
 def main(argv: Sequence[str]) -> None:
-    keep_freed_memory()
     bench = parse(TrainingBench, argv, prog="hardviews bench training")
     figures = measure(bench)
     sides = figures["sides"]

@@ -359,8 +359,9 @@ def table(figures: dict[str, object]) -> Table:
 
 def main(argv: list[str]) -> None:
     """Entry point of `hardviews bench views`."""
-    keep_freed_memory()
     config = parse(ViewsBench, argv, prog="hardviews bench views")
+    if config.device == "cpu":
+        keep_freed_memory()
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device: {config.device} asked for, but torch sees no CUDA device; take --device cpu")
     if config.accuracy:
