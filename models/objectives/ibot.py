@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from models.backbones import BackboneConfig
 from models.distributed import gather
-from models.objectives.base import Chosen, Length, Metrics
+from models.objectives.base import Chosen, Length, Metrics, fp32
 from models.objectives.dino import DINO, DINOConfig, entropy, head_of, pair_loss
 from models.selection import SelectionConfig
 
@@ -173,7 +173,8 @@ class IBOT(DINO):
         bottleneck = head.bottleneck(patches_VTD.flatten(0, 1))
         last_KD = head.last()
         # The last layer is linear: the mean of its outputs is its output for the mean.
-        self._pending_patches.append(last_KD.float() @ bottleneck.float().mean(0))
+        with fp32(patches_VTD.device):
+            self._pending_patches.append(last_KD.float() @ bottleneck.float().mean(0))
         outputs_MK = (bottleneck[masked_M] @ last_KD.T).float()
         return ((outputs_MK - self.patch_centre_K) / self.warmed(self.config.patch_temperature)).softmax(-1)
 
