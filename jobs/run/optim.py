@@ -25,7 +25,9 @@ class OptimizerConfig:
     final_lr: float = 0.0
     """Learning rate at the end of the cosine, scaled as `lr`."""
     warmup_epochs: float = 5.0
-    """Linear warm-up (epochs), at most a tenth of the run where the run is short."""
+    """Linear warm-up (epochs), no longer than the run; where `warmup_share` is given, it has no say."""
+    warmup_share: float | None = None
+    """Linear warm-up as a share of the run (0 to 1) instead, for runs of any length."""
     weight_decay: float = 0.05
     """Weight decay of matrices and convolutions; norms, biases and tokens have none."""
     final_weight_decay: float | None = None
@@ -47,6 +49,8 @@ class OptimizerConfig:
                 raise InputError(f"optimizer.{field}: {getattr(self, field)} must lie in [0, 1)")
         if self.final_weight_decay is not None and self.final_weight_decay < 0:
             raise InputError(f"optimizer.final_weight_decay: {self.final_weight_decay} must be 0 or above")
+        if self.warmup_share is not None and not 0 <= self.warmup_share <= 1:
+            raise InputError(f"optimizer.warmup_share: {self.warmup_share} must lie between 0 and 1")
         for field in ("final_lr", "warmup_epochs", "weight_decay", "clip_norm", "lr_batch"):
             if getattr(self, field) < 0:
                 raise InputError(f"optimizer.{field}: {getattr(self, field)} must be 0 or above")
@@ -54,12 +58,23 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate and weight decay at any step: a pure function of config and length."""
+    """Learning rate and weight decay at any step: a pure function of config and length.
+
+    Raises:
+        InputError: the warm-up is longer than the run.
+    """
 
     config: OptimizerConfig
     batch: int
     steps: int
     steps_per_epoch: float
+
+    def __post_init__(self) -> None:
+        if self.warmup > self.steps:
+            raise InputError(
+                f"optimizer.warmup_epochs: {self.config.warmup_epochs:g} epochs are {self.warmup} steps, and the run "
+                f"has {self.steps}; train longer, lower it, or set optimizer.warmup_share to 0.1"
+            )
 
     @property
     def scale(self) -> float:
@@ -67,7 +82,8 @@ class Schedule:
 
     @property
     def warmup(self) -> int:
-        return round(min(self.config.warmup_epochs * self.steps_per_epoch, self.steps / 10))
+        share = self.config.warmup_share
+        return round(self.config.warmup_epochs * self.steps_per_epoch if share is None else share * self.steps)
 
     @property
     def peak(self) -> float:

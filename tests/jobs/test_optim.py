@@ -2,12 +2,14 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from jobs.run.optim import OptimizerConfig, Schedule, build_optimizer, parameter_groups, set_step
+from jobs.run.presets import preset
 from jobs.run.schedule import cosine, warmup_cosine
 from shards.errors import InputError
 
@@ -24,6 +26,29 @@ def test_warmup_is_linear_and_the_cosine_ends_at_its_final_value() -> None:
 def test_cosine_against_its_formula() -> None:
     assert cosine(25, 100, 0.99, 1.0) == pytest.approx(1 - 0.01 * (math.cos(math.pi / 4) + 1) / 2)
     assert cosine(200, 100, 0.99, 1.0) == 1.0
+
+
+def test_a_warm_up_lasts_as_long_as_configured_or_is_refused() -> None:
+    paper = OptimizerConfig(lr=1.0, lr_batch=0, warmup_epochs=40)
+    schedule = Schedule(paper, 512, steps=300 * 10, steps_per_epoch=10)
+    assert [schedule.lr(step) for step in (0, 199, 399, 400)] == pytest.approx([1 / 400, 0.5, 1.0, 1.0])
+    assert schedule.lr(401) < 1.0
+    assert Schedule(paper, 512, steps=400, steps_per_epoch=10).warmup == 400
+    with pytest.raises(InputError, match=r"optimizer.warmup_epochs: 40 epochs are 400 steps, and the run has 399"):
+        Schedule(paper, 512, steps=399, steps_per_epoch=10)
+    assert Schedule(replace(paper, warmup_share=0.1), 512, steps=60, steps_per_epoch=10).warmup == 6
+    assert Schedule(replace(paper, warmup_share=0.0), 512, steps=60, steps_per_epoch=10).warmup == 0
+    with pytest.raises(InputError, match=r"optimizer.warmup_share: 1.5 must lie between 0 and 1"):
+        OptimizerConfig(warmup_share=1.5)
+
+
+def test_presets_warm_up_as_their_papers_say_and_small_ones_in_proportion() -> None:
+    for name, epochs in (("moco-v3-vit-s", 40), ("dino-vit-s", 10), ("moby-deit-s", 5)):
+        config = preset(name)
+        schedule = Schedule(config.optimizer, config.batch, round(config.epochs * 100), 100)
+        assert schedule.warmup == 100 * epochs
+    for steps in (7, 240, 280):
+        assert Schedule(preset("synby-vit-tiny").optimizer, 128, steps, 14).warmup == round(steps / 10)
 
 
 def test_rates_scale_with_the_batch_and_stay_off_norms() -> None:

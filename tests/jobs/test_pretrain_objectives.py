@@ -233,7 +233,7 @@ def test_every_preset_builds_and_takes_a_step(name: str) -> None:
     loss, _ = objective.loss(chosen)
     loss.backward()
     optimizer = build_optimizer(config.optimizer, objective)
-    set_step(optimizer, Schedule(config.optimizer, config.batch, 10, 1.0), 5)
+    set_step(optimizer, Schedule(config.optimizer, config.batch, 400, 1.0), 60)
     learned = {name: p for name, p in objective.online.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in learned.items()}
     optimizer.step()
