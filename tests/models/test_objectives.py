@@ -171,15 +171,26 @@ def test_sinkhorn_equals_the_appendix_and_uses_all_prototypes_equally():
     torch.testing.assert_close(codes.sum(0), torch.full((6,), 20 / 6), rtol=0.02, atol=0)
 
 
-@pytest.mark.parametrize("name", ["swav", "dino"])
-def test_frozen_prototypes_have_zero_gradients_not_none(name):
+@pytest.mark.parametrize("name", ["swav", "dino", "ibot"])
+def test_frozen_layers_have_no_gradient_no_decay_and_no_steps_until_they_learn(name):
     objective = built(name, freeze_epochs=1.0)
     last = objective.prototypes_KD if name == "swav" else objective.online.projector.last_KD
-    for step, learns in ((0, False), (4, False), (5, True)):  # 5 steps an epoch
-        objective.step = step
-        objective.zero_grad()
+    optimizer = torch.optim.AdamW(objective.online.parameters(), weight_decay=0.5)
+    if name == "swav":
+        optimizer.add_param_group({"params": [last]})
+    first = last.detach().clone()
+    for step in range(7):  # 5 steps an epoch
+        optimizer.zero_grad()
         objective.loss(objective.take(crops_for(name), FIRST, None))[0].backward()
-        assert last.grad is not None and bool(last.grad.abs().sum() > 0) == learns
+        assert last.grad is not None  # else DistributedDataParallel waits
+        objective.before_step()
+        assert (last.grad is not None) == (step >= 5)
+        assert all(p.grad is not None for p in objective.online.backbone.parameters())
+        optimizer.step()
+        objective.after_step()
+        if step < 5:
+            assert torch.equal(last, first) and last not in optimizer.state
+    assert optimizer.state[last]["step"] == 2 and not torch.equal(last, first)
 
 
 # DINO's choice among many crops
