@@ -29,18 +29,23 @@ RESNET_50 = BackboneConfig("resnet50")
 # MoCo v3's ViT-S has 12 heads, its patch projection and positions are fixed (sections 4.2 and 5 there).
 VIT_S_FIXED = BackboneConfig("vit_small_patch16_224", heads=12, fixed_patch=True, sincos=True)
 VIT_S = BackboneConfig("vit_small_patch16_224", drop_path=0.1)
+# For 32×32 images, of which 0.08 would be 9×9 pixels.
+LARGE_CROPS = (0.2, 1.0)
 # For 32×32 images: 16 tokens, 0.8 M parameters.
 VIT_TINY_32 = BackboneConfig("vit_tiny_patch16_224", 32, patch_size=8, width=128, depth=4, heads=4, pool="avg")
 
 
 def moby(backbone: BackboneConfig) -> PretrainConfig:
-    """MoBY as published: two random views, drop path 0.2 in the online encoder, no synthetic negatives."""
+    """MoBY with the values of the authors' code: two random views, drop path 0.2 in the online encoder, no synthetic
+    negatives; docs/methods.md says what differs."""
     return PretrainConfig(
         backbone=replace(backbone, drop_path=0.2),
         objective=MoBYConfig(negatives=NONE),
         selection=RANDOM_PAIR,
         views=ViewsConfig("byol"),
-        optimizer=OptimizerConfig("adamw", lr=1e-3, lr_batch=512, weight_decay=0.05, warmup_epochs=5),
+        optimizer=OptimizerConfig(
+            "adamw", lr=1e-3, lr_batch=512, final_lr=5e-6, weight_decay=0.05, warmup_epochs=5, clip_norm=5.0
+        ),
         epochs=300,
         batch=512,
     )
@@ -170,7 +175,8 @@ def small(config: PretrainConfig) -> PretrainConfig:
     assert isinstance(config.objective, MoBYConfig)
     objective = replace(config.objective, hidden=512, width=128, queue=1024, momentum=0.95)
     optimizer = replace(config.optimizer, lr=2e-3, lr_batch=128, warmup_share=0.1)
-    return replace(config, objective=objective, optimizer=optimizer, epochs=20, batch=128)
+    views = replace(config.views, crop_scale=LARGE_CROPS)
+    return replace(config, objective=objective, optimizer=optimizer, views=views, epochs=20, batch=128)
 
 
 PRESETS: dict[str, Callable[[], PretrainConfig]] = {

@@ -252,6 +252,13 @@ def test_presets_have_the_papers_values() -> None:
         BYOLConfig(),
         SwAVConfig(head_norm=False),
     ]
+    for name in ("moby-deit-s", "synby-swin-t", "synby-hard-deit-s"):
+        moby = preset(name)
+        assert {view.scale for view in run_policy(moby).view_policies} == {(0.08, 1.0)}
+        assert moby.optimizer.clip_norm == 5.0
+        schedule = Schedule(moby.optimizer, 1024, 300 * 10, 10)
+        assert (schedule.peak, schedule.lr(3000)) == pytest.approx((2e-3, 1e-5))
+    assert {view.scale for view in run_policy(preset("moby-vit-tiny")).view_policies} == {(0.2, 1.0)}
     simsiam = preset("simsiam-rn50")
     assert (simsiam.optimizer.lr, simsiam.optimizer.constant_predictor, simsiam.batch) == (0.05, True, 512)
     dino = preset("dino-hard-vit-s")
