@@ -26,8 +26,9 @@ RANDOM_PAIR = SelectionConfig(views=2, rule="random")
 DEIT_S = BackboneConfig("deit_small_patch16_224")
 SWIN_T = BackboneConfig("swin_tiny_patch4_window7_224")
 RESNET_50 = BackboneConfig("resnet50")
-# MoCo v3's ViT-S has 12 heads, its patch projection and positions are fixed (sections 4.2 and 5 there).
-VIT_S_FIXED = BackboneConfig("vit_small_patch16_224", heads=12, fixed_patch=True, sincos=True)
+# MoCo v3's ViT-S has 12 heads, its patch projection and positions are fixed (sections 4.2 and 5 there), and its initial
+# weights are the code's.
+VIT_S_FIXED = BackboneConfig("vit_small_patch16_224", heads=12, fixed_patch=True, sincos=True, init="moco_v3")
 VIT_S = BackboneConfig("vit_small_patch16_224", drop_path=0.1)
 # For 32×32 images, of which 0.08 would be 9×9 pixels.
 LARGE_CROPS = (0.2, 1.0)

@@ -244,7 +244,9 @@ def test_every_preset_builds_and_takes_a_step(name: str) -> None:
 
 def test_presets_have_the_papers_values() -> None:
     moco = preset("moco-v3-vit-s")
-    assert moco.backbone == BackboneConfig("vit_small_patch16_224", heads=12, fixed_patch=True, sincos=True)
+    assert moco.backbone == BackboneConfig(
+        "vit_small_patch16_224", heads=12, fixed_patch=True, sincos=True, init="moco_v3"
+    )
     assert (moco.optimizer.lr, moco.optimizer.lr_batch, moco.optimizer.weight_decay) == (1.5e-4, 256, 0.1)
     assert (moco.optimizer.warmup_epochs, moco.batch, moco.epochs) == (40, 4096, 300)
     assert [preset(f"{name}-vit-s").objective for name in ("simclr", "byol", "swav")] == [
