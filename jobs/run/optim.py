@@ -1,4 +1,4 @@
-"""Optimizers with norms and biases left out of weight decay."""
+"""Optimizers, their schedules, and which parameters decay."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,9 +29,12 @@ class OptimizerConfig:
     warmup_share: float | None = None
     """Linear warm-up as a share of the run (0 to 1) instead, for runs of any length."""
     weight_decay: float = 0.05
-    """Weight decay of matrices and convolutions; norms, biases and tokens have none."""
+    """Weight decay of what `decay` names."""
     final_weight_decay: float | None = None
     """Weight decay at the end of its cosine; None = constant."""
+    decay: Literal["weights", "tokens", "all"] = "weights"
+    """What decays: weights (matrices and convolutions); tokens = also class and mask tokens and position embeddings
+    (MoBY, DINO, iBOT); all = also norms and biases (MoCo, MoCo v3, SimSiam)."""
     momentum: float = 0.9
     """Momentum of LARS and SGD, first beta of AdamW and LAMB."""
     beta2: float = 0.999
@@ -44,6 +47,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise InputError(f"optimizer.lr: {self.lr} must be above 0")
+        if self.decay not in ("weights", "tokens", "all"):
+            raise InputError(f"optimizer.decay: {self.decay!r} is unknown; take weights, tokens or all")
         for field in ("momentum", "beta2"):
             if not 0 <= getattr(self, field) < 1:
                 raise InputError(f"optimizer.{field}: {getattr(self, field)} must lie in [0, 1)")
@@ -97,15 +102,18 @@ class Schedule:
         return self.config.weight_decay if final is None else cosine(step, self.steps, self.config.weight_decay, final)
 
 
-def parameter_groups(model: nn.Module, constant_predictor: bool = False) -> list[dict]:
-    """Two groups: what decays, and norms, biases, tokens and position embeddings, which do not; and the same two for
-    a predictor whose learning rate is constant."""
-    exempt = {"cls_token", "pos_embed", "reg_token", "mask_token", "relative_position_bias_table"}
+TOKENS = {"cls_token", "pos_embed", "reg_token", "mask_token", "mask_token_D", "relative_position_bias_table"}
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
+    """Two groups: what decays by `config.decay`, and what does not; and the same two for a predictor whose learning
+    rate is constant."""
     members: dict[tuple[bool, bool], list[nn.Parameter]] = {(False, True): [], (False, False): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.ndim > 1 and name.rsplit(".", 1)[-1] not in exempt
-            constant = constant_predictor and name.startswith("online.predictor.")
+            token = name.rsplit(".", 1)[-1] in TOKENS
+            decays = config.decay != "weights" if token else config.decay == "all" or parameter.ndim > 1
+            constant = config.constant_predictor and name.startswith("online.predictor.")
             members.setdefault((constant, decays), []).append(parameter)
     return [
         {"params": found, "decays": decays, "constant": constant} | ({} if decays else {"weight_decay": 0.0})
@@ -115,7 +123,7 @@ def parameter_groups(model: nn.Module, constant_predictor: bool = False) -> list
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer over every parameter of `model` that wants a gradient; `set_step` gives it its rates."""
-    groups = parameter_groups(model, config.constant_predictor)
+    groups = parameter_groups(model, config)
     betas = (config.momentum, config.beta2)
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)

@@ -45,7 +45,14 @@ def moby(backbone: BackboneConfig) -> PretrainConfig:
         selection=RANDOM_PAIR,
         views=ViewsConfig("byol"),
         optimizer=OptimizerConfig(
-            "adamw", lr=1e-3, lr_batch=512, final_lr=5e-6, weight_decay=0.05, warmup_epochs=5, clip_norm=5.0
+            "adamw",
+            lr=1e-3,
+            lr_batch=512,
+            final_lr=5e-6,
+            weight_decay=0.05,
+            decay="tokens",
+            warmup_epochs=5,
+            clip_norm=5.0,
         ),
         epochs=300,
         batch=512,
@@ -76,7 +83,7 @@ def mochi(backbone: BackboneConfig) -> PretrainConfig:
         objective=MoBYConfig(mixed, queue=16_384, momentum=0.999, hidden=2048, width=128),
         selection=RANDOM_PAIR,
         views=ViewsConfig("moco_v2"),
-        optimizer=OptimizerConfig("sgd", lr=0.03, lr_batch=256, weight_decay=1e-4, warmup_epochs=0),
+        optimizer=OptimizerConfig("sgd", lr=0.03, lr_batch=256, weight_decay=1e-4, decay="all", warmup_epochs=0),
         epochs=200,
         batch=128,
     )
@@ -89,7 +96,9 @@ def on_vit(objective: ObjectiveConfig, lr: float, weight_decay: float) -> Pretra
         objective=objective,
         selection=RANDOM_PAIR,
         views=ViewsConfig("moco_v3"),
-        optimizer=OptimizerConfig("adamw", lr=lr, lr_batch=256, weight_decay=weight_decay, warmup_epochs=40),
+        optimizer=OptimizerConfig(
+            "adamw", lr=lr, lr_batch=256, weight_decay=weight_decay, decay="all", warmup_epochs=40
+        ),
         epochs=300,
         batch=4096,
     )
@@ -97,7 +106,9 @@ def on_vit(objective: ObjectiveConfig, lr: float, weight_decay: float) -> Pretra
 
 def simsiam() -> PretrainConfig:
     """HVP's table 10: ResNet-50, 100 epochs."""
-    sgd = OptimizerConfig("sgd", lr=0.05, lr_batch=256, weight_decay=1e-4, warmup_epochs=0, constant_predictor=True)
+    sgd = OptimizerConfig(
+        "sgd", lr=0.05, lr_batch=256, weight_decay=1e-4, decay="all", warmup_epochs=0, constant_predictor=True
+    )
     return PretrainConfig(
         backbone=RESNET_50,
         objective=SimSiamConfig(),
@@ -158,6 +169,7 @@ def self_distillation(batch: int) -> OptimizerConfig:
         warmup_epochs=10,
         weight_decay=0.04,
         final_weight_decay=0.4,
+        decay="tokens",
         clip_norm=3.0,
     )
 
