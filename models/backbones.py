@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -48,6 +48,8 @@ class BackboneConfig:
     """Fixed 2-D sine-cosine position embedding instead of a learned one (MoCo v3, section 5)."""
     batchnorm_mlp: bool = False
     """BatchNorm instead of LayerNorm before the MLP blocks (MoCo v3, section 5.1)."""
+    init: Literal["timm", "moco_v3"] = "timm"
+    """A ViT's random initial weights: timm's, or those of MoCo v3's code, which are 1.6 to 2.5 times as large."""
 
     def __post_init__(self) -> None:
         for field in ("image_size", "patch_size", "width", "depth", "heads"):
@@ -62,6 +64,8 @@ class BackboneConfig:
                 f"backbone.patch_size: {self.patch_size} does not divide the image size {self.image_size}; "
                 f"take a divisor of it"
             )
+        if self.init not in ("timm", "moco_v3"):
+            raise ValueError(f"backbone.init: {self.init!r} is unknown; take timm or moco_v3")
         if self.pool not in ("", "token", "avg"):
             raise ValueError(f"backbone.pool: {self.pool!r} is unknown; take token, avg or nothing")
 
@@ -88,6 +92,8 @@ def build_backbone(config: BackboneConfig, drop_path: float) -> nn.Module:
     kind = _kind(config.name)
     options: dict[str, Any] = {VIT_OPTIONS[f]: getattr(config, f) for f in VIT_OPTIONS if getattr(config, f)}
     only_vit = [field for field in (*VIT_OPTIONS, "fixed_patch", "sincos") if getattr(config, field)]
+    if config.init != "timm":
+        only_vit.append("init")
     if kind != "vit" and only_vit:
         raise ValueError(f"backbone.{only_vit[0]}: {config.name} is no ViT and has no such option; leave it out")
     if kind == "resnet":
@@ -103,6 +109,8 @@ def build_backbone(config: BackboneConfig, drop_path: float) -> nn.Module:
         ) from error
     if kind != "resnet":
         _check_patches(model, config)
+    if config.init == "moco_v3":
+        draw_as_moco_v3(model)
     if config.sincos:
         fix_sincos_positions(model)
     if config.fixed_patch:
@@ -177,6 +185,27 @@ def _check_patches(model: nn.Module, config: BackboneConfig) -> None:
             f"backbone.image_size: {config.image_size} is no multiple of {config.name}'s patches of {side}; take one"
             + (", or set backbone.patch_size" if isinstance(model, VisionTransformer) else "")
         )
+
+
+@torch.no_grad()
+def draw_as_moco_v3(model: nn.Module) -> None:
+    """Draws a ViT's weights anew as MoCo v3's code does (facebookresearch/moco-v3, vits.py): uniform with variance
+    2 / (inputs + outputs) as Glorot and Bengio (2010) have it, the patch projection as the linear layer that it is,
+    query, key and value as the three layers that they are; biases 0, the class token of standard deviation 1e-6."""
+    assert isinstance(model, VisionTransformer) and isinstance(model.patch_embed, PatchEmbed)
+    projection = model.patch_embed.proj
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Linear) and layer is not projection:
+            continue
+        weight, bias = layer.weight, layer.bias
+        assert isinstance(weight, Tensor)
+        outputs = len(weight) // 3 if name.endswith("qkv") else len(weight)
+        bound = math.sqrt(6 / (weight[0].numel() + outputs))
+        weight.uniform_(-bound, bound)
+        if isinstance(bias, Tensor):
+            bias.zero_()
+    if model.cls_token is not None:
+        model.cls_token.normal_(std=1e-6)
 
 
 def fix_sincos_positions(model: nn.Module) -> None:

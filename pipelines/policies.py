@@ -147,12 +147,12 @@ class Policy:
         return replace(self, groups=(*resized, *self.groups[len(resized) :]))
 
 
-BLURRED = ViewPolicy(blur=1.0)
-SOLARIZED = ViewPolicy(blur=0.1, solarize=0.2)
+BLURRED = ViewPolicy((0.08, 1.0), blur=1.0)
+SOLARIZED = ViewPolicy((0.08, 1.0), blur=0.1, solarize=0.2)
 
 
 def byol(size: int) -> Policy:
-    """BYOL's asymmetric pair T, T′ (Grill et al. 2020, appendix B), which MoBY and SynBY use, with crops from 0.2."""
+    """BYOL's asymmetric pair T, T′ (Grill et al. 2020, appendix B), which MoBY and SynBY use too."""
     return Policy((ViewGroup((BLURRED, SOLARIZED), 2, size),))
 
 
@@ -168,9 +168,8 @@ def simclr(size: int) -> Policy:
 
 
 def moco_v3(size: int) -> Policy:
-    """MoCo v3 for ViTs (Chen et al. 2021, section 4): BYOL's pair with crops from 0.08."""
-    views = tuple(replace(view, scale=(0.08, 1.0)) for view in (BLURRED, SOLARIZED))
-    return Policy((ViewGroup(views, 2, size),))
+    """MoCo v3 for ViTs (Chen et al. 2021, section 4): BYOL's pair."""
+    return byol(size)
 
 
 def dino(size: int) -> Policy:

@@ -1,4 +1,4 @@
-"""Optimizers with norms and biases left out of weight decay."""
+"""Optimizers, their schedules, and which parameters decay."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,11 +25,16 @@ class OptimizerConfig:
     final_lr: float = 0.0
     """Learning rate at the end of the cosine, scaled as `lr`."""
     warmup_epochs: float = 5.0
-    """Linear warm-up (epochs), at most a tenth of the run where the run is short."""
+    """Linear warm-up (epochs), no longer than the run; where `warmup_share` is given, it has no say."""
+    warmup_share: float | None = None
+    """Linear warm-up as a share of the run (0 to 1) instead, for runs of any length."""
     weight_decay: float = 0.05
-    """Weight decay of matrices and convolutions; norms, biases and tokens have none."""
+    """Weight decay of what `decay` names."""
     final_weight_decay: float | None = None
     """Weight decay at the end of its cosine; None = constant."""
+    decay: Literal["weights", "tokens", "all"] = "weights"
+    """What decays: weights (matrices and convolutions); tokens = also class and mask tokens and position embeddings
+    (MoBY, DINO, iBOT); all = also norms and biases (MoCo, MoCo v3, SimSiam)."""
     momentum: float = 0.9
     """Momentum of LARS and SGD, first beta of AdamW and LAMB."""
     beta2: float = 0.999
@@ -42,11 +47,15 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise InputError(f"optimizer.lr: {self.lr} must be above 0")
+        if self.decay not in ("weights", "tokens", "all"):
+            raise InputError(f"optimizer.decay: {self.decay!r} is unknown; take weights, tokens or all")
         for field in ("momentum", "beta2"):
             if not 0 <= getattr(self, field) < 1:
                 raise InputError(f"optimizer.{field}: {getattr(self, field)} must lie in [0, 1)")
         if self.final_weight_decay is not None and self.final_weight_decay < 0:
             raise InputError(f"optimizer.final_weight_decay: {self.final_weight_decay} must be 0 or above")
+        if self.warmup_share is not None and not 0 <= self.warmup_share <= 1:
+            raise InputError(f"optimizer.warmup_share: {self.warmup_share} must lie between 0 and 1")
         for field in ("final_lr", "warmup_epochs", "weight_decay", "clip_norm", "lr_batch"):
             if getattr(self, field) < 0:
                 raise InputError(f"optimizer.{field}: {getattr(self, field)} must be 0 or above")
@@ -54,12 +63,23 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate and weight decay at any step: a pure function of config and length."""
+    """Learning rate and weight decay at any step: a pure function of config and length.
+
+    Raises:
+        InputError: the warm-up is longer than the run.
+    """
 
     config: OptimizerConfig
     batch: int
     steps: int
     steps_per_epoch: float
+
+    def __post_init__(self) -> None:
+        if self.warmup > self.steps:
+            raise InputError(
+                f"optimizer.warmup_epochs: {self.config.warmup_epochs:g} epochs are {self.warmup} steps, and the run "
+                f"has {self.steps}; train longer, lower it, or set optimizer.warmup_share to 0.1"
+            )
 
     @property
     def scale(self) -> float:
@@ -67,7 +87,8 @@ class Schedule:
 
     @property
     def warmup(self) -> int:
-        return round(min(self.config.warmup_epochs * self.steps_per_epoch, self.steps / 10))
+        share = self.config.warmup_share
+        return round(self.config.warmup_epochs * self.steps_per_epoch if share is None else share * self.steps)
 
     @property
     def peak(self) -> float:
@@ -81,15 +102,18 @@ class Schedule:
         return self.config.weight_decay if final is None else cosine(step, self.steps, self.config.weight_decay, final)
 
 
-def parameter_groups(model: nn.Module, constant_predictor: bool = False) -> list[dict]:
-    """Two groups: what decays, and norms, biases, tokens and position embeddings, which do not; and the same two for
-    a predictor whose learning rate is constant."""
-    exempt = {"cls_token", "pos_embed", "reg_token", "mask_token", "relative_position_bias_table"}
+TOKENS = {"cls_token", "pos_embed", "reg_token", "mask_token", "mask_token_D", "relative_position_bias_table"}
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
+    """Two groups: what decays by `config.decay`, and what does not; and the same two for a predictor whose learning
+    rate is constant."""
     members: dict[tuple[bool, bool], list[nn.Parameter]] = {(False, True): [], (False, False): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.ndim > 1 and name.rsplit(".", 1)[-1] not in exempt
-            constant = constant_predictor and name.startswith("online.predictor.")
+            token = name.rsplit(".", 1)[-1] in TOKENS
+            decays = config.decay != "weights" if token else config.decay == "all" or parameter.ndim > 1
+            constant = config.constant_predictor and name.startswith("online.predictor.")
             members.setdefault((constant, decays), []).append(parameter)
     return [
         {"params": found, "decays": decays, "constant": constant} | ({} if decays else {"weight_decay": 0.0})
@@ -99,7 +123,7 @@ def parameter_groups(model: nn.Module, constant_predictor: bool = False) -> list
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer over every parameter of `model` that wants a gradient; `set_step` gives it its rates."""
-    groups = parameter_groups(model, config.constant_predictor)
+    groups = parameter_groups(model, config)
     betas = (config.momentum, config.beta2)
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)

@@ -26,21 +26,34 @@ RANDOM_PAIR = SelectionConfig(views=2, rule="random")
 DEIT_S = BackboneConfig("deit_small_patch16_224")
 SWIN_T = BackboneConfig("swin_tiny_patch4_window7_224")
 RESNET_50 = BackboneConfig("resnet50")
-# MoCo v3's ViT-S has 12 heads, its patch projection and positions are fixed (sections 4.2 and 5 there).
-VIT_S_FIXED = BackboneConfig("vit_small_patch16_224", heads=12, fixed_patch=True, sincos=True)
+# MoCo v3's ViT-S has 12 heads, its patch projection and positions are fixed (sections 4.2 and 5 there), and its initial
+# weights are the code's.
+VIT_S_FIXED = BackboneConfig("vit_small_patch16_224", heads=12, fixed_patch=True, sincos=True, init="moco_v3")
 VIT_S = BackboneConfig("vit_small_patch16_224", drop_path=0.1)
+# For 32×32 images, of which 0.08 would be 9×9 pixels.
+LARGE_CROPS = (0.2, 1.0)
 # For 32×32 images: 16 tokens, 0.8 M parameters.
 VIT_TINY_32 = BackboneConfig("vit_tiny_patch16_224", 32, patch_size=8, width=128, depth=4, heads=4, pool="avg")
 
 
 def moby(backbone: BackboneConfig) -> PretrainConfig:
-    """MoBY as published: two random views, drop path 0.2 in the online encoder, no synthetic negatives."""
+    """MoBY with the values of the authors' code: two random views, drop path 0.2 in the online encoder, no synthetic
+    negatives; docs/methods.md says what differs."""
     return PretrainConfig(
         backbone=replace(backbone, drop_path=0.2),
         objective=MoBYConfig(negatives=NONE),
         selection=RANDOM_PAIR,
         views=ViewsConfig("byol"),
-        optimizer=OptimizerConfig("adamw", lr=1e-3, lr_batch=512, weight_decay=0.05, warmup_epochs=5),
+        optimizer=OptimizerConfig(
+            "adamw",
+            lr=1e-3,
+            lr_batch=512,
+            final_lr=5e-6,
+            weight_decay=0.05,
+            decay="tokens",
+            warmup_epochs=5,
+            clip_norm=5.0,
+        ),
         epochs=300,
         batch=512,
     )
@@ -70,7 +83,7 @@ def mochi(backbone: BackboneConfig) -> PretrainConfig:
         objective=MoBYConfig(mixed, queue=16_384, momentum=0.999, hidden=2048, width=128),
         selection=RANDOM_PAIR,
         views=ViewsConfig("moco_v2"),
-        optimizer=OptimizerConfig("sgd", lr=0.03, lr_batch=256, weight_decay=1e-4, warmup_epochs=0),
+        optimizer=OptimizerConfig("sgd", lr=0.03, lr_batch=256, weight_decay=1e-4, decay="all", warmup_epochs=0),
         epochs=200,
         batch=128,
     )
@@ -83,7 +96,9 @@ def on_vit(objective: ObjectiveConfig, lr: float, weight_decay: float) -> Pretra
         objective=objective,
         selection=RANDOM_PAIR,
         views=ViewsConfig("moco_v3"),
-        optimizer=OptimizerConfig("adamw", lr=lr, lr_batch=256, weight_decay=weight_decay, warmup_epochs=40),
+        optimizer=OptimizerConfig(
+            "adamw", lr=lr, lr_batch=256, weight_decay=weight_decay, decay="all", warmup_epochs=40
+        ),
         epochs=300,
         batch=4096,
     )
@@ -91,7 +106,9 @@ def on_vit(objective: ObjectiveConfig, lr: float, weight_decay: float) -> Pretra
 
 def simsiam() -> PretrainConfig:
     """HVP's table 10: ResNet-50, 100 epochs."""
-    sgd = OptimizerConfig("sgd", lr=0.05, lr_batch=256, weight_decay=1e-4, warmup_epochs=0, constant_predictor=True)
+    sgd = OptimizerConfig(
+        "sgd", lr=0.05, lr_batch=256, weight_decay=1e-4, decay="all", warmup_epochs=0, constant_predictor=True
+    )
     return PretrainConfig(
         backbone=RESNET_50,
         objective=SimSiamConfig(),
@@ -152,6 +169,7 @@ def self_distillation(batch: int) -> OptimizerConfig:
         warmup_epochs=10,
         weight_decay=0.04,
         final_weight_decay=0.4,
+        decay="tokens",
         clip_norm=3.0,
     )
 
@@ -165,11 +183,13 @@ def hard(config: PretrainConfig) -> PretrainConfig:
 
 
 def small(config: PretrainConfig) -> PretrainConfig:
-    """The same at a size that a CPU trains in minutes: narrower heads, a shorter queue, fewer epochs."""
+    """The same at a size that a CPU trains in minutes: narrower heads, a shorter queue, fewer epochs, of which the
+    warm-up is a tenth, however many."""
     assert isinstance(config.objective, MoBYConfig)
     objective = replace(config.objective, hidden=512, width=128, queue=1024, momentum=0.95)
-    optimizer = replace(config.optimizer, lr=2e-3, lr_batch=128)
-    return replace(config, objective=objective, optimizer=optimizer, epochs=20, batch=128)
+    optimizer = replace(config.optimizer, lr=2e-3, lr_batch=128, warmup_share=0.1)
+    views = replace(config.views, crop_scale=LARGE_CROPS)
+    return replace(config, objective=objective, optimizer=optimizer, views=views, epochs=20, batch=128)
 
 
 PRESETS: dict[str, Callable[[], PretrainConfig]] = {

@@ -81,6 +81,7 @@ def train_step(t: Training, batch: ViewBatch) -> StepResult:
             seen.append(t.objective.seen_features_BD)
     t.objective.seen_features_BD = torch.cat(seen) if seen else None
     with t.timer.phase("optimizer"):
+        t.objective.before_step()
         norm = clip_and_norm(t.learned, t.config.optimizer.clip_norm)
         means = t.world.mean(torch.stack([torch.stack(losses).mean(), norm]))
         (loss, norm), *found = on_host(means, *joined(choices))  # the one time that a step waits for the device

@@ -231,6 +231,16 @@ class Objective(nn.Module):
         together, both ways: first views with second ones, second with first. Else forgets the last ones."""
         self.positives = [(a_BD.detach(), b_BD.detach()) for a_BD, b_BD in pairs] if self.watching else []
 
+    def frozen(self) -> list[nn.Parameter]:
+        """Parameters that do not learn at this step, though they will."""
+        return []
+
+    def before_step(self) -> None:
+        """To be called before each optimizer step, with gradients averaged over ranks: what does not learn yet has no
+        gradient then, and so no decay and no place in the optimizer's count of steps. Zeros would give it both."""
+        for parameter in self.frozen():
+            parameter.grad = None
+
     def after_step(self) -> None:
         """To be called after each optimizer step."""
         self.step += 1

@@ -109,7 +109,6 @@ class DINOHead(nn.Module):
                 nn.init.zeros_(layer.bias)
         # As long as a linear layer's rows: their length decides how fast Adam's steps turn them.
         self.last_KD = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(config.outputs, config.bottleneck), 5**0.5))
-        self.frozen = False
 
     def forward(self, features: Tensor) -> Tensor:
         return self.bottleneck(features) @ self.last().T
@@ -120,9 +119,7 @@ class DINOHead(nn.Module):
 
     def last(self) -> Tensor:
         """[K, bottleneck]: the last layer's rows of length 1."""
-        last_KD = F.normalize(self.last_KD, dim=1)
-        # Where frozen, zero gradients rather than none, which DistributedDataParallel would wait for.
-        return last_KD.detach() + 0 * last_KD if self.frozen else last_KD
+        return F.normalize(self.last_KD, dim=1)
 
 
 class DINO(Objective):
@@ -241,11 +238,13 @@ class DINO(Objective):
     def _against(self, taught: Taught, crops_BnCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cross entropies [B, 2, n], and the online encoder's features and embeddings [B, n, D] of a group of views."""
         head, shape = head_of(self.online), crops_BnCHW.shape[:2]
-        head.frozen = self.epoch < self.config.freeze_epochs
         features = self.online.features(crops_BnCHW.flatten(0, 1))
         embedded = head.bottleneck(features)
         cross_B2n = cross_entropies(taught.teacher_B2K, self.predict(embedded @ head.last().T).unflatten(0, shape))
         return cross_B2n, features.unflatten(0, shape), embedded.unflatten(0, shape)
+
+    def frozen(self) -> list[nn.Parameter]:
+        return [head_of(self.online).last_KD] if self.epoch < self.config.freeze_epochs else []
 
     def after_step(self) -> None:
         """Moves target and centre."""

@@ -13,6 +13,7 @@ Shape suffixes: B images, V views of all images side by side, T patches in rows 
 K outputs, R blocks.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from models.backbones import BackboneConfig
 from models.distributed import gather
-from models.objectives.base import Chosen, Length, Metrics
+from models.objectives.base import Chosen, Length, Metrics, fp32
 from models.objectives.dino import DINO, DINOConfig, entropy, head_of, pair_loss
 from models.selection import SelectionConfig
 
@@ -49,7 +50,7 @@ class IBOTConfig(DINOConfig):
     mask_probability: float = 0.5
     """Share of global views in which patches are masked (0 to 1)."""
     mask_share: float = 0.3
-    """Mean share of a masked view's patches that are masked (0 to 1)."""
+    """Mean of the most that is masked of a masked view (share of its patches, 0 to 1); blocks may not fit."""
     mask_variation: float = 0.2
     """Largest deviation from that share, which is drawn uniformly for each view."""
 
@@ -164,7 +165,7 @@ class IBOT(DINO):
         config = self.config
         low, high = config.mask_share - config.mask_variation, config.mask_share + config.mask_variation
         share_V = (low + (high - low) * torch.rand(views)) * (torch.rand(views) < config.mask_probability)
-        return block_masks((share_V * height * width).round().long(), height, width)
+        return block_masks(share_V * height * width, height, width)
 
     @torch.no_grad()
     def patch_targets(self, patches_VTD: Tensor, masked_M: Tensor) -> Tensor:
@@ -173,7 +174,8 @@ class IBOT(DINO):
         bottleneck = head.bottleneck(patches_VTD.flatten(0, 1))
         last_KD = head.last()
         # The last layer is linear: the mean of its outputs is its output for the mean.
-        self._pending_patches.append(last_KD.float() @ bottleneck.float().mean(0))
+        with fp32(patches_VTD.device):
+            self._pending_patches.append(last_KD.float() @ bottleneck.float().mean(0))
         outputs_MK = (bottleneck[masked_M] @ last_KD.T).float()
         return ((outputs_MK - self.patch_centre_K) / self.warmed(self.config.patch_temperature)).softmax(-1)
 
@@ -189,26 +191,30 @@ class IBOT(DINO):
         super().skip_step()
 
 
-def block_masks(count_V: Tensor, height: int, width: int, blocks: int = 16) -> Tensor:
-    """bool [V, H, W]: exactly `count_V` patches of each view, in rectangles of random place, size and shape.
+def block_masks(most_V: Tensor, height: int, width: int) -> Tensor:
+    """bool [V, H, W]: up to `most_V` patches of each view, in rectangles of random place, size and shape.
 
-    Rectangles (area from 4 patches to half of the view, sides' ratio from 0.3 to 1/0.3, as in BEiT) are laid one after
-    the other; of the one that goes beyond the count, and of what no rectangle covers, patches are taken at random.
+    As in iBOT's loader, after BEiT (algorithm 1 there): rectangles are laid one after the other, of an area between
+    (min(H, W) // 3)² patches and what is left to mask, sides' ratio from 0.3 to 1/0.3 on a log scale, each narrower and
+    lower than the view. One that would mask too many patches, or none, is drawn again; a view is done when nothing is
+    left, or when ten draws in a row did not fit, so that it often stays below its number. All views are drawn at once.
     Draws from torch's global generator.
     """
-    views, patches = len(count_V), height * width
-    area_VR, ratio_VR, top_VR, left_VR = torch.rand(4, views, blocks).unbind()
-    area_VR = 4 + area_VR * max(patches / 2 - 4, 0)
-    ratio_VR = torch.exp((2 * ratio_VR - 1) * -torch.log(torch.tensor(0.3)))
-    rows_VR = (area_VR * ratio_VR).sqrt().round().clamp(1, height)
-    columns_VR = (area_VR / ratio_VR).sqrt().round().clamp(1, width)
-    top_VR = (top_VR * (height - rows_VR + 1)).floor()
-    left_VR = (left_VR * (width - columns_VR + 1)).floor()
-    y_H, x_W = torch.arange(height), torch.arange(width)
-    in_rows_VRH = (y_H >= top_VR[..., None]) & (y_H < (top_VR + rows_VR)[..., None])
-    in_columns_VRW = (x_W >= left_VR[..., None]) & (x_W < (left_VR + columns_VR)[..., None])
-    covered_VRT = (in_rows_VRH[..., :, None] & in_columns_VRW[..., None, :]).flatten(2)
-    nowhere_V1T = torch.ones(views, 1, patches, dtype=torch.bool)
-    first_VT = torch.cat([covered_VRT, nowhere_V1T], 1).int().argmax(1)
-    turn_VT = (first_VT + torch.rand(views, patches)).argsort(1).argsort(1)
-    return (turn_VT < count_V[:, None]).unflatten(1, (height, width))
+    mask_VHW = torch.zeros(len(most_V), height, width, dtype=torch.bool)
+    y_H1, x_1W = torch.arange(height)[:, None], torch.arange(width)[None]
+    least, log_ratio = (min(height, width) // 3) ** 2, math.log(1 / 0.3)
+    left_V, failed_V = most_V.clone(), torch.zeros(len(most_V), dtype=torch.int64)
+    while len(rows_A := ((left_V > 0) & (failed_V < 10)).nonzero()[:, 0]):  # A views that are not done
+        area_A, ratio_A, top_A, start_A = torch.rand(4, len(rows_A)).unbind()
+        area_A = least + area_A * (left_V[rows_A] - least)
+        ratio_A = torch.exp((2 * ratio_A - 1) * log_ratio)
+        high_A, wide_A = (area_A * ratio_A).sqrt().round(), (area_A / ratio_A).sqrt().round()
+        top_A, start_A = (top_A * (height - high_A + 1)).floor(), (start_A * (width - wide_A + 1)).floor()
+        top, bottom, start, end = (x_A[:, None, None] for x_A in (top_A, top_A + high_A, start_A, start_A + wide_A))
+        new_AHW = (y_H1 >= top) & (y_H1 < bottom) & (x_1W >= start) & (x_1W < end) & ~mask_VHW[rows_A]
+        count_A = new_AHW.sum((1, 2))
+        fits_A = (high_A < height) & (wide_A < width) & (count_A > 0) & (count_A <= left_V[rows_A])
+        mask_VHW[rows_A] |= new_AHW & fits_A[:, None, None]
+        left_V[rows_A] -= count_A * fits_A
+        failed_V[rows_A] = torch.where(fits_A, 0, failed_V[rows_A] + 1)
+    return mask_VHW

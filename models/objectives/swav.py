@@ -74,11 +74,11 @@ class SwAV(Objective):
         """[…, K]: cosines of embeddings and prototypes, fp32; scaling the prototypes in the forward pass keeps them
         unit without a step of its own."""
         prototypes = unit(self.prototypes_KD)
-        if self.epoch < self.config.freeze_epochs:
-            # Zero gradients rather than none, which DistributedDataParallel would wait for.
-            prototypes = prototypes.detach() + 0 * prototypes
         with fp32(z_BD.device):
             return unit(z_BD) @ prototypes.T
+
+    def frozen(self) -> list[nn.Parameter]:
+        return [self.prototypes_KD] if self.epoch < self.config.freeze_epochs else []
 
     def pair_table(self, features: Features, selection: SelectionConfig) -> Tensor:
         s_NBK = self.scores(per_view(self.online.head, features.online_BND, selection))

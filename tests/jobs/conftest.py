@@ -8,8 +8,9 @@ import pytest
 
 from jobs.build import BuildConfig
 from jobs.build import run as build
-from jobs.run.config import CheckpointConfig, DataConfig, MonitorConfig, PretrainConfig
+from jobs.run.config import CheckpointConfig, DataConfig, MonitorConfig, PretrainConfig, ViewsConfig
 from jobs.run.digits import write_digits
+from jobs.run.optim import OptimizerConfig
 from models.backbones import BackboneConfig
 from models.negatives import NegativesConfig
 from models.objectives.moby import MoBYConfig
@@ -38,6 +39,8 @@ def tiny(digits: Path) -> PretrainConfig:
         ),
         objective=MoBYConfig(negatives, queue=50, hidden=32, width=16),
         backbone=BackboneConfig("vit_tiny_patch16_224", 16, 8, 32, 1, 2, drop_path=0.1),
+        optimizer=OptimizerConfig(warmup_share=0.1),
+        views=ViewsConfig(crop_scale=(0.2, 1.0)),
         monitor=MonitorConfig(every=2, health_every=3, bank=512, loggers=("json",)),
         checkpoint=CheckpointConfig(every=2, keep=2),
         steps=6,

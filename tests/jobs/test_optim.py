@@ -2,13 +2,16 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from jobs.run.optim import OptimizerConfig, Schedule, build_optimizer, parameter_groups, set_step
+from jobs.run.presets import preset
 from jobs.run.schedule import cosine, warmup_cosine
+from models.objectives import Length, build_objective
 from shards.errors import InputError
 
 
@@ -24,6 +27,29 @@ def test_warmup_is_linear_and_the_cosine_ends_at_its_final_value() -> None:
 def test_cosine_against_its_formula() -> None:
     assert cosine(25, 100, 0.99, 1.0) == pytest.approx(1 - 0.01 * (math.cos(math.pi / 4) + 1) / 2)
     assert cosine(200, 100, 0.99, 1.0) == 1.0
+
+
+def test_a_warm_up_lasts_as_long_as_configured_or_is_refused() -> None:
+    paper = OptimizerConfig(lr=1.0, lr_batch=0, warmup_epochs=40)
+    schedule = Schedule(paper, 512, steps=300 * 10, steps_per_epoch=10)
+    assert [schedule.lr(step) for step in (0, 199, 399, 400)] == pytest.approx([1 / 400, 0.5, 1.0, 1.0])
+    assert schedule.lr(401) < 1.0
+    assert Schedule(paper, 512, steps=400, steps_per_epoch=10).warmup == 400
+    with pytest.raises(InputError, match=r"optimizer.warmup_epochs: 40 epochs are 400 steps, and the run has 399"):
+        Schedule(paper, 512, steps=399, steps_per_epoch=10)
+    assert Schedule(replace(paper, warmup_share=0.1), 512, steps=60, steps_per_epoch=10).warmup == 6
+    assert Schedule(replace(paper, warmup_share=0.0), 512, steps=60, steps_per_epoch=10).warmup == 0
+    with pytest.raises(InputError, match=r"optimizer.warmup_share: 1.5 must lie between 0 and 1"):
+        OptimizerConfig(warmup_share=1.5)
+
+
+def test_presets_warm_up_as_their_papers_say_and_small_ones_in_proportion() -> None:
+    for name, epochs in (("moco-v3-vit-s", 40), ("dino-vit-s", 10), ("moby-deit-s", 5)):
+        config = preset(name)
+        schedule = Schedule(config.optimizer, config.batch, round(config.epochs * 100), 100)
+        assert schedule.warmup == 100 * epochs
+    for steps in (7, 240, 280):
+        assert Schedule(preset("synby-vit-tiny").optimizer, 128, steps, 14).warmup == round(steps / 10)
 
 
 def test_rates_scale_with_the_batch_and_stay_off_norms() -> None:
@@ -43,8 +69,40 @@ def test_tokens_do_not_decay_and_frozen_parameters_are_left_out() -> None:
     model.cls_token = nn.Parameter(torch.zeros(1, 1, 4))
     model.frozen = nn.Parameter(torch.zeros(4, 4), requires_grad=False)
     model.weight = nn.Parameter(torch.zeros(4, 4))
-    decayed, spared = (group["params"] for group in parameter_groups(model))
+    decayed, spared = (group["params"] for group in parameter_groups(model, OptimizerConfig()))
     assert [id(p) for p in decayed] == [id(model.weight)] and [id(p) for p in spared] == [id(model.cls_token)]
+
+
+@pytest.mark.parametrize(
+    ("name", "all_decay"),
+    [
+        # MoCo v3's, MoCo's and SimSiam's code hand all parameters to one group.
+        ("moco-v3-vit-s", True),
+        ("simsiam-rn50", True),
+        ("mochi-rn50", True),
+        # Without a list of names, biases and vectors are spared, tokens and positions are not.
+        ("moby-deit-s", False),
+        ("moby-swin-t", False),
+        ("ibot-vit-s", False),
+    ],
+)
+def test_presets_decay_what_their_papers_code_does(name: str, all_decay: bool) -> None:
+    config = preset(name)
+    objective = build_objective(config.objective, config.backbone, Length(10, 1.0))
+    groups = parameter_groups(objective, config.optimizer)
+    names = {id(p): n for n, p in objective.named_parameters()}
+    found = {decays: [] for decays in (True, False)}
+    for group in groups:
+        found[group["decays"]] += [names[id(p)] for p in group["params"]]
+    learned = [n for n, p in objective.named_parameters() if p.requires_grad]
+    assert sorted(found[True] + found[False]) == sorted(learned)
+    if all_decay:
+        assert not found[False]
+    else:
+        tokens = ("cls_token", "pos_embed", "mask_token_D", "relative_position_bias_table")
+        assert {n for n in learned if n.endswith(tokens)} <= set(found[True])
+        assert all(objective.get_parameter(n).ndim == 1 for n in found[False])
+        assert all(objective.get_parameter(n).ndim > 1 or n == "mask_token_D" for n in found[True])
 
 
 def test_a_constant_predictor_keeps_its_peak_while_all_else_decays() -> None:
@@ -78,7 +136,9 @@ def test_every_optimizer_lowers_a_loss(name: str) -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
-@pytest.mark.parametrize(("field", "value"), [("lr", 0.0), ("weight_decay", -1.0), ("clip_norm", -0.1)])
-def test_bad_values_name_their_field(field: str, value: float) -> None:
+@pytest.mark.parametrize(
+    ("field", "value"), [("lr", 0.0), ("weight_decay", -1.0), ("clip_norm", -0.1), ("decay", "norms")]
+)
+def test_bad_values_name_their_field(field: str, value: object) -> None:
     with pytest.raises(InputError, match=f"optimizer.{field}"):
         OptimizerConfig(**{field: value})

@@ -17,7 +17,6 @@ from jobs.run.config import CheckpointConfig, PretrainConfig, ViewsConfig, from_
 from jobs.run.failure import TrainingFailedError
 from jobs.run.folder import RunFolder
 from jobs.run.metrics import read_metrics
-from jobs.run.optim import OptimizerConfig
 from jobs.run.presets import PRESETS, preset
 from models.objectives import Length, build_objective
 from models.objectives.moby import MoBY
@@ -59,7 +58,9 @@ def test_the_log_opens_in_xarray(tiny: PretrainConfig, tmp_path: Path) -> None:
 
 def test_layers_show_their_gradients_before_clipping(tiny: PretrainConfig, tmp_path: Path) -> None:
     monitor = replace(tiny.monitor, every=1, health_every=1)
-    pretrain(replace(tiny, monitor=monitor, optimizer=OptimizerConfig(clip_norm=0.1), steps=2), tmp_path / "run")
+    pretrain(
+        replace(tiny, monitor=monitor, optimizer=replace(tiny.optimizer, clip_norm=0.1), steps=2), tmp_path / "run"
+    )
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     whole = [line["train/grad_norm"] for line in lines if "train/grad_norm" in line]
     layers = [[v for k, v in line.items() if k.startswith("grad/")] for line in lines if "health/rankme" in line]
@@ -297,3 +298,12 @@ def test_every_variant_of_selection_trains(name: str, tiny: PretrainConfig, tmp_
     if name == "cross":
         first_B, second_B = np.array(pairs(4))[found["choice_B"]].T
         assert ((first_B + second_B) % 2 == 1).all()
+
+
+def test_a_warm_up_longer_than_the_run_is_refused_before_anything_is_written(
+    tiny: PretrainConfig, tmp_path: Path
+) -> None:
+    config = replace(tiny, optimizer=replace(tiny.optimizer, warmup_share=None, warmup_epochs=40.0))
+    with pytest.raises(InputError, match=r"optimizer.warmup_epochs: 40 epochs are .* and the run has 6; train longer"):
+        pretrain(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()

@@ -233,7 +233,7 @@ def test_every_preset_builds_and_takes_a_step(name: str) -> None:
     loss, _ = objective.loss(chosen)
     loss.backward()
     optimizer = build_optimizer(config.optimizer, objective)
-    set_step(optimizer, Schedule(config.optimizer, config.batch, 10, 1.0), 5)
+    set_step(optimizer, Schedule(config.optimizer, config.batch, 400, 1.0), 60)
     learned = {name: p for name, p in objective.online.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in learned.items()}
     optimizer.step()
@@ -244,7 +244,9 @@ def test_every_preset_builds_and_takes_a_step(name: str) -> None:
 
 def test_presets_have_the_papers_values() -> None:
     moco = preset("moco-v3-vit-s")
-    assert moco.backbone == BackboneConfig("vit_small_patch16_224", heads=12, fixed_patch=True, sincos=True)
+    assert moco.backbone == BackboneConfig(
+        "vit_small_patch16_224", heads=12, fixed_patch=True, sincos=True, init="moco_v3"
+    )
     assert (moco.optimizer.lr, moco.optimizer.lr_batch, moco.optimizer.weight_decay) == (1.5e-4, 256, 0.1)
     assert (moco.optimizer.warmup_epochs, moco.batch, moco.epochs) == (40, 4096, 300)
     assert [preset(f"{name}-vit-s").objective for name in ("simclr", "byol", "swav")] == [
@@ -252,6 +254,13 @@ def test_presets_have_the_papers_values() -> None:
         BYOLConfig(),
         SwAVConfig(head_norm=False),
     ]
+    for name in ("moby-deit-s", "synby-swin-t", "synby-hard-deit-s"):
+        moby = preset(name)
+        assert {view.scale for view in run_policy(moby).view_policies} == {(0.08, 1.0)}
+        assert moby.optimizer.clip_norm == 5.0
+        schedule = Schedule(moby.optimizer, 1024, 300 * 10, 10)
+        assert (schedule.peak, schedule.lr(3000)) == pytest.approx((2e-3, 1e-5))
+    assert {view.scale for view in run_policy(preset("moby-vit-tiny")).view_policies} == {(0.2, 1.0)}
     simsiam = preset("simsiam-rn50")
     assert (simsiam.optimizer.lr, simsiam.optimizer.constant_predictor, simsiam.batch) == (0.05, True, 512)
     dino = preset("dino-hard-vit-s")

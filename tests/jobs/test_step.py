@@ -13,7 +13,7 @@ from jobs.run.config import PretrainConfig, ViewsConfig, save_config
 from jobs.run.folder import RunFolder
 from jobs.run.metrics import read_metrics
 from jobs.run.optim import OptimizerConfig
-from models.objectives import DINOConfig
+from models.objectives import DINOConfig, Length, build_objective
 
 
 @pytest.fixture
@@ -62,6 +62,27 @@ def test_parts_of_a_batch_learn_what_the_whole_does(
             assert curve(run, metric) == pytest.approx(curve(whole, metric), rel=1e-4), (name, metric)
         for part, value in weights(run).items():
             torch.testing.assert_close(value, learned[part], rtol=1e-4, atol=1e-6, msg=f"{name}: {part}")
+
+
+@pytest.mark.timeout(300)
+def test_a_frozen_layer_neither_decays_nor_counts_steps(uncoupled: PretrainConfig, tmp_path: Path) -> None:
+    """At world sizes 1 and 2, with the gradients of two parts averaged; the rest of the network learns."""
+    config = replace(
+        uncoupled,
+        objective=replace(uncoupled.objective, freeze_epochs=100.0),
+        optimizer=OptimizerConfig(lr_batch=16, weight_decay=0.5, warmup_epochs=0),
+        accumulate=2,
+    )
+    save_config(config, tmp_path / "config.json")
+    ranks = two_ranks(str(tmp_path / "config.json"), str(tmp_path / "ranks"), "new")
+    pretrain(config, tmp_path / "one")
+    finish(ranks, 200)
+    torch.manual_seed(config.seed)
+    first = build_objective(config.objective, config.backbone, Length(3, 1.0)).state_dict()
+    for run in ("one", "ranks"):
+        learned = weights(tmp_path / run)
+        same = {name for name, value in learned.items() if name in first and torch.equal(value, first[name])}
+        assert "online.projector.last_KD" in same and "online.projector.layers.0.weight" not in same
 
 
 def test_a_share_of_the_images_trains_on_the_pair_that_random_training_takes(

@@ -141,3 +141,30 @@ def test_a_layer_that_the_backbone_does_not_have_is_refused():
         backbone = build_backbone(VIT if there.endswith("2") else BackboneConfig(name, 32), 0.0)
         with pytest.raises(ValueError, match=f"selection.layer: 5 blocks asked for, but {there}"):
             first_blocks(backbone, 5).__enter__()
+
+
+def test_moco_v3_s_initial_weights_have_its_standard_deviations():
+    """sqrt(2 / (inputs + outputs)) of layers as they are used: 0.0417 of patches, 0.051 of q, k, v, 0.032 of MLPs."""
+    torch.manual_seed(0)
+    config = BackboneConfig("vit_small_patch16_224", heads=12, fixed_patch=True, sincos=True, init="moco_v3")
+    model = build_backbone(replace(config, depth=2), 0.0)
+    block = model.blocks[1]
+    wanted = {
+        model.patch_embed.proj: (2 / (3 * 16 * 16 + 384)) ** 0.5,
+        block.attn.qkv: (2 / (384 + 384)) ** 0.5,
+        block.attn.proj: (2 / (384 + 384)) ** 0.5,
+        block.mlp.fc1: (2 / (384 + 1536)) ** 0.5,
+        block.mlp.fc2: (2 / (384 + 1536)) ** 0.5,
+    }
+    for layer, deviation in wanted.items():
+        assert layer.weight.std().item() == pytest.approx(deviation, rel=0.01)
+        assert layer.weight.abs().max().item() == pytest.approx(3**0.5 * deviation, rel=0.01)  # uniform
+        assert not layer.bias.any()
+    assert [round(wanted[layer], 4) for layer in (model.patch_embed.proj, block.attn.qkv)] == [0.0417, 0.051]
+    assert model.cls_token.abs().max() < 1e-5 and not model.patch_embed.proj.weight.requires_grad
+    timm_s = build_backbone(replace(config, depth=2, init="timm"), 0.0)
+    assert timm_s.blocks[1].attn.qkv.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    with pytest.raises(ValueError, match=r"backbone.init: resnet18 is no ViT and has no such option; leave it out"):
+        build_backbone(BackboneConfig("resnet18", init="moco_v3"), 0.0)
+    with pytest.raises(ValueError, match=r"backbone.init: 'moco' is unknown; take timm or moco_v3"):
+        BackboneConfig(init="moco")  # type: ignore[arg-type]

@@ -114,6 +114,7 @@ def train(
         loss, metrics = objective.loss(chosen)
         descent.zero_grad()
         loss.backward()
+        objective.before_step()
         descent.step()
         objective.after_step()
     last = {name: float(value) for name, value in metrics.items()}

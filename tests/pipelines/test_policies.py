@@ -12,7 +12,7 @@ def test_byol_alternates_its_two_views() -> None:
     policy = build_policy("byol", 224, 5)
     assert [view.solarize for view in policy.view_policies] == [0, 0.2, 0, 0.2, 0]
     assert [view.blur for view in policy.view_policies] == [1, 0.1, 1, 0.1, 1]
-    assert {view.scale for view in policy.view_policies} == {(0.2, 1.0)}
+    assert {view.scale for view in policy.view_policies} == {(0.08, 1.0)}
     jitters = {(v.brightness, v.contrast, v.saturation, v.hue, v.jitter, v.gray) for v in policy.view_policies}
     assert jitters == {(0.4, 0.4, 0.2, 0.1, 0.8, 0.2)}
 
