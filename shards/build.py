@@ -10,7 +10,8 @@ import numpy as np
 from shards.errors import InputError
 from shards.images import BadImageError, Rules, prepare
 from shards.manifest import MANIFEST_NAME, Manifest
-from shards.sources import Part, Record, Runner, open_source
+from shards.sources.base import Part, Record, Runner
+from shards.sources.kinds import open_source
 from shards.writer import (
     Rejected,
     Sample,
@@ -108,7 +109,7 @@ def plan(
     """Lists a source.
 
     Args:
-        address: KIND:PATH, see `shards.sources`.
+        address: KIND:PATH, see `shards.sources.kinds`.
         out: folder for the shards.
         run: `run_tasks` of an engine.
         rules: how images are checked and written.

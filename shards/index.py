@@ -10,7 +10,8 @@ from typing import Any, BinaryIO
 from shards.errors import InputError
 from shards.images import BadImageError, Rules, prepare
 from shards.manifest import MANIFEST_NAME, Manifest, open_manifest
-from shards.sources import Group, Runner, groups, image_member, tar_record
+from shards.sources.base import Runner
+from shards.sources.tars import Group, groups, image_member, tar_record
 from shards.writer import (
     Rejected,
     Row,

@@ -16,7 +16,7 @@ from jobs.benches.photographs import jpeg
 from shards.build import build, plan
 from shards.engines import run_tasks
 from shards.images import Rules, prepare
-from shards.sources import open_source
+from shards.sources.kinds import open_source
 
 DISTINCT = 64  # photographs made; the folder's files repeat them, as making one takes as long as checking fifty
 CLASSES = 10

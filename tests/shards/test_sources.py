@@ -14,7 +14,10 @@ from object_store import Store, environment, object_store
 
 from shards.errors import InputError
 from shards.manifest import Manifest
-from shards.sources import Container, Record, fetch_many, open_source, steadily
+from shards.sources.base import Record
+from shards.sources.containers import Container, steadily
+from shards.sources.folders import fetch_many
+from shards.sources.kinds import open_source
 from shards.writer import sample_key
 
 NAMES = {"tars": "part-{}.tar", "parquet": "part-{}.parquet"}
