@@ -24,6 +24,8 @@ from shards.writer import (
     write_columns,
 )
 
+CONVERT = "`hardviews build tars:… --out …` does that"
+
 
 @dataclass(frozen=True)
 class IndexTask:
@@ -49,7 +51,8 @@ def index_tar(task: IndexTask) -> ShardResult:
     with path.open("rb") as headers, path.open("rb") as file:
         for group in groups(headers):
             if isinstance(group, Group):
-                members.append((group.key, group.members))
+                stored = [one[:3] for one in group.members if not (one.problem or one.pieces)]
+                members += [(group.key, stored)] if stored else []
             row = index_sample(task.name, group, file, task.rules)
             if isinstance(row, Rejected):
                 rejected.append(row)
@@ -69,15 +72,16 @@ def index_sample(tar: str, group: Group | str, file: BinaryIO, rules: Rules) -> 
     place = image_member(group)
     if place is None or record.problem:
         return Rejected(group.key, record.name, record.problem)
+    if place.pieces:
+        return Rejected(group.key, record.name, f"a sparse file, which has to be stored whole; {CONVERT}")
     try:
         picture = prepare(record.content, rules)
     except BadImageError as error:
         return Rejected(group.key, record.name, str(error))
     if not record.content.startswith(picture.content):
-        remedy = "`hardviews build tars:… --out …` does that"
-        return Rejected(group.key, record.name, f"has to be converted (rotation, colours or depth); {remedy}")
+        return Rejected(group.key, record.name, f"has to be converted (rotation, colours or depth); {CONVERT}")
     # Bytes after the image's end are left out of its size.
-    member = (place[0], place[1], len(picture.content))
+    member = (place.extension, place.offset, len(picture.content))
     return Row(group.key, (member,), picture.height, picture.width, record.label, zlib.crc32(picture.content))
 
 
