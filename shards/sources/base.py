@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "avif", "img")
 READ_AHEAD = 64  # remote files fetched at a time, rows of Parquet decoded at a time
 Runner = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
 
@@ -35,6 +36,22 @@ class Part(Protocol):
     def records(self) -> Iterator[Record]:
         """As many records as the part is long, in order."""
         ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a source is listed."""
+
+    part_size: int
+    """Images of a part; the last has fewer."""
+    keep_order: bool = False
+    """The files of a folder in the order of their names rather than spread."""
+    image: str | None = None
+    """The column, or the extension in a tar, that is the image where several could be."""
+    label: str | None = None
+    """The column of labels of a Parquet file."""
+    split: str | None = None
+    """The split of Parquet files to take."""
 
 
 @dataclass(frozen=True)

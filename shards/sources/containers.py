@@ -2,14 +2,14 @@
 
 import io
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from shards.errors import InputError
 from shards.files import filesystem, join, local_path
 from shards.retry import ATTEMPTS, FINAL, LONGEST_PAUSE, PAUSE, retry
-from shards.sources.base import Record, Runner, cut_short, digest
+from shards.sources.base import Record, cut_short, digest
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,13 @@ class Container:
     def address(self) -> str:
         return join(self.root, self.name)
 
+    @property
+    def identity(self) -> list[Any]:
+        """What decides which images are read from it, wherever it lies."""
+        return [self.name, self.size]
 
-Reader = Callable[[Container, int, int], Iterator[Record]]
+
+Reader = Callable[[Any, int, int], Iterator[Record]]  # a container, first image and the one after the last
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class ContainerPart:
         return sum(stop - start for _, start, stop in self.ranges)
 
     def fingerprint(self) -> str:
-        return digest([(container.name, container.size, start, stop) for container, start, stop in self.ranges])
+        return digest([(*container.identity, start, stop) for container, start, stop in self.ranges])
 
     def records(self) -> Iterator[Record]:
         for container, start, stop in self.ranges:
@@ -67,15 +72,9 @@ def steadily(read: Reader, container: Container, start: int, stop: int) -> Itera
 
 
 def container_parts(
-    address: str,
-    containers: list[Container],
-    count: Callable[[Container], tuple[Container, int]],
-    read: Reader,
-    part_size: int,
-    run: Runner,
+    address: str, containers: Sequence[Container], counts: Mapping[Any, int], read: Reader, part_size: int
 ) -> tuple[ContainerPart, ...]:
-    """Containers cut and joined into parts of `part_size` images."""
-    counts = dict(run(count, containers))
+    """Containers, with so many images each, cut and joined into parts of `part_size` images."""
     parts: list[ContainerPart] = []
     ranges: list[tuple[Container, int, int]] = []
     room = part_size

@@ -12,7 +12,7 @@ from fsspec import AbstractFileSystem
 from shards.errors import InputError
 from shards.files import filesystem, join, local_path
 from shards.retry import retry
-from shards.sources.base import READ_AHEAD, Record, Runner, Source, cut_short, digest
+from shards.sources.base import READ_AHEAD, Options, Record, Runner, Source, cut_short, digest
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def fetch_many(system: AbstractFileSystem, sizes: Mapping[str, int]) -> dict[str
     return found
 
 
-def open_imagefolder(path: str, part_size: int, run: Runner, keep_order: bool) -> Source:
+def open_imagefolder(path: str, options: Options, run: Runner) -> Source:
     """A folder per class. Files beside the class folders have no label."""
     folders, files = listing(path)
     classes = tuple(sorted({folder.split("/", 1)[0] for folder in folders}))
@@ -92,27 +92,28 @@ def open_imagefolder(path: str, part_size: int, run: Runner, keep_order: bool) -
         )
     numbers = {name: number for number, name in enumerate(classes)}
     labelled = [(name, size, numbers[name.split("/", 1)[0]] if "/" in name else -1) for name, size in files]
-    return Source(classes, file_parts(f"imagefolder:{path}", path, labelled, part_size, keep_order))
+    return Source(classes, file_parts(f"imagefolder:{path}", path, labelled, options))
 
 
-def open_folder(path: str, part_size: int, run: Runner, keep_order: bool) -> Source:
+def open_folder(path: str, options: Options, run: Runner) -> Source:
     """All files of a folder, without labels."""
     _, files = listing(path)
     unlabelled = [(name, size, -1) for name, size in files]
-    return Source((), file_parts(f"folder:{path}", path, unlabelled, part_size, keep_order))
+    return Source((), file_parts(f"folder:{path}", path, unlabelled, options))
 
 
-def file_parts(
-    address: str, root: str, files: list[tuple[str, int, int]], part_size: int, keep_order: bool
-) -> tuple[FilePart, ...]:
+def file_parts(address: str, root: str, files: list[tuple[str, int, int]], options: Options) -> tuple[FilePart, ...]:
     """The files in order, cut into parts."""
     if not files:
         raise InputError(f"{address}: there are no files in it; name a folder that holds images")
     # The order of a hash, not a shuffle: it depends on names alone, and a file more leaves the others' order as it is.
     files.sort(
-        key=lambda file: file[0] if keep_order else hashlib.blake2b(file[0].encode(), digest_size=16).hexdigest()
+        key=lambda file: (
+            file[0] if options.keep_order else hashlib.blake2b(file[0].encode(), digest_size=16).hexdigest()
+        )
     )
-    return tuple(FilePart(root, tuple(files[i : i + part_size])) for i in range(0, len(files), part_size))
+    size = options.part_size
+    return tuple(FilePart(root, tuple(files[i : i + size])) for i in range(0, len(files), size))
 
 
 def listing(path: str) -> tuple[list[str], list[tuple[str, int]]]:

@@ -6,21 +6,34 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from shards.errors import InputError
 from shards.retry import retry
-from shards.sources.base import Record, Runner, Source
+from shards.sources.base import IMAGE_EXTENSIONS, Options, Record, Runner, Source
 from shards.sources.containers import Container, container_parts, containers_at, opened, read_at
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "avif", "img")
 LONGEST_CHAIN = 40  # links that lead to links
 LARGEST_SPARSE = 1 << 30  # bytes of a member with holes, whose header may claim any size
 LOOK_AHEAD = 1 << 20  # bytes read at a time where zeros are skipped
 
 
-def open_tars(path: str, part_size: int, run: Runner, keep_order: bool) -> Source:
+@dataclass(frozen=True)
+class Tar(Container):
+    """A tar, and which members of its samples are the images."""
+
+    image: str | None = None
+    """Extension of the images; None for the only one that fits."""
+
+    @property
+    def identity(self) -> list[Any]:
+        return [self.name, self.size, *([self.image] if self.image else [])]
+
+
+def open_tars(path: str, options: Options, run: Runner) -> Source:
     """WebDataset tars; the label is that of the `.cls` file."""
     address = f"tars:{path}"
-    containers = containers_at(address, path, ".tar")
-    return Source((), container_parts(address, containers, count_tar, read_tar, part_size, run))
+    found = containers_at(address, path, ".tar")
+    tars = [Tar(one.root, one.name, one.size, options.image) for one in found]
+    return Source((), container_parts(address, tars, dict(run(count_tar, tars)), read_tar, options.part_size))
 
 
 class Member(NamedTuple):
@@ -168,35 +181,44 @@ def is_image(extension: str) -> bool:
     return extension.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
 
 
-def count_tar(container: Container) -> tuple[Container, int]:
-    """The container and its samples; damage counts as one, so that it is named."""
+def count_tar(tar: Tar) -> tuple[Tar, int]:
+    """The tar and its samples; damage counts as one, so that it is named.
+
+    Raises:
+        InputError: a sample has several images that fit alike.
+    """
 
     def count() -> int:
-        with opened(container) as file:
-            return sum(1 for _ in groups(file))
+        number = 0
+        with opened(tar) as file:
+            for group in groups(file):
+                number += 1
+                if isinstance(group, Group):
+                    image_member(tar.address, group, tar.image)
+        return number
 
-    return container, retry(count)
+    return tar, retry(count)
 
 
-def read_tar(container: Container, start: int, stop: int) -> Iterator[Record]:
+def read_tar(container: Tar, start: int, stop: int) -> Iterator[Record]:
     """Records of the samples from `start` up to `stop`."""
     with opened(container) as listed, opened(container) as file:
         for number, group in enumerate(groups(listed)):
             if number >= stop:
                 break
             if number >= start:
-                yield tar_record(container.name, group, file)
+                yield tar_record(container.name, group, file, container.image)
 
 
-def tar_record(tar: str, group: Group | str, file: Any) -> Record:
+def tar_record(tar: str, group: Group | str, file: Any, wanted: str | None) -> Record:
     """One sample of the tar that is open as `file`."""
     if isinstance(group, str):
         return Record(tar, -1, b"", group)
     name = f"{tar}/{group.key}"
-    image = image_member(group)
+    image = image_member(tar, group, wanted)
     if image is None:
         kinds = ", ".join(member.extension for member in group.members)
-        return Record(name, -1, b"", f"no image among its files ({kinds})")
+        return Record(name, -1, b"", f"no {wanted or 'image'} among its files ({kinds})")
     if image.problem:
         return Record(f"{name}.{image.extension}", -1, b"", image.problem)
     content = content_of(image, file)
@@ -205,9 +227,21 @@ def tar_record(tar: str, group: Group | str, file: Any) -> Record:
     return Record(name, label_of(group, file), content)
 
 
-def image_member(group: Group) -> Member | None:
-    """The first image of a sample."""
-    return next((member for member in group.members if is_image(member.extension)), None)
+def image_member(tar: str, group: Group, wanted: str | None) -> Member | None:
+    """The image of a sample: the wanted one, else the only one with a bare extension (`jpg` beside `seg.png`), else the
+    only one.
+
+    Raises:
+        InputError: several fit alike.
+    """
+    if wanted is not None:
+        return next((member for member in group.members if member.extension.lower() == wanted.lower()), None)
+    images = [member for member in group.members if is_image(member.extension)]
+    fitting = [member for member in images if "." not in member.extension] or images
+    if len(fitting) > 1:
+        kinds = ", ".join(member.extension for member in fitting)
+        raise InputError(f"{tar}: several files of {group.key} may be the image ({kinds}); choose one with --image")
+    return fitting[0] if fitting else None
 
 
 def content_of(member: Member, file: Any) -> bytes:

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from image_folders import LOCAL, build_at, photo, write_tar
 from PIL import Image
+from stored_samples import labelled
 
+from shards.errors import InputError
 from shards.index import index
 from shards.manifest import Manifest, open_manifest
 from shards.verify import verify
@@ -17,11 +19,7 @@ from shards.verify import verify
 
 def images(out: Path) -> dict[bytes, int]:
     """Image → label of a data set."""
-    manifest = open_manifest(str(out))
-    columns = manifest.columns(np.arange(len(manifest)))
-    tars = [(out / name).read_bytes() for name in manifest.shards]
-    places = zip(columns.shard, columns.offset, columns.size, columns.label, strict=True)
-    return {tars[shard][offset : offset + size]: int(label) for shard, offset, size, label in places}
+    return labelled(open_manifest(str(out)), out)
 
 
 def left_out(out: Path) -> dict[str, str]:
@@ -112,6 +110,31 @@ def test_members_apart_from_their_image_are_named(tmp_path: Path) -> None:
     built, _ = both_ways(tmp_path)
     assert built.unlabelled == 2
     assert left_out(tmp_path / "out") == {"a.tar/a": "no image among its files (cls)"}
+
+
+def test_the_image_with_a_bare_extension_is_taken(tmp_path: Path) -> None:
+    beside = [
+        ("0.depth.png", photo(7, "PNG")),
+        ("0.jpg", photo(0)),
+        ("1.seg.png", photo(8, "PNG")),
+        ("1.jpg", photo(1)),
+    ]
+    write_tar(tmp_path / "a.tar", beside)
+    both_ways(tmp_path)
+    assert list(images(tmp_path)) == [photo(0), photo(1)]
+
+
+def test_images_that_fit_alike_are_refused_until_one_is_chosen(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("0.png", photo(7, "PNG")), ("0.jpg", photo(0)), ("1.png", photo(8, "PNG"))])
+    for attempt in (lambda: build_at(f"tars:{tmp_path}", tmp_path / "out"), lambda: index(tmp_path, "real", LOCAL)):
+        with pytest.raises(InputError, match=r"files of 0 may be the image \(png, jpg\); choose one with --image"):
+            attempt()
+    build_at(f"tars:{tmp_path}", tmp_path / "out", image="jpg")
+    index(tmp_path, "real", LOCAL, image="JPG")
+    assert list(images(tmp_path)) == list(images(tmp_path / "out")) == [photo(0)]
+    assert left_out(tmp_path / "out") == {"a.tar/1": "no jpg among its files (png)"}
+    with pytest.raises(InputError, match="--split: tars: has no choice of it"):
+        build_at(f"tars:{tmp_path}", tmp_path / "out", split="train")
 
 
 def sparse_tar(path: Path, form: str, content: bytes, stretches: list[tuple[int, int]]) -> None:
