@@ -32,6 +32,13 @@ class BuildConfig:
     keep_order: bool = False
     """Take the files of a folder in the order of their names. Otherwise they are spread, so that each shard holds all
     classes. Tars and Parquet are always read in their own order."""
+    image: str | None = None
+    """Which file of a tar's samples (its extension, jpg or seg.png) or which column of Parquet is the image, where
+    several could be."""
+    label: str | None = None
+    """Which column of Parquet is the label, where several could be."""
+    split: str | None = None
+    """Which split of Parquet to take, such as train, where there are several."""
     check: Literal["full", "header"] = "full"
     """Decode every image whole, or read its header and end alone (several times faster, finds less)."""
     resize_short: int | None = None
@@ -57,7 +64,15 @@ def run(config: BuildConfig) -> Manifest:
     rules = Rules(config.check, config.resize_short, config.quality, config.format, config.max_pixels)
     tasks = partial(run_tasks, config.engine, workers=config.workers, address=config.address)
     planned = plan(
-        config.images, config.out, tasks, rules=rules, shard_samples=config.shard_samples, keep_order=config.keep_order
+        config.images,
+        config.out,
+        tasks,
+        rules=rules,
+        shard_samples=config.shard_samples,
+        keep_order=config.keep_order,
+        image=config.image,
+        label=config.label,
+        split=config.split,
     )
     left_out = 0
     with progress("building", planned.images, "images") as bar:

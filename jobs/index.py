@@ -27,6 +27,8 @@ class IndexConfig:
     """Tag of these images in manifests, logs and reports."""
     classes: Path | None = None
     """Text file with the name of a class in each line, in the order of the labels in the .cls files."""
+    image: str | None = None
+    """Which file of a sample (its extension, jpg or seg.png) is the image, where several could be."""
     check: Literal["full", "header"] = "full"
     """Decode every image whole, or read its header and end alone (several times faster, finds less)."""
     max_pixels: int = 100_000_000
@@ -57,6 +59,7 @@ def run(config: IndexConfig) -> Manifest:
             partial(run_tasks, "local", workers=config.workers),
             rules=Rules(check=config.check, max_pixels=config.max_pixels),
             classes=classes,
+            image=config.image,
             overwrite=config.overwrite,
             on_shard=on_shard,
         )

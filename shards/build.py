@@ -10,7 +10,8 @@ import numpy as np
 from shards.errors import InputError
 from shards.images import BadImageError, Rules, prepare
 from shards.manifest import MANIFEST_NAME, Manifest
-from shards.sources import Part, Record, Runner, open_source
+from shards.sources.base import Options, Part, Record, Runner
+from shards.sources.kinds import open_source
 from shards.writer import (
     Rejected,
     Sample,
@@ -104,26 +105,37 @@ def plan(
     rules: Rules | None = None,
     shard_samples: int = 1000,
     keep_order: bool = False,
+    image: str | None = None,
+    label: str | None = None,
+    split: str | None = None,
 ) -> Plan:
     """Lists a source.
 
     Args:
-        address: KIND:PATH, see `shards.sources`.
+        address: KIND:PATH, see `shards.sources.kinds`.
         out: folder for the shards.
         run: `run_tasks` of an engine.
         rules: how images are checked and written.
         shard_samples: images per shard.
         keep_order: the files of a folder in the order of their names rather than spread.
+        image, label, split: which column or extension is the image, which column the label, and which split to take.
 
     Raises:
         InputError: wrong source or settings.
     """
     rules = rules or Rules()
     check_settings(rules, shard_samples)
-    listed = open_source(address, shard_samples, run, keep_order)
+    listed = open_source(address, Options(shard_samples, keep_order, image, label, split), run)
     starts = np.cumsum([0, *map(len, listed.parts)]).tolist()
     tasks = [Task(str(out.resolve()), i, starts[i], part, rules, shard_samples) for i, part in enumerate(listed.parts)]
-    provenance = {"images": address, **asdict(rules), "shard_samples": shard_samples, "keep_order": keep_order}
+    chosen = {name: value for name, value in (("image", image), ("label", label), ("split", split)) if value}
+    provenance = {
+        "images": address,
+        **asdict(rules),
+        "shard_samples": shard_samples,
+        "keep_order": keep_order,
+        **chosen,
+    }
     return Plan(out, tuple(tasks), listed.classes, provenance)
 
 

@@ -10,7 +10,8 @@ from typing import Any, BinaryIO
 from shards.errors import InputError
 from shards.images import BadImageError, Rules, prepare
 from shards.manifest import MANIFEST_NAME, Manifest, open_manifest
-from shards.sources import Group, Runner, groups, image_member, tar_record
+from shards.sources.base import Runner
+from shards.sources.tars import Group, groups, image_member, tar_record
 from shards.writer import (
     Rejected,
     Row,
@@ -23,6 +24,8 @@ from shards.writer import (
     write_columns,
 )
 
+CONVERT = "`hardviews build tars:… --out …` does that"
+
 
 @dataclass(frozen=True)
 class IndexTask:
@@ -31,11 +34,13 @@ class IndexTask:
     folder: str
     name: str
     rules: Rules
+    image: str | None = None
+    """Extension of the images, where several files of a sample could be."""
 
     @property
     def settings(self) -> dict[str, Any]:
         """All that decides the column file's content, but for the tar."""
-        return {"in place": True, **asdict(self.rules)}
+        return {"in place": True, **asdict(self.rules), **({"image": self.image} if self.image else {})}
 
 
 def index_tar(task: IndexTask) -> ShardResult:
@@ -48,8 +53,9 @@ def index_tar(task: IndexTask) -> ShardResult:
     with path.open("rb") as headers, path.open("rb") as file:
         for group in groups(headers):
             if isinstance(group, Group):
-                members.append((group.key, group.members))
-            row = index_sample(task.name, group, file, task.rules)
+                stored = [one[:3] for one in group.members if not (one.problem or one.pieces)]
+                members += [(group.key, stored)] if stored else []
+            row = index_sample(task, group, file)
             if isinstance(row, Rejected):
                 rejected.append(row)
             else:
@@ -60,23 +66,24 @@ def index_tar(task: IndexTask) -> ShardResult:
     return write_columns(folder, task.name, rows, rejected, task.settings, size, sha256, format_index(members))
 
 
-def index_sample(tar: str, group: Group | str, file: BinaryIO, rules: Rules) -> Row | Rejected:
+def index_sample(task: IndexTask, group: Group | str, file: BinaryIO) -> Row | Rejected:
     """The row of a sample whose image can be used as it stands, or the reason why it cannot."""
-    record = tar_record(tar, group, file)
+    record = tar_record(task.name, group, file, task.image)
     if isinstance(group, str):
         return Rejected("", record.name, record.problem)
-    place = image_member(group)
+    place = image_member(task.name, group, task.image)
     if place is None or record.problem:
         return Rejected(group.key, record.name, record.problem)
+    if place.pieces:
+        return Rejected(group.key, record.name, f"a sparse file, which has to be stored whole; {CONVERT}")
     try:
-        picture = prepare(record.content, rules)
+        picture = prepare(record.content, task.rules)
     except BadImageError as error:
         return Rejected(group.key, record.name, str(error))
     if not record.content.startswith(picture.content):
-        remedy = "`hardviews build tars:… --out …` does that"
-        return Rejected(group.key, record.name, f"has to be converted (rotation, colours or depth); {remedy}")
+        return Rejected(group.key, record.name, f"has to be converted (rotation, colours or depth); {CONVERT}")
     # Bytes after the image's end are left out of its size.
-    member = (place[0], place[1], len(picture.content))
+    member = (place.extension, place.offset, len(picture.content))
     return Row(group.key, (member,), picture.height, picture.width, record.label, zlib.crc32(picture.content))
 
 
@@ -87,6 +94,7 @@ def index(
     *,
     rules: Rules | None = None,
     classes: Sequence[str] = (),
+    image: str | None = None,
     overwrite: bool = False,
     on_shard: Callable[[ShardResult], None] = lambda result: None,
 ) -> Manifest:
@@ -98,10 +106,12 @@ def index(
         run: `run_tasks` of an engine.
         rules: how images are checked; nothing is encoded anew here.
         classes: names by label.
+        image: extension of the images, where several files of a sample could be.
         overwrite: index all tars anew.
 
     Raises:
-        InputError: no such folder, no tars, or a folder that `build` or `generate` wrote.
+        InputError: no such folder, no tars, a folder that `build` or `generate` wrote, or a sample
+            of which several files may be the image.
     """
     rules = rules or Rules()
     if not folder.is_dir():
@@ -112,7 +122,7 @@ def index(
     if (folder / MANIFEST_NAME).exists() and not overwrite and not indexed(folder):
         raise InputError(f"{folder}: its shards have a manifest from their making; pass --overwrite to replace it")
     with output_folder(folder):
-        tasks = [IndexTask(str(folder.resolve()), name, rules) for name in names]
+        tasks = [IndexTask(str(folder.resolve()), name, rules, image) for name in names]
         results, missing = ([], tasks) if overwrite else split_done(folder, tasks, overwrite)
         for result in results:
             on_shard(result)

@@ -9,7 +9,9 @@ from typing import Any
 
 from shards.files import fetcher, filesystem, join, local_path
 from shards.manifest import Columns, Manifest, ShardEntry, columns_name, index_name, open_manifest
-from shards.sources import Runner, parse_label, read_at
+from shards.sources.base import Runner
+from shards.sources.containers import read_at
+from shards.sources.tars import parse_label
 
 
 @dataclass(frozen=True)

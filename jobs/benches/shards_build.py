@@ -16,7 +16,8 @@ from jobs.benches.photographs import jpeg
 from shards.build import build, plan
 from shards.engines import run_tasks
 from shards.images import Rules, prepare
-from shards.sources import open_source
+from shards.sources.base import Options
+from shards.sources.kinds import open_source
 
 DISTINCT = 64  # photographs made; the folder's files repeat them, as making one takes as long as checking fifty
 CLASSES = 10
@@ -101,7 +102,7 @@ def run_ours(images: Path, check: Check, workers: int, out: Path) -> None:
 def run_plain(images: Path, check: Check, out: Path) -> None:
     """What people write: a loop over the files, each checked and handed to ShardWriter."""
     rules = Rules(check=check)
-    source = open_source(f"imagefolder:{images}", SHARD_SAMPLES, map, keep_order=True)
+    source = open_source(f"imagefolder:{images}", Options(SHARD_SAMPLES, keep_order=True), map)
     with ShardWriter(str(out / "shard-%06d.tar"), maxcount=SHARD_SAMPLES, verbose=0) as writer:
         numbered = (record for part in source.parts for record in part.records())
         for number, record in enumerate(numbered):

@@ -24,3 +24,11 @@ def store(root: Path, counts: list[int], first: int = 0, source: str = "real", s
         results.append(write_shard(root, shard_name(shard), samples, {}))
         first += count
     return finish(root, results, source=source, classes=["a", "b", "c"], provenance={})
+
+
+def labelled(manifest: Manifest, out: Path) -> dict[bytes, int]:
+    """Image → label, −1 without one, in the order of the data set that lies in `out`."""
+    columns = manifest.columns(np.arange(len(manifest)))
+    tars = [(out / name).read_bytes() for name in manifest.shards]
+    places = zip(columns.shard, columns.offset, columns.size, columns.label, strict=True)
+    return {tars[shard][offset : offset + size]: int(label) for shard, offset, size, label in places}

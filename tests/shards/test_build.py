@@ -23,7 +23,7 @@ from shards.engines import run_tasks
 from shards.errors import InputError
 from shards.images import Rules
 from shards.manifest import open_manifest
-from shards.sources import parse_label
+from shards.sources.tars import parse_label
 from shards.writer import Sample, finish, finished, output_folder, sample_key, shard_name, write_shard
 
 

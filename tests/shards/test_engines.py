@@ -6,7 +6,7 @@ import pytest
 
 from shards.engines import run_tasks
 from shards.errors import InputError
-from shards.sources import parse_label
+from shards.sources.tars import parse_label
 
 
 @pytest.mark.parametrize("workers", [1, 3])

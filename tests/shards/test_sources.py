@@ -5,16 +5,18 @@ import json
 from pathlib import Path
 
 import fsspec
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from image_folders import CLASSES, LOCAL, build_at, imagefolder, photo, tar_names, write_tar
 from object_store import Store, environment, object_store
+from stored_samples import labelled
 
 from shards.errors import InputError
-from shards.manifest import Manifest
-from shards.sources import Container, Record, fetch_many, open_source, steadily
+from shards.sources.base import Options, Record
+from shards.sources.containers import Container, steadily
+from shards.sources.folders import fetch_many
+from shards.sources.kinds import open_source
 from shards.writer import sample_key
 
 NAMES = {"tars": "part-{}.tar", "parquet": "part-{}.parquet"}
@@ -54,14 +56,6 @@ def sample(seed: int) -> list[tuple[str, bytes]]:
     return [("cls", b"%d\n" % (seed % 3)), ("jpg", photo(seed)), ("txt", b"a caption")]
 
 
-def images_of(manifest: Manifest, out: Path) -> dict[bytes, int]:
-    """Image → label, in the order of the data set."""
-    columns = manifest.columns(np.arange(len(manifest)))
-    tars = [(out / name).read_bytes() for name in manifest.shards]
-    places = zip(columns.shard, columns.offset, columns.size, columns.label, strict=True)
-    return {tars[shard][offset : offset + size]: int(label) for shard, offset, size, label in places}
-
-
 @pytest.mark.parametrize("where", ["local", "file", "memory"])
 def test_all_images_of_a_source_arrive(source: tuple[str, Path], tmp_path: Path, where: str) -> None:
     kind, root = source
@@ -70,7 +64,7 @@ def test_all_images_of_a_source_arrive(source: tuple[str, Path], tmp_path: Path,
         fsspec.filesystem("memory").put(str(root), f"/sources{root}", recursive=True)
     manifest = build_at(f"{kind}:{address}", tmp_path / "out", shard_samples=4)
     labels = {photo(seed): -1 if kind == "folder" else seed % 3 for seed in range(11)}
-    found = images_of(manifest, tmp_path / "out")
+    found = labelled(manifest, tmp_path / "out")
     assert found == labels
     assert manifest.counts.tolist() == [4, 4, 3]
     assert manifest.classes == {"tars": ("0", "1", "2"), "folder": ()}.get(kind, CLASSES)
@@ -118,7 +112,7 @@ def test_single_files_and_patterns(kind: str, tmp_path: Path) -> None:
         else:
             write_parquet(path, range(number, number + 1))
     one = build_at(f"{kind}:{tmp_path / NAMES[kind].format(1)}", tmp_path / "one")
-    assert list(images_of(one, tmp_path / "one")) == [photo(1)]
+    assert list(labelled(one, tmp_path / "one")) == [photo(1)]
     some = build_at(f"{kind}:{tmp_path / NAMES[kind].format('?')}", tmp_path / "some")
     assert len(some) == 3
 
@@ -127,7 +121,11 @@ def test_a_file_more_leaves_the_others_order(tmp_path: Path) -> None:
     images = imagefolder(tmp_path / "images", 9)
 
     def order() -> list[str]:
-        return [record.name for part in open_source(f"folder:{images}", 4, LOCAL).parts for record in part.records()]
+        return [
+            record.name
+            for part in open_source(f"folder:{images}", Options(4), LOCAL).parts
+            for record in part.records()
+        ]
 
     before = order()
     (images / "bee" / "new.jpg").write_bytes(photo(77))
@@ -172,7 +170,7 @@ def test_odd_tars(tmp_path: Path) -> None:
     (tmp_path / "c.tar").write_bytes(whole[:512] + b"\xff" * 3000)
     out = tmp_path / "out"
     manifest = build_at(f"tars:{tmp_path}", out)
-    assert list(images_of(manifest, out)) == [photo(seed) for seed in (0, 1, 2, 4, 5)]
+    assert list(labelled(manifest, out)) == [photo(seed) for seed in (0, 1, 2, 4, 5)]
     assert manifest.unlabelled == 5
     names = tar_names(out / manifest.shards[0])
     assert names[:2] == ["000000000-outside.jpg", "000000001-absolute.jpg"]
@@ -189,7 +187,7 @@ def test_odd_parquet(tmp_path: Path) -> None:
     rows = [{"bytes": photo(0), "path": None}, {"bytes": None, "path": "/etc/passwd"}, None]
     pq.write_table(pa.table({"img": pa.array(rows, struct)}), tmp_path / "a.parquet")
     manifest = build_at(f"parquet:{tmp_path}", tmp_path / "out")
-    assert list(images_of(manifest, tmp_path / "out").items()) == [(photo(0), -1)]
+    assert list(labelled(manifest, tmp_path / "out").items()) == [(photo(0), -1)]
     assert manifest.provenance["quarantined"] == 2
 
 
@@ -197,7 +195,7 @@ def test_plain_binary_column(tmp_path: Path) -> None:
     table = pa.table({"name": ["a"], "jpeg": pa.array([photo(0)], pa.binary()), "label": [2]})
     pq.write_table(table, tmp_path / "a.parquet")
     manifest = build_at(f"parquet:{tmp_path}", tmp_path / "out")
-    assert images_of(manifest, tmp_path / "out") == {photo(0): 2}
+    assert labelled(manifest, tmp_path / "out") == {photo(0): 2}
 
 
 @pytest.mark.parametrize(
@@ -225,7 +223,7 @@ def test_wrong_addresses(tmp_path: Path, address: str, message: str) -> None:
     (tmp_path / "text" / "a.parquet").write_bytes(b"text")
     pq.write_table(pa.table({"id": [1]}), tmp_path / "numbers" / "a.parquet")
     with pytest.raises(InputError, match=message):
-        open_source(address.format(tmp_path), 10, LOCAL)
+        open_source(address.format(tmp_path), Options(10), LOCAL)
 
 
 class Flaky:

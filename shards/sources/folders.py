@@ -1,0 +1,182 @@
+"""Folders of image files."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fsspec import AbstractFileSystem
+
+from shards.errors import InputError
+from shards.files import filesystem, join, local_path
+from shards.retry import retry
+from shards.sources.base import READ_AHEAD, Options, Record, Runner, Source, cut_short, digest
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """Files under a root."""
+
+    root: str
+    files: tuple[tuple[str, int, int], ...]
+    """Name relative to the root, size in bytes, label."""
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def fingerprint(self) -> str:
+        return digest(self.files)
+
+    def records(self) -> Iterator[Record]:
+        folder = local_path(self.root)
+        if folder is None:
+            system, base = filesystem(self.root)
+            yield from self._fetched(system, base)
+            return
+        for name, _, label in self.files:
+            try:
+                yield Record(name, label, (folder / name).read_bytes())
+            except OSError as error:
+                yield Record(name, label, b"", f"cannot be read: {error.strerror}")
+
+    def _fetched(self, system: AbstractFileSystem, base: str) -> Iterator[Record]:
+        for start in range(0, len(self.files), READ_AHEAD):
+            files = self.files[start : start + READ_AHEAD]
+            paths = [join(base, name) for name, _, _ in files]
+            found = fetch_many(system, {path: size for path, (_, size, _) in zip(paths, files, strict=True)})
+            for path, (name, _, label) in zip(paths, files, strict=True):
+                content = found[path]
+                problem = "" if content is not None else "gone since the source was listed"
+                yield Record(name, label, content or b"", problem)
+
+
+def fetch_many(system: AbstractFileSystem, sizes: Mapping[str, int]) -> dict[str, bytes | None]:
+    """Contents of remote files, None for those that are not there; what fails otherwise is tried again.
+
+    Args:
+        sizes: bytes of each file, by path.
+
+    Raises:
+        Exception: of a file that fails every time: the connection is at fault then, not the image.
+    """
+    found: dict[str, bytes | None] = {}
+
+    def fetch_missing() -> None:
+        missing = [path for path in sizes if path not in found]
+        # A list of two at least: for a single path fsspec returns bare bytes.
+        answers: Any = system.cat([*missing, missing[0]][: max(2, len(missing))], on_error="return")
+        for path in missing:
+            answer = answers[path]
+            if isinstance(answer, FileNotFoundError):
+                found[path] = None
+            elif not isinstance(answer, Exception) and len(answer) == sizes[path]:
+                found[path] = bytes(answer)
+        failed = [path for path in missing if path not in found]
+        if failed:
+            answer = answers[failed[0]]
+            raise answer if isinstance(answer, Exception) else cut_short(failed[0], len(answer), sizes[failed[0]])
+
+    retry(fetch_missing)
+    return found
+
+
+def open_imagefolder(path: str, options: Options, run: Runner) -> Source:
+    """A folder per class. Files beside the class folders have no label."""
+    folders, files = listing(path)
+    classes = tuple(sorted({folder.split("/", 1)[0] for folder in folders}))
+    if not classes:
+        raise InputError(
+            f"imagefolder:{path}: there are no class folders in it; pass folder:{path} for images without classes"
+        )
+    numbers = {name: number for number, name in enumerate(classes)}
+    labelled = [(name, size, numbers[name.split("/", 1)[0]] if "/" in name else -1) for name, size in files]
+    return Source(classes, file_parts(f"imagefolder:{path}", path, labelled, options))
+
+
+def open_folder(path: str, options: Options, run: Runner) -> Source:
+    """All files of a folder, without labels."""
+    _, files = listing(path)
+    unlabelled = [(name, size, -1) for name, size in files]
+    return Source((), file_parts(f"folder:{path}", path, unlabelled, options))
+
+
+def file_parts(address: str, root: str, files: list[tuple[str, int, int]], options: Options) -> tuple[FilePart, ...]:
+    """The files in order, cut into parts."""
+    if not files:
+        raise InputError(f"{address}: there are no files in it; name a folder that holds images")
+    # The order of a hash, not a shuffle: it depends on names alone, and a file more leaves the others' order as it is.
+    files.sort(
+        key=lambda file: (
+            file[0] if options.keep_order else hashlib.blake2b(file[0].encode(), digest_size=16).hexdigest()
+        )
+    )
+    size = options.part_size
+    return tuple(FilePart(root, tuple(files[i : i + size])) for i in range(0, len(files), size))
+
+
+def listing(path: str) -> tuple[list[str], list[tuple[str, int]]]:
+    """Folders, and files with their sizes in bytes, below a path: names relative to it, hidden ones left out.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    folder = local_path(path)
+    if folder is None:
+        return remote_listing(path)
+    if not folder.is_dir():
+        raise InputError(f"{path}: there is no such folder; name an existing one")
+    folders: list[str] = []
+    files: list[tuple[str, int]] = []
+    walk(folder, "", {identity(folder.stat())}, folders, files)
+    return folders, files
+
+
+def walk(
+    root: Path, prefix: str, above: set[tuple[int, int]], folders: list[str], files: list[tuple[str, int]]
+) -> None:
+    """Collects what is below `root / prefix`; links are followed, but for those to a folder they lie in (`above`)."""
+    try:
+        entries = list(os.scandir(root / prefix))
+    except OSError as error:
+        raise InputError(f"{root / prefix}: cannot be listed ({error.strerror}); check its rights") from error
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        name = prefix + entry.name
+        try:
+            status = entry.stat()
+        except OSError:
+            files.append((name, 0))  # a dangling link: reading it gives the reason
+            continue
+        if not entry.is_dir():
+            files.append((name, status.st_size))
+        elif identity(status) not in above:
+            folders.append(name)
+            walk(root, f"{name}/", above | {identity(status)}, folders, files)
+
+
+def identity(status: os.stat_result) -> tuple[int, int]:
+    """What makes a folder the same whatever links lead to it."""
+    return status.st_dev, status.st_ino
+
+
+def remote_listing(address: str) -> tuple[list[str], list[tuple[str, int]]]:
+    """As `listing`, behind an fsspec address."""
+    system, base = filesystem(address)
+    found: Any = retry(lambda: system.find(base, withdirs=True, detail=True))
+    folders: set[str] = set()
+    files: list[tuple[str, int]] = []
+    for path, info in found.items():
+        name = path.removeprefix(base).strip("/")
+        if not name or any(part.startswith(".") for part in name.split("/")):
+            continue
+        if info["type"] == "directory":
+            folders.add(name)
+        else:
+            files.append((name, int(info["size"] or 0)))
+            folders |= {name.rsplit("/", 1)[0]} if "/" in name else set()
+    if not files and not folders:
+        raise InputError(f"{address}: there is nothing there; name an existing folder")
+    return sorted(folders), files

@@ -1,0 +1,49 @@
+"""Where images come from. A source lists what it holds in a fixed order, cut into parts, one for each output shard.
+
+    imagefolder:PATH    a folder per class; all files below it, whatever they are called
+    folder:PATH         a folder of images without classes
+    tars:PATH           WebDataset tars: a folder, one tar, or a pattern with * (also `webdataset:`)
+    parquet:PATH        Parquet as Hugging Face datasets writes it: `image` (bytes, path) and `label`; labels may be
+                        numbers, class names, or text, and each file may have its own columns and order of classes
+
+PATH may be an fsspec address (`s3://bucket/images`). Files of folders are spread over the shards in the order of a hash
+of their names, so that every shard holds all classes; tars and Parquet are read in their own order. What a source does
+not know how to read becomes a record with a problem, never an exception.
+"""
+
+from collections.abc import Callable
+
+from shards.errors import InputError
+from shards.sources.base import Options, Runner, Source
+from shards.sources.folders import open_folder, open_imagefolder
+from shards.sources.parquet import open_parquet
+from shards.sources.tars import open_tars
+
+
+def open_source(address: str, options: Options, run: Runner) -> Source:
+    """Lists a source.
+
+    Args:
+        address: KIND:PATH, see above.
+        run: runs a function over tasks, for counting what large files hold.
+
+    Raises:
+        InputError: unknown kind, an option that it does not have, nothing there, or nothing in it.
+    """
+    kind, _, path = address.partition(":")
+    if kind not in SOURCES or not path:
+        raise InputError(f"{address!r}: a source is KIND:PATH, and the kinds are {', '.join(SOURCES)}")
+    for option in ("image", "label", "split"):
+        if getattr(options, option) is not None and option not in CHOICES.get(kind, ()):
+            raise InputError(f"--{option}: {kind}: has no choice of it; leave it out")
+    return SOURCES[kind](path, options, run)
+
+
+CHOICES = {"tars": ("image",), "webdataset": ("image",), "parquet": ("image", "label", "split")}
+SOURCES: dict[str, Callable[[str, Options, Runner], Source]] = {
+    "imagefolder": open_imagefolder,
+    "folder": open_folder,
+    "tars": open_tars,
+    "webdataset": open_tars,
+    "parquet": open_parquet,
+}

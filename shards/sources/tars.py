@@ -1,0 +1,271 @@
+"""WebDataset tars."""
+
+import posixpath
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from shards.errors import InputError
+from shards.retry import retry
+from shards.sources.base import IMAGE_EXTENSIONS, Options, Record, Runner, Source
+from shards.sources.containers import Container, container_parts, containers_at, opened, read_at
+
+LONGEST_CHAIN = 40  # links that lead to links
+LARGEST_SPARSE = 1 << 30  # bytes of a member with holes, whose header may claim any size
+LOOK_AHEAD = 1 << 20  # bytes read at a time where zeros are skipped
+
+
+@dataclass(frozen=True)
+class Tar(Container):
+    """A tar, and which members of its samples are the images."""
+
+    image: str | None = None
+    """Extension of the images; None for the only one that fits."""
+
+    @property
+    def identity(self) -> list[Any]:
+        return [self.name, self.size, *([self.image] if self.image else [])]
+
+
+def open_tars(path: str, options: Options, run: Runner) -> Source:
+    """WebDataset tars; the label is that of the `.cls` file."""
+    address = f"tars:{path}"
+    found = containers_at(address, path, ".tar")
+    tars = [Tar(one.root, one.name, one.size, options.image) for one in found]
+    return Source((), container_parts(address, tars, dict(run(count_tar, tars)), read_tar, options.part_size))
+
+
+class Member(NamedTuple):
+    """A file of a sample and where its bytes lie in the tar."""
+
+    extension: str
+    offset: int
+    size: int
+    """Bytes, holes included."""
+    pieces: tuple[tuple[int, int], ...] = ()
+    """Of a sparse file: place in the file and bytes of each stretch that is stored; zeros lie between them."""
+    problem: str = ""
+    """Why it has no bytes."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Members of a tar that are one sample."""
+
+    key: str
+    members: tuple[Member, ...]
+
+
+def groups(file: Any) -> Iterator[Group | str]:
+    """Samples of a tar as WebDataset groups them: neighbours whose names agree up to the first dot.
+
+    Where that would join several images whose names are numbered behind that dot (`photo.0001.jpg`), each is a sample.
+    A second member of the same name begins a new sample. Links to files of the tar stand for those. Tars that were
+    joined by appending are read to the last one. Yields an error message at last where the tar ends too early or its
+    headers are damaged. Nothing is extracted.
+    """
+    key, members, problem = "", [], ""
+    names: dict[str, Member | str] | None = None
+    for info in headers(file):
+        if isinstance(info, str):
+            problem = info
+            break
+        name, extension = split_name(info.name)
+        if not name or not (info.isreg() or info.islnk() or info.issym()):
+            continue
+        if members and (name != key or any(extension == member.extension for member in members)):
+            yield from samples(key, members)
+            members = []
+        key = name
+        if info.isreg():
+            members.append(member_of(info, extension))
+        else:
+            if names is None:
+                whole = (one for one in headers(file) if not isinstance(one, str))
+                names = {posixpath.normpath(one.name): place_of(one) for one in whole}
+            members.append(linked(info, names)._replace(extension=extension))
+    if members:
+        yield from samples(key, members)
+    if problem:
+        yield problem
+
+
+def headers(file: Any) -> Iterator[tarfile.TarInfo | str]:
+    """All headers of a tar, or of several that were joined, and at last what is wrong with it, if anything is."""
+    start = 0
+    while start >= 0:
+        file.seek(start)
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for info in tar:
+                    yield info
+                    # tarfile keeps every header it has seen, and grows with the tar
+                    tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
+                end = tar.offset
+        except (tarfile.TarError, EOFError) as error:
+            yield f"the tar is damaged here: {error}"
+            return
+        # tarfile takes a damaged header for the end.
+        if any(read_at(file, end, tarfile.BLOCKSIZE)):
+            yield "the tar is damaged here: no header and no end mark"
+            return
+        start = after_zeros(file, end)
+
+
+def after_zeros(file: Any, offset: int) -> int:
+    """The offset of the first block from `offset` on that is not all zeros, −1 where there is none."""
+    while block := read_at(file, offset, LOOK_AHEAD):
+        found = len(block) - len(block.lstrip(b"\0"))
+        if found < len(block):
+            return offset + found - found % tarfile.BLOCKSIZE
+        offset += len(block)
+    return -1
+
+
+def member_of(info: tarfile.TarInfo, extension: str) -> Member:
+    """The place of a regular file."""
+    pieces = tuple(getattr(info, "sparse", None) or ())
+    if info.issparse() and info.size > LARGEST_SPARSE:
+        return Member(extension, 0, 0, problem=f"a sparse file of {info.size} bytes")
+    # A sparse file that is all holes stores one stretch of no bytes.
+    return Member(extension, info.offset_data, info.size, pieces or ((0, 0),) if info.issparse() else ())
+
+
+def place_of(info: tarfile.TarInfo) -> Member | str:
+    """What a name of the tar stands for: a file, or for a link the name that it means; no file at all has a problem."""
+    if info.issym():
+        return posixpath.normpath(posixpath.join(posixpath.dirname(info.name), info.linkname))
+    if info.islnk():
+        return info.linkname
+    return member_of(info, "") if info.isreg() else Member("", 0, 0, problem="not a file")
+
+
+def linked(info: tarfile.TarInfo, names: dict[str, Member | str]) -> Member:
+    """The file of the tar that a link means, through other links if need be."""
+    place = place_of(info)
+    for _ in range(LONGEST_CHAIN):
+        if isinstance(place, Member):
+            break
+        place = names.get(posixpath.normpath(place), Member("", 0, 0, problem="not there"))
+    if isinstance(place, str) or place.problem:
+        return Member("", 0, 0, problem=f"a link to {info.linkname}, which is no file of this tar")
+    return place
+
+
+def samples(key: str, members: list[Member]) -> Iterator[Group]:
+    """Neighbours that agree up to the first dot, as one sample, or one for each of several numbered images."""
+    stems = {image.extension.rpartition(".")[0] for image in members if is_image(image.extension)}
+    if len(stems) < 2 or not all(any(sign.isdigit() for sign in stem) for stem in stems):
+        yield Group(key, tuple(members))
+        return
+    shared = [member for member in members if "." not in member.extension]
+    for stem in dict.fromkeys(member.extension.rpartition(".")[0] for member in members if "." in member.extension):
+        own = [
+            member._replace(extension=member.extension.rpartition(".")[2])
+            for member in members
+            if member.extension.rpartition(".")[0] == stem
+        ]
+        yield Group(f"{key}.{stem}", (*own, *shared))
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Member name → key and extension; the key is empty for hidden files and those without extension."""
+    folder, slash, file = name.rpartition("/")
+    stem, _, extension = file.partition(".")
+    return (f"{folder}{slash}{stem}", extension) if stem and extension else ("", "")
+
+
+def is_image(extension: str) -> bool:
+    """Whether files of this extension, which may have dots, are images."""
+    return extension.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+
+
+def count_tar(tar: Tar) -> tuple[Tar, int]:
+    """The tar and its samples; damage counts as one, so that it is named.
+
+    Raises:
+        InputError: a sample has several images that fit alike.
+    """
+
+    def count() -> int:
+        number = 0
+        with opened(tar) as file:
+            for group in groups(file):
+                number += 1
+                if isinstance(group, Group):
+                    image_member(tar.address, group, tar.image)
+        return number
+
+    return tar, retry(count)
+
+
+def read_tar(container: Tar, start: int, stop: int) -> Iterator[Record]:
+    """Records of the samples from `start` up to `stop`."""
+    with opened(container) as listed, opened(container) as file:
+        for number, group in enumerate(groups(listed)):
+            if number >= stop:
+                break
+            if number >= start:
+                yield tar_record(container.name, group, file, container.image)
+
+
+def tar_record(tar: str, group: Group | str, file: Any, wanted: str | None) -> Record:
+    """One sample of the tar that is open as `file`."""
+    if isinstance(group, str):
+        return Record(tar, -1, b"", group)
+    name = f"{tar}/{group.key}"
+    image = image_member(tar, group, wanted)
+    if image is None:
+        kinds = ", ".join(member.extension for member in group.members)
+        return Record(name, -1, b"", f"no {wanted or 'image'} among its files ({kinds})")
+    if image.problem:
+        return Record(f"{name}.{image.extension}", -1, b"", image.problem)
+    content = content_of(image, file)
+    if len(content) < image.size:
+        return Record(name, -1, b"", "the tar ends inside this image")
+    return Record(name, label_of(group, file), content)
+
+
+def image_member(tar: str, group: Group, wanted: str | None) -> Member | None:
+    """The image of a sample: the wanted one, else the only one with a bare extension (`jpg` beside `seg.png`), else the
+    only one.
+
+    Raises:
+        InputError: several fit alike.
+    """
+    if wanted is not None:
+        return next((member for member in group.members if member.extension.lower() == wanted.lower()), None)
+    images = [member for member in group.members if is_image(member.extension)]
+    fitting = [member for member in images if "." not in member.extension] or images
+    if len(fitting) > 1:
+        kinds = ", ".join(member.extension for member in fitting)
+        raise InputError(f"{tar}: several files of {group.key} may be the image ({kinds}); choose one with --image")
+    return fitting[0] if fitting else None
+
+
+def content_of(member: Member, file: Any) -> bytes:
+    """The bytes of a member; fewer than its size where the tar ends too early."""
+    if not member.pieces:
+        return read_at(file, member.offset, member.size)
+    content = bytearray(member.size)
+    offset = member.offset
+    for place, size in member.pieces:
+        piece = read_at(file, offset, size)
+        if len(piece) < size or place + size > member.size:
+            return b""
+        content[place : place + size] = piece
+        offset += size
+    return bytes(content)
+
+
+def label_of(group: Group, file: Any) -> int:
+    """The class index in the `.cls` file, −1 where there is none or it is no number."""
+    member = next((member for member in group.members if member.extension == "cls" and not member.problem), None)
+    return parse_label(content_of(member, file)) if member else -1
+
+
+def parse_label(text: bytes) -> int:
+    """Content of a `.cls` file → class index, −1 where it is no number."""
+    text = text.strip()
+    return int(text) if text.isdigit() and len(text) < 10 else -1
