@@ -182,6 +182,12 @@ def ibot(size: int) -> Policy:
     return multi_crop(size, split=(0.05, 0.25, 1.0), local_views=10)
 
 
+def small(size: int) -> Policy:
+    """For images of about 32 pixels: SimCLR's for CIFAR-10 (Chen et al. 2020, appendix B.9), jitter at half
+    strength, no blur, which takes away what so few pixels show; with crops from 0.2."""
+    return Policy((ViewGroup((ViewPolicy(saturation=0.4),), 2, size),))
+
+
 def multi_crop(size: int, split: tuple[float, float, float], local_views: int) -> Policy:
     """Global views of the areas split[1]–split[2] at `size`, local ones of split[0]–split[1] at 3/7 of it."""
     views = tuple(replace(view, scale=split[1:]) for view in (BLURRED, SOLARIZED))
@@ -196,6 +202,7 @@ POLICIES: dict[str, Callable[[int], Policy]] = {
     "moco_v3": moco_v3,
     "dino": dino,
     "ibot": ibot,
+    "small": small,
 }
 
 

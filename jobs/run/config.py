@@ -58,12 +58,16 @@ class DataConfig:
                 raise InputError(f"data.{name}: {getattr(self, name)} must be at least 1")
 
 
+# Fields that ViewsConfig and ViewPolicy have in common.
+SHARED = ("ratio", "flip", "brightness", "contrast", "saturation", "hue", "gray", "blur", "blur_sigma", "solarize")
+
+
 @dataclass(frozen=True)
 class ViewsConfig:
     """How views are drawn."""
 
     policy: str = "byol"
-    """Augmentation policy by name: byol, moco_v2, simclr, moco_v3, dino, ibot."""
+    """Augmentation policy by name: byol, moco_v2, simclr, moco_v3, dino, ibot; small, for images of about 32 pixels."""
     local_views: int | None = None
     """Local crops per image of a multi-crop policy; None = the policy's own number."""
     local_size: int | None = None
@@ -72,6 +76,28 @@ class ViewsConfig:
     """Crop area (share of the image) of the views that pairs are chosen from; None = the policy's own."""
     jitter: float = 1.0
     """Factor on the policy's four colour jitter strengths; 1 = as published."""
+    ratio: tuple[float, float] | None = None
+    """Range of the crops' width over height; None = the policy's own, here and below, for all views of an image."""
+    flip: float | None = None
+    """Probability of a mirror image (0 to 1)."""
+    jitter_probability: float | None = None
+    """Probability of colour jitter (0 to 1)."""
+    brightness: float | None = None
+    """Strength of the jitter's brightness b, factors from 1 − b to 1 + b; `jitter` leaves what is given here alone."""
+    contrast: float | None = None
+    """Strength of the jitter's contrast, likewise."""
+    saturation: float | None = None
+    """Strength of the jitter's saturation, likewise."""
+    hue: float | None = None
+    """Strength of the jitter's hue, turns of the colour circle (0 to 0.5)."""
+    gray: float | None = None
+    """Probability of grayscale (0 to 1)."""
+    blur: float | None = None
+    """Probability of Gaussian blur (0 to 1)."""
+    blur_sigma: tuple[float, float] | None = None
+    """Range of the blur's sigma (pixels of the view)."""
+    solarize: float | None = None
+    """Probability of solarization (0 to 1)."""
     colour: Literal["fused", "exact"] = "fused"
     """Colour operations: fused into few passes, or one by one by Kornia."""
     iou: IouScript = field(default_factory=IouScript)
@@ -88,6 +114,9 @@ class ViewsConfig:
             raise InputError(f"views.crop_scale: {self.crop_scale} is out of range; give 0 < least ≤ greatest ≤ 1")
         if self.jitter < 0:
             raise InputError(f"views.jitter: {self.jitter} must be 0 or above")
+        if self.jitter_probability is not None and not 0 <= self.jitter_probability <= 1:
+            raise InputError(f"views.jitter_probability: {self.jitter_probability} must lie between 0 and 1")
+        ViewPolicy(**{name: value for name, value in self.given().items() if name != "jitter"})
 
     def build(self, size: int, views: int) -> Policy:
         """The policy with `views` views of `size` pixels that compete, and its local views.
@@ -105,8 +134,16 @@ class ViewsConfig:
             first = replace(first, views=tuple(replace(view, scale=self.crop_scale) for view in first.views))
         local = tuple(replace(group, size=self.local_size or group.size) for group in policy.groups[1:])
         groups = (first, *local)
-        groups = tuple(replace(g, views=tuple(_jittered(view, self.jitter) for view in g.views)) for g in groups)
+        groups = tuple(replace(g, views=tuple(self._changed(view) for view in g.views)) for g in groups)
         return replace(policy, groups=groups, iou=self.iou)
+
+    def given(self) -> dict[str, Any]:
+        """The fields of `ViewPolicy` that are set here for all views, by their names there."""
+        values = {name: getattr(self, name) for name in SHARED} | {"jitter": self.jitter_probability}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def _changed(self, view: ViewPolicy) -> ViewPolicy:
+        return replace(_jittered(view, self.jitter), **self.given())
 
 
 def _jittered(view: ViewPolicy, factor: float) -> ViewPolicy:

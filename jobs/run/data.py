@@ -12,13 +12,15 @@ from jobs.run.config import DataConfig, PretrainConfig
 from jobs.run.world import World
 from models.objectives import Length, MoBYConfig, MoCoV3Config, SimCLRConfig
 from pipelines.batch import Recipe, Selection
-from pipelines.policies import Policy
+from pipelines.policies import Policy, build_policy
 from pipelines.stream import ViewStream
 from shards.cache import ShardCache
 from shards.errors import InputError
 from shards.manifest import Manifest, open_manifest
 from shards.order import SampleOrder
 from shards.reader import SampleError, SampleReader
+
+PUBLISHED_SIZE = 224  # pixels a side of the views that the papers' blur is for
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,22 @@ def check_crops(config: PretrainConfig, backbone: nn.Module) -> None:
     for field, size in trained + scored:
         if size % patch:
             raise InputError(f"{field}: crops of {size} pixels are not tiled by patches of {patch}; take a multiple")
+
+
+def strong_blur(config: PretrainConfig) -> str | None:
+    """What to say of a blur that takes away more of a view than its policy's own does from views of 224 pixels."""
+    drawn = run_policy(config).groups
+    for group, published in zip(drawn, build_policy(config.views.policy, PUBLISHED_SIZE).groups, strict=True):
+        share = group.size / published.size
+        least, greatest = (max(view.blur_sigma[end] for view in published.views) * share for end in (0, 1))
+        blurs = [view.blur_sigma[1] for view in group.views if view.blur]
+        if blurs and max(blurs) > 1.01 * greatest:  # the remedy is rounded
+            return (
+                f"views.blur_sigma: up to {max(blurs):g} pixels in views of {group.size} is "
+                f"{max(blurs) / greatest:.1f} times the blur that {config.views.policy} means, in proportion; "
+                f"give --views.blur-sigma {least:.3g} {greatest:.3g}, or --views.blur 0 for none"
+            )
+    return None
 
 
 def check_labels(config: PretrainConfig, data: Data) -> None:

@@ -31,7 +31,6 @@ RESNET_50 = BackboneConfig("resnet50")
 VIT_S_FIXED = BackboneConfig("vit_small_patch16_224", heads=12, fixed_patch=True, sincos=True, init="moco_v3")
 VIT_S = BackboneConfig("vit_small_patch16_224", drop_path=0.1)
 # For 32×32 images, of which 0.08 would be 9×9 pixels.
-LARGE_CROPS = (0.2, 1.0)
 # For 32×32 images: 16 tokens, 0.8 M parameters.
 VIT_TINY_32 = BackboneConfig("vit_tiny_patch16_224", 32, patch_size=8, width=128, depth=4, heads=4, pool="avg")
 
@@ -183,12 +182,12 @@ def hard(config: PretrainConfig) -> PretrainConfig:
 
 
 def small(config: PretrainConfig) -> PretrainConfig:
-    """The same at a size that a CPU trains in minutes: narrower heads, a shorter queue, fewer epochs, of which the
-    warm-up is a tenth, however many."""
+    """The same at a size that a CPU trains in minutes: narrower heads, a shorter queue, views that suit images of 32
+    pixels, fewer epochs, of which the warm-up is a tenth, however many."""
     assert isinstance(config.objective, MoBYConfig)
     objective = replace(config.objective, hidden=512, width=128, queue=1024, momentum=0.95)
     optimizer = replace(config.optimizer, lr=2e-3, lr_batch=128, warmup_share=0.1)
-    views = replace(config.views, crop_scale=LARGE_CROPS)
+    views = ViewsConfig("small")
     return replace(config, objective=objective, optimizer=optimizer, views=views, epochs=20, batch=128)
 
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from jobs.run import checkpoint
+from jobs.run.command import warn
 from jobs.run.config import PretrainConfig, save_config, to_plain
-from jobs.run.data import Data, check_crops, check_labels, open_data, open_stream, run_length, run_policy
+from jobs.run.data import Data, check_crops, check_labels, open_data, open_stream, run_length, run_policy, strong_blur
 from jobs.run.folder import RunFolder, keep_lines
 from jobs.run.health import FiniteGuard
 from jobs.run.log import AugmentationLog, truncate_log
@@ -104,6 +105,8 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
     if world.leads:
         if saved is None:
             folder.clear()
+            if advice := strong_blur(config):
+                warn(advice)
         save_config(config, folder.config)
         keep_lines(folder.quarantine, step - 1)
         keep_lines(folder.curves, step)

@@ -68,6 +68,17 @@ def test_layers_show_their_gradients_before_clipping(tiny: PretrainConfig, tmp_p
     assert np.linalg.norm(layers, axis=1) == pytest.approx(whole, rel=1e-3)
 
 
+def test_a_blur_too_strong_for_its_views_is_told_once(
+    tiny: PretrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    pretrain(replace(tiny, steps=2), run)
+    assert capsys.readouterr().err.count("views.blur_sigma: up to 2 pixels in views of 16") == 1
+    pretrain(tiny, run, resume=True)
+    pretrain(replace(tiny, steps=2, views=ViewsConfig("small")), tmp_path / "small")
+    assert "views.blur_sigma" not in capsys.readouterr().err
+
+
 def poison(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
     """Makes MoBY's loss NaN at the steps that `bad` names."""
     loss = MoBY.loss
@@ -197,9 +208,33 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["synby-vit-tiny", "--run", "R", "--data.real", "S", "--views.crop-scale", "0.9", "0.2"],
         "views.crop_scale: (0.9, 0.2) is out of range; give 0 < least ≤ greatest ≤ 1",
     ),
+    "flip": (
+        ["synby-vit-tiny", "--run", "R", "--data.real", "S", "--views.flip", "1.5"],
+        "views.flip: 1.5 is out of range; a probability is between 0 and 1",
+    ),
+    "jitter probability": (
+        ["synby-vit-tiny", "--run", "R", "--data.real", "S", "--views.jitter-probability", "-1"],
+        "views.jitter_probability: -1.0 must lie between 0 and 1",
+    ),
+    "hue": (
+        ["synby-vit-tiny", "--run", "R", "--data.real", "S", "--views.hue", "0.6"],
+        "views.hue: 0.6 is out of range; give a shift between 0 and 0.5 turns",
+    ),
+    "saturation": (
+        ["synby-vit-tiny", "--run", "R", "--data.real", "S", "--views.saturation", "-1"],
+        "views.saturation: -1.0 is out of range; give a strength of 0 or more",
+    ),
+    "sigma": (
+        ["synby-vit-tiny", "--run", "R", "--data.real", "S", "--views.blur-sigma", "2", "1"],
+        "views.blur_sigma: (2.0, 1.0) is out of range; give 0 < least ≤ greatest",
+    ),
+    "ratio": (
+        ["synby-vit-tiny", "--run", "R", "--data.real", "S", "--views.ratio", "0", "1"],
+        "views.ratio: (0.0, 1.0) is out of range; give 0 < least ≤ greatest",
+    ),
     "local": (
         ["synby-vit-tiny", "--run", "R", "--data.real", "S", "--views.local-views", "4"],
-        "views.local_views: byol has no local views; leave it out, or take dino or ibot",
+        "views.local_views: small has no local views; leave it out, or take dino or ibot",
     ),
     "threads": (
         ["synby-vit-tiny", "--run", "R", "--data.real", "S", "--data.threads", "-2"],

@@ -24,6 +24,14 @@ def test_the_others_differ_where_the_papers_do() -> None:
     assert (simclr.brightness, simclr.hue, simclr.blur, simclr.scale) == (0.8, 0.2, 0.5, (0.08, 1.0))
 
 
+def test_small_images_are_neither_blurred_nor_solarized() -> None:
+    assert set(build_policy("small", 32, 4).view_policies) == {
+        ViewPolicy((0.2, 1.0), flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, gray=0.2)
+    }
+    view = build_policy("small", 32).view_policies[0]
+    assert (view.blur, view.solarize) == (0, 0)
+
+
 def test_multi_crop_has_global_and_local_views() -> None:
     policy = build_policy("dino", 224, 4, 6)
     assert [(group.count, group.size) for group in policy.groups] == [(4, 224), (6, 96)]
