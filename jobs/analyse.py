@@ -14,9 +14,9 @@ from jobs.analysis.classifier import predict_choice
 from jobs.analysis.importance import PUBLISHED, TRAPS, importance
 from jobs.analysis.sample import PairData, RowSample, pair_data
 from jobs.analysis.steps import parse_steps, selected_steps
-from jobs.run.command import parse, progress, warn
+from jobs.log.reader import Log, Rows, open_log
 from jobs.run.folder import RunFolder, write_json
-from jobs.run.log_reader import Log, Rows, open_log
+from jobs.run.terminal import parse, progress, warn
 from shards.errors import InputError
 
 SCHEMA_VERSION = 1

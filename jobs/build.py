@@ -7,7 +7,7 @@ from typing import Literal
 
 import tyro
 
-from jobs.run.command import console, parse, progress, warn
+from jobs.run.terminal import console, parse, progress, warn
 from shards.build import build, plan
 from shards.engines import run_tasks
 from shards.images import Rules

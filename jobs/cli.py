@@ -12,8 +12,8 @@ import signal
 import sys
 from typing import TextIO
 
-from jobs.run.command import fail
 from jobs.run.failure import TrainingFailedError
+from jobs.run.terminal import fail
 from jobs.run.waiting import wait_briefly
 from shards.errors import InputError
 

@@ -14,7 +14,7 @@ from jobs.reporting.charts import smooth
 from jobs.reporting.compare import PLACES
 from jobs.reporting.rundata import RunData, flatten, read_run
 from jobs.reporting.sections import best_scores
-from jobs.run.command import console, parse, tables
+from jobs.run.terminal import console, parse, tables
 from shards.errors import InputError
 
 USUAL = ("train/loss", "knn/top1", "train/images_per_second")

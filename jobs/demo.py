@@ -15,15 +15,15 @@ from jobs.generate import GenerateConfig
 from jobs.generate import run as generate
 from jobs.pretrain import pretrain
 from jobs.report import write_report
-from jobs.run.command import console, parse, tables
 from jobs.run.config import CheckpointConfig, DataConfig, MonitorConfig, PretrainConfig
 from jobs.run.digits import split_folder, write_digits
 from jobs.run.metrics import read_metrics
 from jobs.run.presets import preset
+from jobs.run.terminal import console, parse, tables
 from shards.errors import InputError
+from shards.generation.pixels import confirmed, read_images
+from shards.generation.synthetic import TrainSettings
 from shards.manifest import Manifest, open_manifest
-from shards.pixels import confirmed, read_images
-from shards.synthetic import TrainSettings
 
 SHARD_SAMPLES = 200  # several shards even of a small data set, so that shuffling has something to shuffle
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from jobs.run.command import parse, tables
+from jobs.run.terminal import parse, tables
 
 MARKS = {"ok": "[green]ok[/]", "absent": "[yellow]absent[/]", "broken": "[red]broken[/]"}
 SIDE = 64  # pixels of the image that is decoded

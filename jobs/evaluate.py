@@ -7,7 +7,7 @@ from rich.table import Table
 
 from jobs.evaluation import protocols
 from jobs.evaluation.maps import MapsConfig, draw_maps
-from jobs.run.command import parse, tables
+from jobs.run.terminal import parse, tables
 from shards.errors import InputError
 
 # Kind → (flags, what does it). Scores are printed and kept as JSON; maps are pictures.

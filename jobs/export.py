@@ -16,9 +16,9 @@ import tyro
 
 from jobs.analysis.steps import parse_steps, selected_steps
 from jobs.analysis.tables import SCHEMAS, pair_batch, view_batch
-from jobs.run.command import parse, progress
+from jobs.log.reader import Rows, open_log
 from jobs.run.folder import RunFolder
-from jobs.run.log_reader import Rows, open_log
+from jobs.run.terminal import parse, progress
 from shards.errors import InputError
 
 CHUNK_ROWS = 65_536

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import tyro
 
-from jobs.evaluation.card import model_card
 from jobs.evaluation.hub import check_onnx, check_timm_folder, write_onnx, write_timm_folder
+from jobs.reporting.card import model_card
 from jobs.reporting.rundata import read_run
 from jobs.run.checkpoint import Which, load_backbone
-from jobs.run.command import parse
 from jobs.run.folder import open_run
+from jobs.run.terminal import parse
 from models.objectives import kept_encoder
 from shards.errors import InputError
 

@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jobs.run.command import console, parse, progress, warn
+from jobs.run.terminal import console, parse, progress, warn
 from shards.engines import run_tasks
 from shards.errors import InputError
+from shards.generation.pixels import read_images
+from shards.generation.synthetic import Request, Runner, Task, TrainSettings, generate, match_counts, plan
 from shards.manifest import QUARANTINE_NAME, Manifest, open_manifest
-from shards.pixels import read_images
-from shards.synthetic import Request, Runner, Task, TrainSettings, generate, match_counts, plan
 from shards.writer import ShardResult
 
 
@@ -90,7 +90,7 @@ def run(config: GenerateConfig) -> Manifest:
     check_engine(config)
 
     # Below this line only: it takes seconds to import.
-    from shards.diffusion import class_of, default_device, default_precision, fingerprint, locate
+    from shards.generation.diffusion import class_of, default_device, default_precision, fingerprint, locate
 
     device = default_device() if config.device == "auto" else config.device
     if config.train_on is not None:
@@ -167,8 +167,8 @@ def train_into(folder: Path, shards: str, settings: TrainSettings, device: str) 
     Raises:
         InputError: the folder holds something else.
     """
-    from shards.diffusion import save
-    from shards.diffusion_training import train
+    from shards.generation.diffusion import save
+    from shards.generation.diffusion_training import train
 
     manifest = open_manifest(shards)
     data = hashlib.sha256("".join(entry.sha256 for entry in manifest.entries).encode()).hexdigest()

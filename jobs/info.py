@@ -6,7 +6,7 @@ import numpy as np
 import tyro
 from rich.table import Table
 
-from jobs.run.command import parse, tables
+from jobs.run.terminal import parse, tables
 from shards.manifest import Manifest, open_manifest
 
 SAMPLED_SHARDS = 64  # column files read for the image sizes of a large data set

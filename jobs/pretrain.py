@@ -8,16 +8,16 @@ from typing import Annotated
 
 import tyro
 
-from jobs.run.command import parse, speaks
 from jobs.run.config import PretrainConfig, load_config
-from jobs.run.ending import record_failure
 from jobs.run.failure import RankLostError
 from jobs.run.folder import RunFolder
 from jobs.run.memory import keep_freed_memory
 from jobs.run.presets import PRESETS, preset
-from jobs.run.studies import differences
-from jobs.run.trainer import train
+from jobs.run.terminal import parse, speaks
 from jobs.run.world import open_world
+from jobs.studies.plan import differences
+from jobs.training.ending import record_failure
+from jobs.training.loop import train
 from shards.errors import InputError
 
 

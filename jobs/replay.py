@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from jobs.run.command import parse, warn
+from jobs.log.replaying import Replayed, replay_step
 from jobs.run.folder import open_run
-from jobs.run.replaying import Replayed, replay_step
+from jobs.run.terminal import parse, warn
 from pipelines.params import ViewParams, pair_iou
 from shards.errors import InputError
 

@@ -11,7 +11,7 @@ import tyro
 from jobs.reporting.page import page
 from jobs.reporting.pictures import pictures
 from jobs.reporting.rundata import read_run
-from jobs.run.command import parse, warn
+from jobs.run.terminal import parse, warn
 from shards.errors import InputError
 
 # A file to be mailed: pictures are halved until it fits.

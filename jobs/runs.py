@@ -12,8 +12,8 @@ from typing import Any
 import tyro
 from rich.table import Table
 
-from jobs.run.command import parse, tables
 from jobs.run.folder import RunFolder
+from jobs.run.terminal import parse, tables
 from shards.errors import InputError
 
 SILENT = 600  # seconds without a sign of life after which a run that never said it ended is called silent

@@ -18,17 +18,17 @@ from jobs.evaluation import linear, protocols
 from jobs.evaluation.backbones import ModelConfig
 from jobs.evaluation.images import align_labels, open_images
 from jobs.pretrain import pretrain
-from jobs.reporting.study import RunResult, read_result, scores_file, seconds_left, span, table_of, write_results
 from jobs.run import checkpoint
-from jobs.run.command import console, fail, parse, tables, warn
 from jobs.run.config import PretrainConfig, load_config
 from jobs.run.data import open_data
-from jobs.run.ending import record_failure
 from jobs.run.failure import TrainingFailedError
 from jobs.run.folder import RunFolder, write_json
-from jobs.run.studies import Member, Study, changed, differences, members, shared_changes, study
-from jobs.run.time_limit import TimeLimit, process_began, time_limit
-from jobs.run.training import make_objective
+from jobs.run.terminal import console, fail, parse, tables, warn
+from jobs.studies.plan import Member, Study, changed, differences, members, shared_changes, study
+from jobs.studies.results import RunResult, read_result, scores_file, seconds_left, span, table_of, write_results
+from jobs.studies.time_limit import TimeLimit, process_began, time_limit
+from jobs.training.ending import record_failure
+from jobs.training.opening import make_objective
 from models.objectives import Length
 from shards.errors import InputError
 

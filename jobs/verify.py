@@ -6,7 +6,7 @@ from functools import partial
 
 import tyro
 
-from jobs.run.command import parse, progress
+from jobs.run.terminal import parse, progress
 from shards.engines import run_tasks
 from shards.manifest import open_manifest
 from shards.verify import Damage, verify

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from pipelines.batch import Reader, Recipe, Rows, ViewBatch, finish
 from pipelines.clock import Clock
+from pipelines.colour_device import fused_on_device
 from pipelines.decode import BrokenImagesError, DaliViews
 from pipelines.host import COLOURS, STAGES
 from pipelines.params import ViewParams
-from pipelines.photometric_device import fused_on_device
 from pipelines.replace import Replacer, read_rows, undecodable
 from shards.errors import InputError
 
@@ -140,7 +140,7 @@ def device_colour(name: str, compiled: bool) -> Callable[[Tensor, ViewParams, Te
         InputError: for an unknown name.
     """
     if name == "exact":
-        from pipelines.exact import exact
+        from pipelines.colour_exact import exact
 
         return exact
     if name != "fused":

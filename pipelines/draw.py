@@ -13,8 +13,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.draws import Purpose, uniform
 from pipelines.params import JITTER_ORDERS, ViewParams, pair_iou
+from pipelines.philox import Purpose, uniform
 from pipelines.policies import IouScript, Policy, ViewPolicy
 
 TRIES = 10  # of a crop before the fallback to a centre crop, as in torchvision

@@ -19,10 +19,10 @@ from torch import Tensor
 from pipelines.batch import Output, Reader, Recipe, Rows, ViewBatch, finish
 from pipelines.buffers import Buffers
 from pipelines.clock import Clock
+from pipelines.colour_host import fused
 from pipelines.crop import crop_views
 from pipelines.decode import Decoder, open_decoder
 from pipelines.params import ViewParams
-from pipelines.photometric import fused
 from pipelines.replace import Replacer, SampleError, read_rows, size_mismatch, undecodable
 from shards.errors import InputError
 
@@ -168,7 +168,7 @@ def host_colour(name: str) -> Callable[[np.ndarray, ViewParams, Tensor], None]:
         InputError: for an unknown name.
     """
     if name == "exact":
-        from pipelines.exact import exact
+        from pipelines.colour_exact import exact
 
         return exact
     if name != "fused":

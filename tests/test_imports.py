@@ -13,12 +13,22 @@ MAY_IMPORT = {
     "models": {"models"},
     "jobs": set(OURS),
 }
+ROOMS = {  # folder of jobs/ → those that it may import besides itself
+    "run": set(),
+    "log": {"run"},
+    "evaluation": {"run"},
+    "studies": {"run"},
+    "training": {"run", "log", "evaluation"},
+    "analysis": {"run", "log"},
+    "reporting": {"run", "log", "evaluation", "studies"},
+    "benches": {"run", "log", "evaluation", "studies", "training", "analysis", "reporting"},
+}
 COMPOSERS = {"demo", "sweep"}  # the only jobs that may import other jobs
 DISPATCHERS = {"cli", "bench"}  # load jobs by name, import none
 ONE_DOOR = {
     "nvidia": "pipelines/decode.py",
-    "kornia": "pipelines/exact.py",
-    "diffusers": "shards/diffusion.py",
+    "kornia": "pipelines/colour_exact.py",
+    "diffusers": "shards/generation/diffusion.py",
     "ray": "shards/engines.py",
 }
 
@@ -43,6 +53,19 @@ def test_folders_import_only_what_they_may(path: Path) -> None:
     folder = path.parts[0]
     used = {name.split(".")[0] for name in imports(ROOT / path)} & set(OURS)
     assert used <= MAY_IMPORT[folder], f"{path} imports {sorted(used - MAY_IMPORT[folder])}"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parts[0] == "jobs" and len(p.parts) > 2], ids=str)
+def test_rooms_of_jobs_import_only_what_they_may(path: Path) -> None:
+    room = path.parts[1]
+    used = {parts[1] for name in imports(ROOT / path) if (parts := name.split("."))[0] == "jobs" and len(parts) > 2}
+    assert used & ROOMS.keys() <= ROOMS[room] | {room}, f"{path} imports {sorted(used - ROOMS[room] - {room})}"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parts[0] == "shards" and p.parts[1] != "generation"], ids=str)
+def test_the_core_of_shards_needs_neither_generation_nor_torch(path: Path) -> None:
+    used = imports(ROOT / path)
+    assert not [name for name in used if name.startswith("shards.generation") or name.split(".")[0] == "torch"]
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.parent == Path("jobs")], ids=str)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs.analysis.pairs import pair_metrics, pair_zoom, scored_params
-from jobs.run.log_reader import Rows
+from jobs.log.reader import Rows
 
 MEANS: dict[str, str] = {
     "lowest_iou_share": "share of rows whose chosen pair has the lowest IoU of all pairs",

@@ -12,7 +12,7 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from threadpoolctl import threadpool_limits
 
 from jobs.analysis.pairs import pair_metrics, pair_zoom, scored_params
-from jobs.run.log_reader import Rows
+from jobs.log.reader import Rows
 from pipelines.params import FIELDS, pairs
 
 BOXES = ("top", "left", "height", "width")

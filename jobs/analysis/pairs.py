@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs.run.log_reader import Rows
+from jobs.log.reader import Rows
 from pipelines.params import JITTER_OPS, ViewParams, pair_colour_distance, pair_distance, pair_iou, pairs
 
 METRICS: Mapping[str, str] = {

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs.analysis.pairs import METRICS, pair_metrics, scored_params
-from jobs.run.log_reader import Rows
+from jobs.log.reader import Rows
 
 
 class RowSample:

@@ -1,6 +1,6 @@
 """Ranges of training steps, as users write them."""
 
-from jobs.run.log_reader import Log
+from jobs.log.reader import Log
 from shards.errors import InputError
 
 ALL = (0, 2**62)

@@ -11,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from jobs.analysis.pairs import METRICS, pair_metrics, scored_params
-from jobs.run.log_reader import Rows
+from jobs.log.reader import Rows
 from pipelines.params import FIELDS, pairs
 
 SOURCE = pa.dictionary(pa.int8(), pa.string())

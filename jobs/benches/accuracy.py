@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jobs.benches.photographs import photograph
+from pipelines.colour_device import fused_on_device
+from pipelines.colour_exact import exact
+from pipelines.colour_host import MEAN, SOLARIZE_FROM, STD, blur_kernel_size, fused
 from pipelines.draw import draw
-from pipelines.exact import exact
 from pipelines.params import FIELDS, JITTER_ORDERS, ViewParams
-from pipelines.photometric import MEAN, SOLARIZE_FROM, STD, blur_kernel_size, fused
-from pipelines.photometric_device import fused_on_device
 from pipelines.policies import build_policy
 
 GEOMETRY = ("top", "left", "height", "width", "flip")

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from jobs.run.command import parse, tables
+from jobs.run.terminal import parse, tables
 from jobs.run.world import pick_device
+from pipelines.colour_device import fused_on_device
 from pipelines.draw import draw
-from pipelines.photometric_device import fused_on_device
 from pipelines.policies import build_policy
 from shards.errors import InputError
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from jobs.benches.negatives import milliseconds
-from jobs.run.command import parse, tables
+from jobs.run.terminal import parse, tables
 from models.objectives.dino import DINOConfig, best_locals, cross_entropies
 from models.selection import pairs
 from shards.errors import InputError

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from jobs.benches.obvious import naive_info_nce, naive_similarities
-from jobs.run.command import parse, tables
+from jobs.run.terminal import parse, tables
 from models.contrast import info_nce
 from models.negatives import Draws, NegativesConfig, draw, synthetic_similarities
 from shards.errors import InputError

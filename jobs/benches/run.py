@@ -23,15 +23,15 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from jobs.run.command import parse, progress, tables
 from jobs.run.config import CheckpointConfig, DataConfig, MonitorConfig, PretrainConfig
 from jobs.run.digits import write_digits
 from jobs.run.folder import RunFolder
 from jobs.run.memory import keep_freed_memory
 from jobs.run.presets import preset
-from jobs.run.step import train_step
-from jobs.run.training import Training, open_training, save
+from jobs.run.terminal import parse, progress, tables
 from jobs.run.world import World, pick_device
+from jobs.training.opening import Training, open_training, save
+from jobs.training.step import train_step
 from pipelines.batch import ViewBatch
 from shards.build import build, plan
 from shards.engines import run_tasks

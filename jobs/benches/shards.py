@@ -23,7 +23,7 @@ import numpy as np
 from rich.table import Table
 
 from jobs.benches.photographs import jpeg
-from jobs.run.command import parse, progress, tables
+from jobs.run.terminal import parse, progress, tables
 from shards.errors import InputError
 from shards.manifest import columns_name, index_name, open_manifest, write_manifest
 from shards.order import SampleOrder

@@ -23,19 +23,19 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from jobs.benches.obvious import loop_pair_losses, naive_loss
-from jobs.run.command import parse, tables
 from jobs.run.memory import keep_freed_memory
 from jobs.run.presets import moby, synby
 from jobs.run.schedule import warmup_cosine
+from jobs.run.terminal import parse, tables
 from models.backbones import BackboneConfig
 from models.negatives import NegativesConfig
 from models.objectives import Length, build_objective
 from models.objectives.moby import MoBY, MoBYConfig
 from models.precision import resolved
 from models.selection import SelectionConfig, pairs, select
+from pipelines.colour_host import fused
 from pipelines.crop import crop_views
 from pipelines.draw import draw
-from pipelines.photometric import fused
 from pipelines.policies import build_policy
 from shards.errors import InputError
 

@@ -19,15 +19,15 @@ import torch
 from rich.table import Table
 
 from jobs.benches.views import make_photographs, make_shards
-from jobs.run.command import Bar, parse, progress, tables
 from jobs.run.config import DataConfig, MonitorConfig, PretrainConfig
 from jobs.run.folder import RunFolder
-from jobs.run.health import forward_flops, peak_flops
 from jobs.run.memory import keep_freed_memory
 from jobs.run.presets import hard, moby, synby
-from jobs.run.step import train_step
-from jobs.run.training import Training, open_training
+from jobs.run.terminal import Bar, parse, progress, tables
 from jobs.run.world import World, pick_device
+from jobs.training.health import forward_flops, peak_flops
+from jobs.training.opening import Training, open_training
+from jobs.training.step import train_step
 from models.backbones import BackboneConfig
 from models.negatives import NegativesConfig
 from models.objectives import MoBYConfig

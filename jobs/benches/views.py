@@ -29,9 +29,9 @@ from rich.table import Table
 from jobs.benches.accuracy import differences, markdown
 from jobs.benches.ordinary import PREFETCH, ordinary_batches
 from jobs.benches.photographs import jpeg
-from jobs.run.command import parse, progress, tables
-from jobs.run.log import AugmentationLog
+from jobs.log.writer import AugmentationLog
 from jobs.run.memory import keep_freed_memory
+from jobs.run.terminal import parse, progress, tables
 from pipelines.crop import crop_views
 from pipelines.decode import Decoder, open_decoder
 from pipelines.draw import draw

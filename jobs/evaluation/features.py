@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from jobs.evaluation.frozen import Frozen
 from jobs.evaluation.images import ImageSet, open_images
 from jobs.evaluation.loading import Loader, Transform, centre_crop
-from jobs.run.command import progress, warn
+from jobs.run.terminal import progress, warn
 from jobs.run.world import World
 from shards.errors import InputError
 

@@ -22,8 +22,8 @@ from jobs.evaluation.images import ImageSet, open_images
 from jobs.evaluation.loading import Loader, centre_crop
 from jobs.evaluation.splits import subset
 from jobs.run.checkpoint import Which, entries
-from jobs.run.command import warn
 from jobs.run.folder import open_run
+from jobs.run.terminal import warn
 from jobs.run.world import pick_device
 from shards.errors import InputError
 

@@ -27,8 +27,8 @@ from jobs.evaluation.loading import Loader, crop_and_flip
 from jobs.evaluation.metrics import over_seeds, summarize
 from jobs.evaluation.retrieval import mean_average_precision
 from jobs.evaluation.splits import subset
-from jobs.run.command import progress
 from jobs.run.folder import open_run, write_json
+from jobs.run.terminal import progress
 from jobs.run.world import World, open_world
 from models.probes import rankme
 from shards.errors import InputError

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from jobs.evaluation.images import ImageSet, open_images
 from jobs.evaluation.maps import MapGrid, Method, checkpoint_models, checkpoint_steps, map_grid, spread
+from jobs.log.reader import Rows, open_log
+from jobs.log.replaying import Replayed, replay_step, step_rows
 from jobs.reporting.gallery import HardViews, gallery
 from jobs.reporting.html import Markup, join, number, tag
 from jobs.reporting.images import picture
 from jobs.reporting.rundata import RunData
 from jobs.run.folder import open_run
-from jobs.run.log_reader import Rows, open_log
-from jobs.run.replaying import Replayed, replay_step, step_rows
 from jobs.run.world import pick_device
 from pipelines.decode import open_decoder
 from pipelines.params import ViewParams, pair_iou, pairs

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from jobs.run.command import warn
 from jobs.run.config import PretrainConfig, load_config
 from jobs.run.folder import open_run, write_json
+from jobs.run.terminal import warn
 from models.backbones import build_backbone
 from models.objectives import kept_encoder
 from shards.errors import InputError

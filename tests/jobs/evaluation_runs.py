@@ -9,11 +9,11 @@ from PIL import Image
 
 from jobs.build import BuildConfig
 from jobs.build import run as build
+from jobs.log.writer import AugmentationLog
 from jobs.run import checkpoint
 from jobs.run.config import DataConfig, PretrainConfig, save_config
 from jobs.run.data import open_data, open_stream, run_policy
 from jobs.run.folder import RunFolder
-from jobs.run.log import AugmentationLog
 from jobs.run.world import World
 from models.backbones import BackboneConfig, build_backbone
 from models.selection import SelectionConfig

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jobs.run.log import AugmentationLog
+from jobs.log.writer import AugmentationLog
 from pipelines.params import DTYPES, ViewParams, pair_iou, pairs
 
 RANGES = {"top": (0, 45), "left": (0, 50), "height": (20, 55), "width": (20, 70), "hue": (-0.5, 0.5), "order": (0, 24)}

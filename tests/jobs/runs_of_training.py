@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from jobs.log.writer import open_log
 from jobs.run import checkpoint
 from jobs.run.folder import RunFolder
-from jobs.run.log import open_log
 
 WORKER = str(Path(__file__).with_name("train_worker.py"))
 

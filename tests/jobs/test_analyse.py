@@ -12,7 +12,7 @@ from jobs.analysis.classifier import predict_choice
 from jobs.analysis.importance import correlation_ratios, image_weights, importance
 from jobs.analysis.pairs import METRICS, pair_metrics, pair_zoom
 from jobs.analysis.sample import PairData, RowSample, pair_data
-from jobs.run.log import AugmentationLog, Rows, open_log
+from jobs.log.writer import AugmentationLog, Rows, open_log
 from pipelines.params import pairs
 from shards.errors import InputError
 

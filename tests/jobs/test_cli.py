@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from jobs import cli
-from jobs.run import command
-from jobs.run.command import parse
+from jobs.run import terminal
+from jobs.run.terminal import parse
 from shards.errors import InputError
 
 
@@ -107,11 +107,11 @@ def test_missing_and_mistyped_values_are_one_line(argv: list[str], expected: str
 def test_a_log_file_gets_lines_as_time_passes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with command.progress("pretraining", 2000, "steps", completed=500) as bar:
+    with terminal.progress("pretraining", 2000, "steps", completed=500) as bar:
         bar.advance(100)
-        monkeypatch.setattr(command, "MINUTE", -1.0)
+        monkeypatch.setattr(terminal, "MINUTE", -1.0)
         bar.advance(200, note="loss 7.5 [50%]")
-        command.Bar.silent().advance(1)
+        terminal.Bar.silent().advance(1)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "pretraining 800 of 2,000  loss 7.5 [50%]"
     assert sum("2,000" in line for line in lines) == 1

@@ -10,14 +10,14 @@ import pytest
 import torch
 from runs_of_training import rows, same_rows
 
+from jobs.log.replaying import replay_step
 from jobs.pretrain import pretrain
 from jobs.run.config import PretrainConfig
 from jobs.run.folder import RunFolder
 from jobs.run.metrics import read_metrics
-from jobs.run.replaying import replay_step
-from jobs.run.step import train_step
-from jobs.run.training import open_training, save
 from jobs.run.world import World
+from jobs.training.opening import open_training, save
+from jobs.training.step import train_step
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,15 +12,16 @@ import torch
 
 from jobs.build import BuildConfig
 from jobs.build import run as build
+from jobs.log.writer import open_log
 from jobs.pretrain import pretrain
-from jobs.run import checkpoint, trainer
+from jobs.run import checkpoint
 from jobs.run.config import PretrainConfig, ViewsConfig
 from jobs.run.data import run_policy
 from jobs.run.folder import RunFolder
-from jobs.run.log import open_log
 from jobs.run.metrics import read_metrics
 from jobs.run.optim import Schedule, build_optimizer, set_step
 from jobs.run.presets import PRESETS, preset
+from jobs.training import loop as trainer
 from models.backbones import BackboneConfig
 from models.negatives import NONE, NegativesConfig
 from models.objectives import (

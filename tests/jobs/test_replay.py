@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from jobs.log.replaying import replay_step
+from jobs.log.writer import AugmentationLog
 from jobs.replay import ReplayConfig, figure, main, replay
 from jobs.run.config import DataConfig, PretrainConfig, ViewsConfig, save_config
 from jobs.run.data import open_data, open_stream, run_policy
 from jobs.run.folder import RunFolder
-from jobs.run.log import AugmentationLog
-from jobs.run.replaying import replay_step
 from jobs.run.world import World
 from models.backbones import BackboneConfig
 from models.selection import SelectionConfig

@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from jobs import cli, sweep
-from jobs.reporting.study import RunResult
-from jobs.run import checkpoint, time_limit, trainer
+from jobs.run import checkpoint
 from jobs.run.folder import RunFolder
-from jobs.run.studies import STUDIES
-from jobs.run.time_limit import now, process_began
+from jobs.studies import time_limit
+from jobs.studies.plan import STUDIES
+from jobs.studies.results import RunResult
+from jobs.studies.time_limit import now, process_began
 from jobs.sweep import SweepConfig
+from jobs.training import loop as trainer
 from shards.errors import InputError
 
 # A ViT of 4 tokens and two steps, from a preset.

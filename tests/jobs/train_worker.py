@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from jobs.pretrain import pretrain
-from jobs.run import trainer
 from jobs.run.config import load_config
+from jobs.training import loop as trainer
 
 
 def stop_after(steps: int) -> None:

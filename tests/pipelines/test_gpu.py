@@ -16,11 +16,11 @@ from torch import Tensor
 
 from jobs.benches.accuracy import Case, cases, torchvision_views, ways
 from jobs.benches.photographs import jpeg, photograph
+from pipelines.colour_device import fused_on_device
+from pipelines.colour_exact import exact
+from pipelines.colour_host import STD
 from pipelines.decode import DaliViews
-from pipelines.exact import exact
 from pipelines.params import ViewParams
-from pipelines.photometric import STD
-from pipelines.photometric_device import fused_on_device
 from pipelines.policies import Policy, ViewGroup, ViewPolicy, build_policy
 from pipelines.stream import ViewStream
 from shards.manifest import Manifest

@@ -13,11 +13,11 @@ from view_pictures import jpeg, truncated
 from view_shards import damage, opened, size_of, write_shards
 
 from pipelines.batch import Order, Reader, Selection, ViewBatch
+from pipelines.colour_host import fused
 from pipelines.crop import crop_views
 from pipelines.decode import PillowDecoder
 from pipelines.draw import draw, static_colour
 from pipelines.params import FIELDS
-from pipelines.photometric import fused
 from pipelines.policies import build_policy
 from pipelines.stream import ViewStream, cores
 from shards.errors import InputError

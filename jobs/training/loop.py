@@ -1,0 +1,121 @@
+"""The training loop."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from jobs.run.config import PretrainConfig
+from jobs.run.failure import TrainingFailedError
+from jobs.run.folder import RunFolder
+from jobs.run.terminal import Bar, progress, warn
+from jobs.run.world import World
+from jobs.training.ending import explained, record_failure
+from jobs.training.opening import Training, open_training, save
+from jobs.training.step import train_step
+
+
+def train(config: PretrainConfig, folder: RunFolder, world: World, *, resume: bool = False) -> str:
+    """Trains until the configured length or a signal; returns `finished` or `interrupted`.
+
+    What is random in a step is a function of (seed, step, rank); order and views are functions of the position. So a
+    run that goes on from a checkpoint computes what it would have computed without the interruption.
+
+    Raises:
+        InputError: what the configuration asks for cannot be had.
+        TrainingFailedError: too many steps in a row were not finite, the disk is full, another rank is gone; the folder
+            keeps the last good checkpoint.
+    """
+    with ExitStack() as signals:  # are heard until all else is closed
+        try:
+            with explained(folder.path):
+                return run(config, folder, world, signals, resume)
+        except TrainingFailedError as error:
+            record_failure(folder, error)
+            if world.size > 1:
+                let_speak()
+            raise
+
+
+def run(config: PretrainConfig, folder: RunFolder, world: World, signals: ExitStack, resume: bool) -> str:
+    """Opens everything, trains, closes everything but `signals`."""
+    with ExitStack() as stack:
+        t = open_training(config, folder, world, stack, resume)
+        stop = signals.enter_context(stop_signals())
+        bar = stack.enter_context(step_bar(t))
+        if t.step == 0:
+            t.monitor.evaluate(t)
+            save(t)
+        state = loop(t, stop, bar)
+        if t.saver is not None:
+            t.saver.wait()
+    note_state(t, state)
+    return state
+
+
+def loop(t: Training, stop: threading.Event, bar: Bar) -> str:
+    """Steps until the end or a signal, with a checkpoint every so often and one at the end."""
+    while t.step < t.length.steps:
+        with t.timer.phase("data", host=True):
+            batch = next(t.stream)
+        result = train_step(t, batch)
+        with t.timer.phase("monitors", host=True):
+            t.monitor.after_step(t, batch, result)
+        if t.saver is not None:
+            t.saver.surface()
+        bar.advance(1, note=t.monitor.note)
+        (stopping,) = t.world.any(stop.is_set())
+        if stopping or t.step % t.config.checkpoint.every == 0 or t.step == t.length.steps:
+            save(t)
+            note_state(t, "running")
+        if stopping and t.step < t.length.steps:
+            if t.world.leads:
+                warn(f"stopped at step {t.step} of {t.length.steps}; a checkpoint is written, go on with --resume")
+            return "interrupted"
+    return "finished"
+
+
+def note_state(t: Training, state: str) -> None:
+    """Records how the run stands."""
+    if t.world.leads:
+        speed = t.monitor.images_per_second
+        t.folder.write_state(state, step=t.step, steps=t.length.steps, images_per_second=speed)
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set; a second Ctrl-C interrupts at once."""
+    stop = threading.Event()
+
+    def note(number: int, _: object) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
+        yield stop
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is note:
+                signal.signal(number, handler)
+
+
+def let_speak() -> None:
+    """Ignores SIGTERM from now on: torchrun ends a job's processes as soon as one is gone, and the others still have
+    to say why they end. Those that cannot, it kills after its --shutdown-timeout."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextmanager
+def step_bar(t: Training) -> Iterator[Bar]:
+    """The progress bar of the leading rank; other ranks have none."""
+    if t.world.leads:
+        with progress("pretraining", t.length.steps, "steps", completed=t.step) as bar:
+            yield bar
+    else:
+        yield Bar.silent()

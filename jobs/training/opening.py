@@ -1,0 +1,243 @@
+"""A run in memory: what belongs to it, how it is opened, saved and taken up again."""
+
+import dataclasses
+import inspect
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.models.resnet import ResNet
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from jobs.log.writer import AugmentationLog, truncate_log
+from jobs.run import checkpoint
+from jobs.run.config import PretrainConfig, save_config, to_plain
+from jobs.run.data import Data, check_crops, check_labels, open_data, open_stream, run_length, run_policy, strong_blur
+from jobs.run.folder import RunFolder, keep_lines
+from jobs.run.metrics import Loggers
+from jobs.run.optim import Schedule, build_optimizer
+from jobs.run.terminal import warn
+from jobs.run.world import World
+from jobs.training.health import FiniteGuard
+from jobs.training.monitor import Monitor, open_monitor
+from jobs.training.saving import CheckpointWriter
+from jobs.training.timing import StepTimer
+from models.objectives import Length, Objective, build_objective
+from models.objectives.base import Chosen, Encoder, has_batchnorm
+from pipelines.stream import ViewStream
+from shards.errors import InputError
+from shards.reader import SampleError
+
+
+class LossModule(nn.Module):
+    """The objective's loss as a module's forward, which is what DistributedDataParallel wraps."""
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, chosen: Chosen, labels_B: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.objective.loss(chosen, labels_B)
+
+
+@dataclass
+class Training:
+    """A run in memory. `step` counts finished steps; the stream stands at step × batch."""
+
+    config: PretrainConfig
+    folder: RunFolder
+    world: World
+    data: Data
+    length: Length
+    objective: Objective
+    learner: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    stream: ViewStream
+    log: AugmentationLog
+    monitor: Monitor
+    timer: StepTimer
+    guard: FiniteGuard
+    saver: CheckpointWriter | None
+    """On the leading rank."""
+    step: int = 0
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """The objective's metrics of the newest step."""
+
+    @property
+    def learned(self) -> list[nn.Parameter]:
+        """Parameters that the optimizer changes."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+
+def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack: ExitStack, resume: bool) -> Training:
+    """Builds everything a run needs, from its newest intact checkpoint where it is resumed; `stack` closes it.
+
+    Raises:
+        InputError: shards, sizes or values that do not fit; no intact checkpoint to resume from.
+    """
+    saved = checkpoint.load_newest(folder.checkpoints) if resume else None
+    if saved is not None and saved["config"] != to_plain(config):
+        raise InputError(f"run: {folder.path / 'config.json'} is not what the checkpoint was trained with; restore it")
+    step = saved["step"] if saved else 0
+    data = open_data(config)
+    stack.callback(data.reader.close)
+    length = run_length(config, data.order)
+    check_labels(config, data)
+    objective = make_objective(config, length, world.device)
+    compile_encoders(config, objective, world.device)
+    learner: nn.Module = LossModule(objective)
+    if world.size > 1:
+        learner = averaged(learner, world.device)
+    optimizer = build_optimizer(config.optimizer, objective)
+    schedule = Schedule(config.optimizer, config.batch, length.steps, length.steps_per_epoch)
+    monitor = open_monitor(config, world, data, objective)
+    guard = FiniteGuard(config.monitor.max_bad_steps)
+    if saved is not None:
+        objective.load_state_dict(saved["objective"])
+        optimizer.load_state_dict(saved["optimizer"])
+        monitor.load_state_dict(saved["monitor"])
+        guard.skipped, guard.in_a_row = saved["guard"]["skipped"], saved["guard"]["in_a_row"]
+    saver = None
+    if world.leads:
+        if saved is None:
+            folder.clear()
+            if advice := strong_blur(config):
+                warn(advice)
+        save_config(config, folder.config)
+        keep_lines(folder.quarantine, step - 1)
+        keep_lines(folder.curves, step)
+        if folder.log.exists():
+            truncate_log(folder.log, step * config.batch)
+        monitor.loggers = Loggers(config.monitor.loggers, folder, step, to_plain(config))
+        stack.callback(monitor.loggers.close)
+        saver = CheckpointWriter(folder.checkpoints, config.checkpoint.keep)
+        stack.callback(saver.close)
+        folder.write_state("running", step=step, steps=length.steps)
+    world.barrier()
+    policy = run_policy(config)
+    log = AugmentationLog(
+        folder.log,
+        world.rank,
+        policy.views,
+        scored=policy.groups[0].count,
+        sources=data.sources,
+        facts={"seed": config.seed, "size": config.backbone.image_size, "shards": fingerprints(data)},
+    )
+    stack.callback(log.close)
+    training = Training(
+        config,
+        folder,
+        world,
+        data,
+        length,
+        objective,
+        learner,
+        optimizer,
+        schedule,
+        # The stream comes last: its threads start to work at once.
+        open_stream(config, data, world, step, lambda error: quarantine(training, error)),
+        log,
+        monitor,
+        StepTimer(world.device),
+        guard,
+        saver,
+        step,
+    )
+    stack.callback(training.stream.close)
+    return training
+
+
+def make_objective(config: PretrainConfig, length: Length, device: torch.device) -> Objective:
+    """The objective with weights that are a function of the seed, in training mode on its device.
+
+    Raises:
+        InputError: values that do not fit; the message has field, value and remedy.
+    """
+    torch.manual_seed(config.seed)
+    try:
+        objective = build_objective(config.objective, config.backbone, length).to(device)
+        objective.check(config.selection)
+        objective.check_batch(config.batch // config.accumulate)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    check_crops(config, objective.online.backbone)
+    if config.checkpoint_activations:
+        checkpoint_activations(objective.online, config.backbone.name)
+    for encoder in (objective.online, objective.target):
+        if encoder is not None and isinstance(encoder.backbone, ResNet):
+            encoder.backbone.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return objective
+
+
+def averaged(learner: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """The learner with gradients averaged over ranks. Its buffers are left alone: queues and statistics are equal on
+    all ranks by what is gathered into them."""
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # from torch 2.13 on
+    buffers: dict[str, Any] = {name: False}
+    return DistributedDataParallel(learner, device_ids=[device] if device.type == "cuda" else None, **buffers)
+
+
+def checkpoint_activations(encoder: Encoder, name: str) -> None:
+    """Recomputes the backbone's activations in the backward pass.
+
+    Raises:
+        InputError: a backbone that cannot, or that has BatchNorm, whose running statistics would move twice a step.
+    """
+    recompute = getattr(encoder.backbone, "set_grad_checkpointing", None)
+    if recompute is None or has_batchnorm(encoder):
+        raise InputError(f"checkpoint_activations: not for {name} with its norms; leave it out")
+    recompute(True)
+
+
+def compile_encoders(config: PretrainConfig, objective: Objective, device: torch.device) -> None:
+    """torch.compile of the backbones in place, where the configuration asks for it, and by default on CUDA.
+
+    Each of the few shapes of batches has code of its own: to score and to train, per size of crops.
+    """
+    if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
+        from torch._dynamo import config as dynamo  # takes seconds to import
+
+        dynamo.recompile_limit = 64  # torch's 8 are for all backbones together; beyond them it would not compile
+        for encoder in (objective.online, objective.target):
+            if encoder is not None:
+                encoder.backbone.compile(dynamic=False)
+
+
+def fingerprints(data: Data) -> list[dict[str, Any]]:
+    """What identifies each source's shards, kept with the log so that a replay notices when they have changed."""
+    return [{"root": m.root, "source": m.source, "fingerprint": m.fingerprint} for m in data.manifests]
+
+
+def quarantine(t: Training, error: SampleError) -> None:
+    """Appends a replaced sample to the run's quarantine file. Ranks append whole lines, which do not mix."""
+    line = {"step": t.step, "shard": error.shard, "key": error.key, "reason": error.reason}
+    with t.folder.quarantine.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def save(t: Training) -> None:
+    """Commits the log on every rank; then a checkpoint is taken on the leading one, and written as training goes on.
+
+    Raises:
+        OSError: a disk that is full; the checkpoints before stay usable.
+    """
+    with t.timer.phase("log", host=True):
+        t.log.commit()
+    t.world.barrier()
+    if t.saver is not None:
+        content = {
+            "config": to_plain(t.config),
+            "position": t.step * t.config.batch,
+            "world": t.world.size,
+            "objective": t.objective.state_dict(),
+            "optimizer": t.optimizer.state_dict(),
+            "monitor": t.monitor.state_dict(),
+            "guard": dataclasses.asdict(t.guard),
+        }
+        with t.timer.phase("checkpoint", host=True):
+            t.saver.save(t.step, content, t.monitor.newest_knn)
