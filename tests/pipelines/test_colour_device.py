@@ -27,7 +27,7 @@ def test_a_view_is_the_same_to_the_bit_in_any_batch(rows: slice) -> None:
 @pytest.mark.parametrize("chunk", [1, 5, 24])
 def test_chunks_change_nothing(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = coloured()
-    monkeypatch.setattr(photometric_device, "_CHUNK", chunk)
+    monkeypatch.setattr(colour_device, "_CHUNK", chunk)
     assert torch.equal(coloured(), whole)
 
 
