@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from jobs.run.health import clip_and_norm
+from jobs.run.health import clip_and_norm, gradient_norms
 from jobs.run.optim import set_step
 from jobs.run.training import Training
 from models.candidates import RandomPairs
@@ -82,7 +82,9 @@ def train_step(t: Training, batch: ViewBatch) -> StepResult:
     t.objective.seen_features_BD = torch.cat(seen) if seen else None
     with t.timer.phase("optimizer"):
         t.objective.before_step()
-        norm = clip_and_norm(t.learned, t.config.optimizer.clip_norm)
+        t.layer_norms = gradient_norms(t.objective) if t.objective.watching else {}
+        clip = t.config.optimizer
+        norm = clip_and_norm(t.learned, clip.clip_norm, by_tensor=clip.clip_by == "tensor")
         means = t.world.mean(torch.stack([torch.stack(losses).mean(), norm]))
         (loss, norm), *found = on_host(means, *joined(choices))  # the one time that a step waits for the device
         finite = bool(np.isfinite(loss) and np.isfinite(norm))

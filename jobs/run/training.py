@@ -65,6 +65,8 @@ class Training:
     step: int = 0
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """The objective's metrics of the newest step."""
+    layer_norms: dict[str, Tensor] = field(default_factory=dict)
+    """Gradient norms by layer before clipping, of the newest step where the monitor watches it."""
 
     @property
     def learned(self) -> list[nn.Parameter]:

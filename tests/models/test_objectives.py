@@ -173,6 +173,24 @@ def test_sinkhorn_equals_the_appendix_and_uses_all_prototypes_equally():
     torch.testing.assert_close(codes.sum(0), torch.full((6,), 20 / 6), rtol=0.02, atol=0)
 
 
+@pytest.mark.parametrize("name", ["dino", "ibot"])
+def test_rows_of_the_last_layer_have_length_1_or_learn_theirs(name):
+    objective, plain = built(name, norm_last_layer=False), built(name)
+    head = objective.online.projector
+    assert torch.equal(head.lengths_K1.data, torch.ones(24, 1))
+    assert "online.projector.lengths_K1" not in plain.state_dict()
+    torch.testing.assert_close(plain.online.projector.last().norm(dim=1), torch.ones(24))
+    head.lengths_K1.data.uniform_(0.5, 2.0)
+    torch.testing.assert_close(head.last().norm(dim=1), head.lengths_K1[:, 0])
+    objective.loss(objective.take(crops_for(name), FIRST, None))[0].backward()
+    assert (head.lengths_K1.grad != 0).any()
+    before = objective.target.projector.lengths_K1.clone()
+    objective.after_step()
+    assert not torch.equal(objective.target.projector.lengths_K1, before)
+    frozen = built(name, freeze_epochs=9.0, norm_last_layer=False)
+    assert [part.shape[1] for part in frozen.frozen()] == [12, 1]
+
+
 @pytest.mark.parametrize("name", ["swav", "dino", "ibot"])
 def test_frozen_layers_have_no_gradient_no_decay_and_no_steps_until_they_learn(name):
     objective = built(name, freeze_epochs=1.0)
