@@ -168,6 +168,8 @@ class Objective(nn.Module):
     def __init__(self, length: Length) -> None:
         super().__init__()
         self.target = None
+        # Whether BatchNorm's statistics in the loss are of both views together, rather than of each by itself.
+        self.joint_norm = False
         self.length = length
         self.step = 0
         # What monitors look at after a step: features of the images it trained on and, while `watching` is set, of the
@@ -302,11 +304,20 @@ class Objective(nn.Module):
 
     def pair_features(self, chosen: Chosen) -> tuple[Tensor, Tensor]:
         """The online backbone's features [B, D] of the pair's first and second views, with their graph."""
+        if self.joint_norm and has_batchnorm(self.online):
+            both = self.online.features(torch.cat(chosen.crops[0].unbind(1)))
+            return both.tensor_split(2)  # pyright: ignore[reportReturnType]
         first, second = (
             self._features(x_BCHW, None if chosen.known is None else chosen.known[number])
             for number, x_BCHW in enumerate(chosen.crops[0].unbind(1))
         )
         return first, second
+
+    def pair_heads(self, features1_BD: Tensor, features2_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """What the online heads make of the pair's features."""
+        if self.joint_norm:
+            return self.online.head(torch.cat([features1_BD, features2_BD])).tensor_split(2)  # pyright: ignore[reportReturnType]
+        return self.online.head(features1_BD), self.online.head(features2_BD)
 
     def _features(self, x_BCHW: Tensor, known: list[Tensor] | None) -> Tensor:
         with nullcontext() if known is None else known_outputs(self.online.backbone, known):
