@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from jobs.run.arithmetic import arithmetic_of
 from jobs.run.health import clip_and_norm, gradient_norms
 from jobs.run.optim import set_step
 from jobs.run.training import Training
@@ -201,9 +202,9 @@ def on_host(*tensors: Tensor | None) -> list[Any]:
 
 def autocast(t: Training) -> AbstractContextManager[Any]:
     """bf16 arithmetic where the configuration asks for it, and by default on CUDA."""
-    device = t.world.device.type
-    wanted = t.config.precision == "bf16" or (t.config.precision == "auto" and device == "cuda")
-    return torch.autocast(device, torch.bfloat16) if wanted else nullcontext()
+    device = t.world.device
+    wanted = arithmetic_of(t.config.precision, device) == "bf16"
+    return torch.autocast(device.type, torch.bfloat16) if wanted else nullcontext()
 
 
 def synchronised(learner: nn.Module, last: bool) -> AbstractContextManager[Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from jobs.run import checkpoint
+from jobs.run.arithmetic import arithmetic_of, use_arithmetic
 from jobs.run.config import PretrainConfig, save_config, to_plain
 from jobs.run.data import Data, check_crops, check_labels, open_data, open_stream, run_length, run_policy
 from jobs.run.folder import RunFolder, keep_lines
@@ -84,6 +85,8 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
     if saved is not None and saved["config"] != to_plain(config):
         raise InputError(f"run: {folder.path / 'config.json'} is not what the checkpoint was trained with; restore it")
     step = saved["step"] if saved else 0
+    arithmetic = arithmetic_of(config.precision, world.device)
+    use_arithmetic(arithmetic)
     data = open_data(config)
     stack.callback(data.reader.close)
     length = run_length(config, data.order)
@@ -124,7 +127,12 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
         policy.views,
         scored=policy.groups[0].count,
         sources=data.sources,
-        facts={"seed": config.seed, "size": config.backbone.image_size, "shards": fingerprints(data)},
+        facts={
+            "seed": config.seed,
+            "size": config.backbone.image_size,
+            "precision": arithmetic,
+            "shards": fingerprints(data),
+        },
     )
     stack.callback(log.close)
     training = Training(
