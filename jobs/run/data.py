@@ -8,6 +8,7 @@ import torch
 from timm.layers.patch_embed import PatchEmbed
 from torch import nn
 
+from jobs.run.arithmetic import arithmetic_of
 from jobs.run.config import DataConfig, PretrainConfig
 from jobs.run.world import World
 from models.objectives import Length, MoBYConfig, MoCoV3Config, SimCLRConfig
@@ -154,6 +155,7 @@ def open_stream(
             f"accumulate {config.accumulate}); take a multiple of {parts}"
         )
     data.reader.follow(data.order, step * config.batch)
+    arithmetic = arithmetic_of(config.precision, world.device)
     return ViewStream(
         data.reader,
         data.order,
@@ -165,7 +167,7 @@ def open_stream(
         position=step * config.batch,
         device=world.device,
         # Under autocast the encoders would round the views to bf16 themselves, at every forward.
-        dtype=torch.bfloat16 if world.device.type == "cuda" and config.precision != "fp32" else torch.float32,
+        dtype=torch.bfloat16 if world.device.type == "cuda" and arithmetic == "bf16" else torch.float32,
         colour=config.views.colour,
         compiled=config.compile != "off",
         threads=config.data.threads,

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from jobs.log.writer import AugmentationLog, truncate_log
 from jobs.run import checkpoint
+from jobs.run.arithmetic import arithmetic_of, use_arithmetic
 from jobs.run.config import PretrainConfig, save_config, to_plain
 from jobs.run.data import Data, check_crops, check_labels, open_data, open_stream, run_length, run_policy, strong_blur
 from jobs.run.folder import RunFolder, keep_lines
@@ -66,6 +67,8 @@ class Training:
     step: int = 0
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """The objective's metrics of the newest step."""
+    layer_norms: dict[str, Tensor] = field(default_factory=dict)
+    """Gradient norms by layer before clipping, of the newest step where the monitor watches it."""
 
     @property
     def learned(self) -> list[nn.Parameter]:
@@ -83,6 +86,8 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
     if saved is not None and saved["config"] != to_plain(config):
         raise InputError(f"run: {folder.path / 'config.json'} is not what the checkpoint was trained with; restore it")
     step = saved["step"] if saved else 0
+    arithmetic = arithmetic_of(config.precision, world.device)
+    use_arithmetic(arithmetic)
     data = open_data(config)
     stack.callback(data.reader.close)
     length = run_length(config, data.order)
@@ -125,7 +130,12 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
         policy.views,
         scored=policy.groups[0].count,
         sources=data.sources,
-        facts={"seed": config.seed, "size": config.backbone.image_size, "shards": fingerprints(data)},
+        facts={
+            "seed": config.seed,
+            "size": config.backbone.image_size,
+            "precision": arithmetic,
+            "shards": fingerprints(data),
+        },
     )
     stack.callback(log.close)
     training = Training(

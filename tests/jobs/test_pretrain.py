@@ -56,7 +56,8 @@ def test_the_log_opens_in_xarray(tiny: PretrainConfig, tmp_path: Path) -> None:
         assert log["blur"].dims == ("row", "view") and log["loss"].dims == ("row", "pair") and log.sizes["row"] == 16
 
 
-def test_layers_show_their_gradients_before_clipping(tiny: PretrainConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("clip_by", ["all", "tensor"])
+def test_layers_show_their_gradients_before_clipping(tiny: PretrainConfig, tmp_path: Path, clip_by: str) -> None:
     monitor = replace(tiny.monitor, every=1, health_every=1)
     pretrain(
         replace(tiny, monitor=monitor, optimizer=replace(tiny.optimizer, clip_norm=0.1), steps=2), tmp_path / "run"
