@@ -14,12 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from jobs.run import checkpoint
 from jobs.run.config import PretrainConfig, save_config, to_plain
-from jobs.run.data import Data, check_crops, check_labels, open_data, open_stream, run_length, run_policy
+from jobs.run.data import Data, check_batch, check_crops, check_labels, open_data, open_stream, run_length, run_policy
 from jobs.run.folder import RunFolder, keep_lines
 from jobs.run.health import FiniteGuard
 from jobs.run.log import AugmentationLog, truncate_log
-from jobs.run.metrics import Loggers
-from jobs.run.monitor import Monitor, open_monitor
+from jobs.run.metrics import Loggers, check_loggers
+from jobs.run.monitor import Monitor, check_held_out, open_monitor
 from jobs.run.optim import Schedule, build_optimizer
 from jobs.run.saving import CheckpointWriter
 from jobs.run.timing import StepTimer
@@ -85,6 +85,10 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
     data = open_data(config)
     stack.callback(data.reader.close)
     length = run_length(config, data.order)
+    check_batch(config, world)
+    check_loggers(config.monitor.loggers)
+    if config.monitor.knn_train:
+        check_held_out(config.monitor.knn_train, config.monitor.knn_test)
     check_labels(config, data)
     objective = make_objective(config, length, world.device)
     compile_encoders(config, objective, world.device)
