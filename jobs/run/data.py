@@ -141,19 +141,19 @@ def scored_views(config: PretrainConfig) -> Selection:
     return Selection(config.selection.resolution, config.selection.static_colour)
 
 
-def open_stream(
-    config: PretrainConfig, data: Data, world: World, step: int, quarantine: Callable[[SampleError], None]
-) -> ViewStream:
-    """This rank's batches from `step` on.
-
-    Raises:
-        InputError: the batch does not divide among the ranks and the parts of each.
-    """
+def check_batch(config: PretrainConfig, world: World) -> None:
+    """Raises InputError where the batch does not divide among the ranks and the parts of each."""
     if config.batch % (parts := world.size * config.accumulate):
         raise InputError(
             f"batch: {config.batch} images do not divide into {parts} equal parts ({world.size} processes, "
             f"accumulate {config.accumulate}); take a multiple of {parts}"
         )
+
+
+def open_stream(
+    config: PretrainConfig, data: Data, world: World, step: int, quarantine: Callable[[SampleError], None]
+) -> ViewStream:
+    """This rank's batches from `step` on; the batch has been checked."""
     data.reader.follow(data.order, step * config.batch)
     arithmetic = arithmetic_of(config.precision, world.device)
     return ViewStream(

@@ -13,6 +13,7 @@ import json
 import resource
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jobs.evaluation.features import extract_features
-from jobs.evaluation.images import label_table, open_images
+from jobs.evaluation.images import align_labels, label_table, open_images
 from jobs.evaluation.knn import HEADLINE, TEMPERATURE, knn_scores
 from jobs.run.config import PretrainConfig
 from jobs.run.data import Data
@@ -293,6 +294,12 @@ def write_curves(path: Path, step: int, curves: dict[str, Tensor]) -> None:
     if len(line) > 1:
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def check_held_out(train: str, test: str) -> None:
+    """Raises InputError where the held-out kNN could not be measured: images that are not there or have no labels."""
+    with closing(open_images(train)) as known, closing(open_images(test)) as held_out:
+        align_labels(known, held_out)
 
 
 def held_out_knn(backbone: nn.Module, train: str, test: str, config: PretrainConfig, world: World) -> float:

@@ -16,14 +16,24 @@ from jobs.log.writer import AugmentationLog, truncate_log
 from jobs.run import checkpoint
 from jobs.run.arithmetic import arithmetic_of, use_arithmetic
 from jobs.run.config import PretrainConfig, save_config, to_plain
-from jobs.run.data import Data, check_crops, check_labels, open_data, open_stream, run_length, run_policy, strong_blur
+from jobs.run.data import (
+    Data,
+    check_batch,
+    check_crops,
+    check_labels,
+    open_data,
+    open_stream,
+    run_length,
+    run_policy,
+    strong_blur,
+)
 from jobs.run.folder import RunFolder, keep_lines
-from jobs.run.metrics import Loggers
+from jobs.run.metrics import Loggers, check_loggers
 from jobs.run.optim import Schedule, build_optimizer
 from jobs.run.terminal import warn
 from jobs.run.world import World
 from jobs.training.health import FiniteGuard
-from jobs.training.monitor import Monitor, open_monitor
+from jobs.training.monitor import Monitor, check_held_out, open_monitor
 from jobs.training.saving import CheckpointWriter
 from jobs.training.timing import StepTimer
 from models.objectives import Length, Objective, build_objective
@@ -91,6 +101,10 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
     data = open_data(config)
     stack.callback(data.reader.close)
     length = run_length(config, data.order)
+    check_batch(config, world)
+    check_loggers(config.monitor.loggers)
+    if config.monitor.knn_train:
+        check_held_out(config.monitor.knn_train, config.monitor.knn_test)
     check_labels(config, data)
     objective = make_objective(config, length, world.device)
     compile_encoders(config, objective, world.device)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from jobs.benches.accuracy import cases
+from pipelines import colour_device
 from pipelines.colour_device import blur_groups, even_chunks, fused_on_device, table
 from pipelines.colour_host import plan_colour
 
