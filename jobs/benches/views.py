@@ -30,7 +30,7 @@ from jobs.benches.accuracy import differences, markdown
 from jobs.benches.ordinary import PREFETCH, ordinary_batches
 from jobs.benches.photographs import jpeg
 from jobs.run.command import parse, progress, tables
-from jobs.run.log import AugmentationLog
+from jobs.run.log import AugmentationLog, batch_rows
 from jobs.run.memory import keep_freed_memory
 from pipelines.crop import crop_views
 from pipelines.decode import Decoder, open_decoder
@@ -135,16 +135,7 @@ class OurViews:
         if self._cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()
-        self.log.append(
-            self._steps,
-            batch.position,
-            batch.ids_B,
-            batch.sources_B,
-            batch.epochs_B,
-            batch.labels_B,
-            batch.sizes_B2,
-            batch.params,
-        )
+        self.log.append(batch_rows(batch, self._steps, self.log.scored))
         self.log_seconds += time.perf_counter() - start
         self._steps += 1
         return len(batch)

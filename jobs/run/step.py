@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from jobs.run.health import clip_and_norm
+from jobs.run.log import batch_rows
 from jobs.run.optim import set_step
 from jobs.run.training import Training
 from models.candidates import RandomPairs
@@ -33,6 +34,8 @@ class Choice:
     """The pair that the rule prefers: the same but for images that take a random one. Any where they have no scores."""
     scores: Scores | None = None
     views_BM: Tensor | None = None
+    at_random_B: Tensor | None = None
+    """bool: the images that take a random pair on a step that chooses by the rule; None where there are none."""
 
     @property
     def losses_BP(self) -> Tensor | None:
@@ -119,7 +122,8 @@ def choose(t: Training, batch: ViewBatch) -> Choice:
     else:
         scores, iou_BP = None, pair_iou(batch.params[:, : selection.views])
         best_B = select(on_device(t, iou_BP), "lowest-iou", barred_P)
-    return Choice(random.put(best_B), best_B, scores)
+    at_random_B = torch.zeros_like(best_B, dtype=torch.bool).index_fill(0, random.rows_R, True)
+    return Choice(random.put(best_B), best_B, scores, at_random_B=at_random_B)
 
 
 def update(t: Training, loss: float, finite: bool) -> None:
@@ -133,38 +137,33 @@ def update(t: Training, loss: float, finite: bool) -> None:
         t.guard.skip(t.step, t.objective, loss, str(t.folder.checkpoints))
 
 
-def joined(choices: list[Choice]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Of all parts of a step: choices [B], losses [B, P], numbers of all chosen views [B, M]."""
+def joined(choices: list[Choice]) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Of all parts of a step: choices [B], losses [B, P], numbers of all chosen views [B, M], random or not [B]."""
     scored = [choice.losses_BP for choice in choices if choice.losses_BP is not None]
     marked = [choice.views_BM for choice in choices if choice.views_BM is not None]
+    at_random = [choice.at_random_B for choice in choices if choice.at_random_B is not None]
     return (
         torch.cat([choice.choice_B for choice in choices]),
         torch.cat(scored).float() if scored else None,
         torch.cat(marked) if marked else None,
+        torch.cat(at_random) if at_random else None,
     )
 
 
 def record(
-    t: Training, batch: ViewBatch, choice_B: np.ndarray, losses_BP: np.ndarray | None, views_BM: np.ndarray | None
+    t: Training,
+    batch: ViewBatch,
+    choice_B: np.ndarray,
+    losses_BP: np.ndarray | None,
+    views_BM: np.ndarray | None,
+    at_random_B: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Hands the step's rows to the log; returns choices [B] and losses [B, P]."""
     chosen_BN = None
     if views_BM is not None:
         chosen_BN = np.zeros(batch.params.shape, np.bool_)
         np.put_along_axis(chosen_BN, views_BM, True, axis=1)
-    t.log.append(
-        t.step,
-        batch.position,
-        batch.ids_B,
-        batch.sources_B,
-        batch.epochs_B,
-        batch.labels_B,
-        batch.sizes_B2,
-        batch.params,
-        losses_BP,
-        choice_B,
-        chosen_BN,
-    )
+    t.log.append(batch_rows(batch, t.step, t.log.scored, losses_BP, choice_B, at_random_B, chosen_BN))
     return choice_B, losses_BP
 
 

@@ -13,7 +13,7 @@ from jobs.run import checkpoint
 from jobs.run.config import DataConfig, PretrainConfig, save_config
 from jobs.run.data import open_data, open_stream, run_policy
 from jobs.run.folder import RunFolder
-from jobs.run.log import AugmentationLog
+from jobs.run.log import AugmentationLog, batch_rows
 from jobs.run.world import World
 from models.backbones import BackboneConfig, build_backbone
 from models.selection import SelectionConfig
@@ -70,9 +70,8 @@ def write_logged_run(folder: Path) -> RunFolder:
     rng = np.random.default_rng(0)
     with open_stream(config, data, World(0, 1, torch.device("cpu")), 0, lambda error: None) as stream:
         for step, batch in enumerate(itertools.islice(stream, 3)):
-            row = (batch.ids_B, batch.sources_B, batch.epochs_B, batch.labels_B, batch.sizes_B2, batch.params)
             losses = rng.random((6, 3), np.float32)
-            log.append(step, batch.position, *row, losses, losses.argmax(1))
+            log.append(batch_rows(batch, step, log.scored, losses, losses.argmax(1)))
     log.close()
     data.reader.close()
     return run

@@ -74,14 +74,15 @@ def test_a_share_of_the_images_trains_on_the_pair_that_random_training_takes(
 
     random, mixed = run("random", rule="random"), run("mixed", random_share=0.5, audit_every=1)
     best_B = mixed["losses_BP"].argmax(1)
-    at_random_B = mixed["choice_B"] != best_B
+    at_random_B = mixed["at_random_B"]
+    assert at_random_B.reshape(6, 16).sum(1).tolist() == [8] * 6
+    np.testing.assert_array_equal(mixed["choice_B"][~at_random_B], best_B[~at_random_B])
     np.testing.assert_array_equal(mixed["choice_B"][at_random_B], random["choice_B"][at_random_B])
-    # Half of 96 images, but for those whose random pair is the hardest one.
-    assert 0.25 < at_random_B.mean() <= 0.5
+    assert not random["at_random_B"].any()  # whose steps choose no pair by the rule
     assert curve(tmp_path / "mixed", "selection/agreement") == [1.0] * 3  # the judge's choice is what is audited
     everything = run("everything", random_share=1.0)
     np.testing.assert_array_equal(everything["choice_B"], random["choice_B"])
-    assert np.isfinite(everything["losses_BP"]).all()
+    assert everything["at_random_B"].all() and np.isfinite(everything["losses_BP"]).all()
 
 
 @pytest.mark.parametrize("layer", [None, 1])
@@ -95,6 +96,7 @@ def test_where_the_target_scores_random_pairs_have_no_losses(
     random, target = rows(tmp_path / "random"), rows(tmp_path / "target")
     unscored_B = np.isnan(target["losses_BP"]).all(1)
     assert unscored_B.reshape(6, 16).sum(1).tolist() == [4] * 6
+    np.testing.assert_array_equal(target["at_random_B"], unscored_B)
     assert not np.isnan(target["losses_BP"][~unscored_B]).any()
     np.testing.assert_array_equal(target["choice_B"][unscored_B], random["choice_B"][unscored_B])
     for metric in ("train/loss", "selection/regret", "selection/gain", "selection/gain/real"):
