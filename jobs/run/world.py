@@ -33,14 +33,6 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def any(self, *flags: bool) -> tuple[bool, ...]:
-        """Per flag, whether any rank raised it, so that all ranks take the same branch."""
-        if self.size == 1:
-            return flags
-        raised = torch.tensor(flags, dtype=torch.int32, device=self.device)
-        dist.all_reduce(raised, op=dist.ReduceOp.MAX)
-        return tuple(bool(flag) for flag in raised.tolist())
-
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """The mean over ranks, on every rank."""
         if self.size == 1:

@@ -58,17 +58,16 @@ def loop(t: Training, stop: threading.Event, bar: Bar) -> str:
     while t.step < t.length.steps:
         with t.timer.phase("data", host=True):
             batch = next(t.stream)
-        result = train_step(t, batch)
+        result = train_step(t, batch, stop.is_set)
         with t.timer.phase("monitors", host=True):
             t.monitor.after_step(t, batch, result)
         if t.saver is not None:
             t.saver.surface()
         bar.advance(1, note=t.monitor.note)
-        (stopping,) = t.world.any(stop.is_set())
-        if stopping or t.step % t.config.checkpoint.every == 0 or t.step == t.length.steps:
+        if result.stopping or t.step % t.config.checkpoint.every == 0 or t.step == t.length.steps:
             save(t)
             note_state(t, "running")
-        if stopping and t.step < t.length.steps:
+        if result.stopping and t.step < t.length.steps:
             if t.world.leads:
                 warn(f"stopped at step {t.step} of {t.length.steps}; a checkpoint is written, go on with --resume")
             return "interrupted"

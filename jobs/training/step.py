@@ -3,6 +3,7 @@
 Shape suffixes: B images of this rank, N views, P pairs.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,10 +52,13 @@ class StepResult:
     finite: bool
     choice_B: np.ndarray
     losses_BP: np.ndarray | None
+    stopping: bool
+    """Whether any rank has been asked to stop: the same on all."""
 
 
-def train_step(t: Training, batch: ViewBatch) -> StepResult:
-    """One optimizer step on one batch; a step that is not finite is skipped and counted.
+def train_step(t: Training, batch: ViewBatch, asked_to_stop: Callable[[], bool] = lambda: False) -> StepResult:
+    """One optimizer step on one batch; a step that is not finite is skipped and counted. `asked_to_stop` says whether
+    this rank is; ranks tell each other beside loss and norm, for which they wait once.
 
     Raises:
         TrainingFailedError: too many steps in a row were not finite.
@@ -87,13 +91,14 @@ def train_step(t: Training, batch: ViewBatch) -> StepResult:
         t.layer_norms = gradient_norms(t.objective) if t.objective.watching else {}
         clip = t.config.optimizer
         norm = clip_and_norm(t.learned, clip.clip_norm, by_tensor=clip.clip_by == "tensor")
-        means = t.world.mean(torch.stack([torch.stack(losses).mean(), norm]))
-        (loss, norm), *found = on_host(means, *joined(choices))  # the one time that a step waits for the device
+        asked = torch.full_like(norm, float(asked_to_stop()))
+        means = t.world.mean(torch.stack([torch.stack(losses).mean(), norm, asked]))
+        (loss, norm, asked), *found = on_host(means, *joined(choices))  # the one time that a step waits for the device
         finite = bool(np.isfinite(loss) and np.isfinite(norm))
         update(t, float(loss), finite)
     with t.timer.phase("log", host=True):
         choice_B, losses_BP = record(t, batch, *found)
-        result = StepResult(float(loss), float(norm), finite, choice_B, losses_BP)
+        result = StepResult(float(loss), float(norm), finite, choice_B, losses_BP, stopping=bool(asked > 0))
     t.step += 1
     t.timer.step()
     return result

@@ -122,9 +122,8 @@ def test_an_interrupted_run_goes_on_to_the_bit(
     pretrain(config, tmp_path / "whole")
 
     def interrupted(*arguments):
-        result = step(*arguments)
         os.kill(os.getpid(), signal.SIGTERM)
-        return result
+        return step(*arguments)
 
     monkeypatch.setattr(trainer, "train_step", interrupted)
     assert pretrain(config, tmp_path / "parts") == "interrupted"

@@ -139,10 +139,10 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(digits, tmp_path, monkey
     config = config_of(digits, tmp_path, seeds=1, probe_epochs=0)
     step = trainer.train_step
 
-    def breaks(training, batch):
+    def breaks(training, *others):
         if training.config.objective.temperature == 0.1:
             raise torch.OutOfMemoryError("no memory")
-        return step(training, batch)
+        return step(training, *others)
 
     monkeypatch.setattr(trainer, "train_step", breaks)
     assert exit_code(flags(config)) == 1

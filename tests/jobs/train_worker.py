@@ -21,12 +21,11 @@ def stop_after(steps: int) -> None:
     """The last rank gets SIGTERM in its step number `steps`."""
     step = trainer.train_step
 
-    def stopping_step(t, batch):
-        result = step(t, batch)
-        if t.step == steps and t.world.rank == t.world.size - 1:
+    def stopping_step(t, *others):
+        if t.step + 1 == steps and t.world.rank == t.world.size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
             trainer.train_step = step
-        return result
+        return step(t, *others)
 
     trainer.train_step = stopping_step
 

@@ -13,6 +13,7 @@ from jobs.run.config import PretrainConfig, ViewsConfig, save_config
 from jobs.run.folder import RunFolder
 from jobs.run.metrics import read_metrics
 from jobs.run.optim import OptimizerConfig
+from jobs.run.world import World
 from models.objectives import DINOConfig, Length, build_objective
 
 
@@ -119,3 +120,21 @@ def test_the_target_scores_all_images(tiny: PretrainConfig, tmp_path: Path, laye
     np.testing.assert_array_equal(target["choice_B"], np.where(at_random_B, random["choice_B"], best_B))
     for metric in ("train/loss", "selection/regret", "selection/gain", "selection/gain/real"):
         assert len(curve(tmp_path / "target", metric)) == 3 and np.isfinite(curve(tmp_path / "target", metric)).all()
+
+
+def test_ranks_tell_each_other_to_stop_in_the_one_sum_of_a_step(
+    uncoupled: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another rank's request comes with the mean of loss and norm; there is no other exchange between the steps."""
+    sums: list[torch.Tensor] = []
+
+    def mean(world: World, values: torch.Tensor) -> torch.Tensor:
+        if values.shape == (3,):
+            sums.append(values)
+            return values if len(sums) < 2 else values + torch.tensor([0.0, 0.0, 0.5])  # one of two ranks asks
+        return values
+
+    monkeypatch.setattr(World, "mean", mean)
+    assert pretrain(uncoupled, tmp_path / "run") == "interrupted"
+    assert [float(values[2]) for values in sums] == [0.0, 0.0]
+    assert RunFolder(tmp_path / "run").read_state()["step"] == 2

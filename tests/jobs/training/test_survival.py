@@ -39,14 +39,13 @@ def one_thread() -> Iterator[None]:
 
 
 def in_step(monkeypatch: pytest.MonkeyPatch, number: int, action) -> None:
-    """Does something right after a step."""
+    """Does something in a step, before anything else."""
     step = trainer.train_step
 
-    def watched(t, batch):
-        result = step(t, batch)
-        if t.step == number:
+    def watched(t, *others):
+        if t.step + 1 == number:
             action()
-        return result
+        return step(t, *others)
 
     monkeypatch.setattr(trainer, "train_step", watched)
 
