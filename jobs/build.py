@@ -7,7 +7,7 @@ from typing import Literal
 
 import tyro
 
-from jobs.run.terminal import console, parse, progress, warn
+from jobs.run.terminal import console, parse, progress, warn, warn_unlabelled
 from shards.build import build, plan
 from shards.engines import run_tasks
 from shards.images import Rules
@@ -87,6 +87,7 @@ def run(config: BuildConfig) -> Manifest:
         warn(f"{left_out} images left out; the reasons are in {config.out / QUARANTINE_NAME}")
     size = sum(entry.size for entry in manifest.entries)
     console.print(f"{len(manifest)} images in {len(manifest.entries)} shards, {size / 1e6:.1f} MB, in {config.out}")
+    warn_unlabelled(manifest.unlabelled, manifest.provenance.get("unlabelled", {}))
     return manifest
 
 

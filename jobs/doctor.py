@@ -148,7 +148,7 @@ def devices() -> Iterator[Finding]:
         return
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
-        bf16 = "bf16" if facts.major >= 8 else "no bf16: pass --precision fp32"
+        bf16 = "bf16 and tf32" if facts.major >= 8 else "neither bf16 nor tf32: pass --precision fp32"
         memory = f"{facts.total_memory / 2**30:.0f} GiB"
         detail = f"{facts.name}, {memory}, compute capability {facts.major}.{facts.minor}, {bf16}"
         yield Finding(f"gpu {index}", "ok", detail)

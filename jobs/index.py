@@ -7,7 +7,7 @@ from typing import Literal
 
 import tyro
 
-from jobs.run.terminal import console, parse, progress, warn
+from jobs.run.terminal import console, parse, progress, warn, warn_unlabelled
 from shards.engines import run_tasks
 from shards.errors import InputError
 from shards.files import local_path
@@ -66,6 +66,7 @@ def run(config: IndexConfig) -> Manifest:
     if left_out:
         warn(f"{left_out} images left out; the reasons are in {folder / QUARANTINE_NAME}")
     console.print(f"{len(manifest)} images in {len(manifest.entries)} shards, in {folder}")
+    warn_unlabelled(manifest.unlabelled, manifest.provenance.get("unlabelled", {}))
     return manifest
 
 

@@ -1,6 +1,7 @@
 """`hardviews pretrain PRESET`: streams shards, chooses hard views, trains, logs every choice."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
@@ -41,11 +42,13 @@ def pretrain(config: PretrainConfig, run: Path, *, resume: bool = False, overwri
         InputError: a folder, value or file that does not fit.
     """
     folder = RunFolder(run)
-    with open_world(config.device, last_words=lambda why: record_failure(folder, RankLostError(why))) as world:
+    ranks = open_world(config.device, last_words=lambda why: record_failure(folder, RankLostError(why)))
+    with ranks as world, ExitStack() as stack:
         if world.device.type == "cpu":
             keep_freed_memory()
         if world.leads:
             folder.check(resume=resume, overwrite=overwrite)
+            stack.enter_context(folder.locked())
         world.barrier()
         return train(load_config(folder.config) if resume else config, folder, world, resume=resume)
 

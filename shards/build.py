@@ -79,7 +79,15 @@ def sample_of(number: int, record: Record, rules: Rules) -> Sample | Rejected:
         picture = prepare(record.content, rules)
     except BadImageError as error:
         return Rejected(key, record.name, str(error))
-    return Sample(key, picture.content, picture.extension, picture.height, picture.width, record.label)
+    return Sample(
+        key,
+        picture.content,
+        picture.extension,
+        picture.height,
+        picture.width,
+        record.label,
+        unlabelled=record.unlabelled,
+    )
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,9 @@ def index_sample(task: IndexTask, group: Group | str, file: BinaryIO) -> Row | R
         return Rejected(group.key, record.name, f"has to be converted (rotation, colours or depth); {CONVERT}")
     # Bytes after the image's end are left out of its size.
     member = (place.extension, place.offset, len(picture.content))
-    return Row(group.key, (member,), picture.height, picture.width, record.label, zlib.crc32(picture.content))
+    crc32 = zlib.crc32(picture.content)
+    size = (picture.height, picture.width)
+    return Row(group.key, (member,), *size, record.label, crc32, unlabelled=record.unlabelled)
 
 
 def index(

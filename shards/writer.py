@@ -49,6 +49,8 @@ class Sample:
     width: int
     label: int = -1
     seed: int | None = None
+    unlabelled: str = ""
+    """Why there is no label."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class ShardResult:
     labels: Mapping[int, int]
     """Samples by label; −1 counts the unlabelled."""
     rejected: tuple[Rejected, ...]
+    unlabelled: Mapping[str, int]
+    """Samples without a label, by the reason."""
 
 
 def shard_name(number: int) -> str:
@@ -123,6 +127,7 @@ class Row:
     label: int
     crc32: int
     seed: int | None = None
+    unlabelled: str = ""
 
 
 def write_shard(
@@ -167,6 +172,7 @@ def add_sample(tar: TarWriter, sample: Sample) -> Row:
         label=sample.label,
         crc32=zlib.crc32(sample.content),
         seed=sample.seed,
+        unlabelled=sample.unlabelled,
     )
 
 
@@ -193,6 +199,7 @@ def write_columns(
         "index_sha256": hashlib.sha256(index).hexdigest(),
         "labels": sorted(labels.items()),
         "rejected": [asdict(one) for one in rejected],
+        "unlabelled": Counter(row.unlabelled for row in rows if row.unlabelled),
     }
     arrays = {field: [getattr(row, field) for row in rows] for field in ("height", "width", "label", "crc32")}
     arrays["offset"] = [row.members[0][1] for row in rows]
@@ -227,7 +234,9 @@ def result_of(name: str, count: int, note: Mapping[str, Any], columns: bytes) ->
         columns_sha256=hashlib.sha256(columns).hexdigest(),
         index_sha256=note["index_sha256"],
     )
-    return ShardResult(entry, dict(note["labels"]), tuple(Rejected(**one) for one in note["rejected"]))
+    return ShardResult(
+        entry, dict(note["labels"]), tuple(Rejected(**one) for one in note["rejected"]), note.get("unlabelled", {})
+    )
 
 
 def finished(folder: Path, name: str, settings: Mapping[str, Any]) -> ShardResult | None:
@@ -324,6 +333,7 @@ def finish(
     if not labels:
         where = folder / QUARANTINE_NAME
         raise InputError(f"{folder}: none of {len(rejected)} images can be read; the reasons are in {where}")
+    reasons = sum((Counter(result.unlabelled) for result in ordered), Counter[str]())
     names = [*classes, *map(str, range(len(classes), max(labels) + 1))]
     write_manifest(
         folder,
@@ -332,7 +342,7 @@ def finish(
         class_counts=[labels[label] for label in range(len(names))],
         unlabelled=labels[-1],
         entries=[result.entry for result in ordered if result.entry.count],
-        provenance={**provenance, "quarantined": len(rejected)},
+        provenance={**provenance, "quarantined": len(rejected), **({"unlabelled": reasons} if reasons else {})},
     )
     return open_manifest(folder)
 

@@ -229,8 +229,9 @@ class PretrainConfig:
     """Seed of every random choice."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto = cuda where there is one."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the encoders; auto = bf16 on cuda, fp32 elsewhere."""
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
+    """Arithmetic: fp32; tf32 = the same, with products rounded to TF32 (cuda); bf16 = bf16 in the encoders, fp32 in
+    losses and in all that is kept; auto = bf16 on cuda, fp32 elsewhere."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the encoders; auto = on for cuda."""
     checkpoint_activations: bool = False

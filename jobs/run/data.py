@@ -8,6 +8,7 @@ import torch
 from timm.layers.patch_embed import PatchEmbed
 from torch import nn
 
+from jobs.run.arithmetic import arithmetic_of
 from jobs.run.config import DataConfig, PretrainConfig
 from jobs.run.world import World
 from models.objectives import Length, MoBYConfig, MoCoV3Config, SimCLRConfig
@@ -140,20 +141,21 @@ def scored_views(config: PretrainConfig) -> Selection:
     return Selection(config.selection.resolution, config.selection.static_colour)
 
 
-def open_stream(
-    config: PretrainConfig, data: Data, world: World, step: int, quarantine: Callable[[SampleError], None]
-) -> ViewStream:
-    """This rank's batches from `step` on.
-
-    Raises:
-        InputError: the batch does not divide among the ranks and the parts of each.
-    """
+def check_batch(config: PretrainConfig, world: World) -> None:
+    """Raises InputError where the batch does not divide among the ranks and the parts of each."""
     if config.batch % (parts := world.size * config.accumulate):
         raise InputError(
             f"batch: {config.batch} images do not divide into {parts} equal parts ({world.size} processes, "
             f"accumulate {config.accumulate}); take a multiple of {parts}"
         )
+
+
+def open_stream(
+    config: PretrainConfig, data: Data, world: World, step: int, quarantine: Callable[[SampleError], None]
+) -> ViewStream:
+    """This rank's batches from `step` on; the batch has been checked."""
     data.reader.follow(data.order, step * config.batch)
+    arithmetic = arithmetic_of(config.precision, world.device)
     return ViewStream(
         data.reader,
         data.order,
@@ -165,7 +167,7 @@ def open_stream(
         position=step * config.batch,
         device=world.device,
         # Under autocast the encoders would round the views to bf16 themselves, at every forward.
-        dtype=torch.bfloat16 if world.device.type == "cuda" and config.precision != "fp32" else torch.float32,
+        dtype=torch.bfloat16 if world.device.type == "cuda" and arithmetic == "bf16" else torch.float32,
         colour=config.views.colour,
         compiled=config.compile != "off",
         threads=config.data.threads,

@@ -1,12 +1,16 @@
 """The run folder: everything a run leaves behind, and where it lies."""
 
+import fcntl
 import json
 import os
 import shutil
+import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from shards.errors import InputError
 
@@ -65,7 +69,8 @@ class RunFolder:
         """
         if resume and overwrite:
             raise InputError("--resume and --overwrite exclude each other; take one")
-        exists = self.path.exists() and any(self.path.iterdir()) if self.path.is_dir() else self.path.exists()
+        inside = {*self.path.iterdir()} - {self.lock} if self.path.is_dir() else set()
+        exists = bool(inside) or self.path.is_file()
         if resume:
             if not self.config.is_file():
                 raise InputError(f"run: {self.path} holds no run to resume (no config.json); leave out --resume")
@@ -76,12 +81,66 @@ class RunFolder:
             if not overwrite:
                 raise InputError(f"run: {self.path} exists; go on with --resume or replace it with --overwrite")
 
+    @property
+    def lock(self) -> Path:
+        return self.path / ".lock"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from training into the folder meanwhile; the kernel ends that with this process.
+
+        A folder that is empty at the end, as where a new run was refused, goes again.
+
+        Raises:
+            InputError: it cannot be written, or another process trains into it; the message names that one.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = self._own_lock()
+        except OSError as error:
+            raise InputError(f"run: {self.path} cannot be written ({error.strerror}); choose another --run") from error
+        with file:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            try:
+                yield
+            finally:
+                self.lock.unlink(missing_ok=True)
+                with suppress(OSError):
+                    self.path.rmdir()
+
+    def _own_lock(self) -> TextIO:
+        """The open lock file, locked."""
+        while True:
+            file = self.lock.open("a+")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(file.fileno()).st_ino == self.lock.stat().st_ino:
+                    return file
+            except BlockingIOError as error:
+                file.seek(0)
+                owner = file.read() or "another process"
+                file.close()
+                raise InputError(
+                    f"run: {self.path}: {owner} is training into it; wait for its end, or choose another --run"
+                ) from error
+            except FileNotFoundError:
+                pass
+            file.close()  # the process before took its lock file away in this moment
+
     def clear(self) -> None:
         """Makes the folder an empty run's. To be called when nothing can be wrong with the new run any more, so that a
         mistake in its command line costs no old one."""
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        self.checkpoints.mkdir(parents=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        for path in self.path.iterdir():
+            if path == self.lock:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        self.checkpoints.mkdir()
 
     def write_state(self, state: str, **facts: Any) -> None:
         """Records `running`, `finished`, `interrupted` or `failed`, for `hardviews runs`."""

@@ -1,5 +1,6 @@
 """Where numbers go: one logger interface, JSON lines and TensorBoard by default, W&B and MLflow as extras."""
 
+import importlib
 import json
 import os
 import socket
@@ -76,10 +77,8 @@ class WandB:
     """Weights & Biases; mode, project and key come from its own environment variables (WANDB_MODE=offline works)."""
 
     def __init__(self, folder: RunFolder, step: int, config: Mapping[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise InputError("loggers: wandb is not installed; `pip install hardviews[loggers]`") from error
+        import wandb
+
         self._run = wandb.init(
             dir=folder.path, id=folder.path.name, name=folder.path.name, resume="allow", config=dict(config)
         )
@@ -95,10 +94,8 @@ class MLflow:
     """MLflow; the store comes from MLFLOW_TRACKING_URI, else a local SQLite file below the run folder's parent."""
 
     def __init__(self, folder: RunFolder, step: int, config: Mapping[str, Any]) -> None:
-        try:
-            import mlflow
-        except ImportError as error:
-            raise InputError("loggers: mlflow is not installed; `pip install hardviews[loggers]`") from error
+        import mlflow
+
         self._client = mlflow.MlflowClient()
         experiment = self._client.get_experiment_by_name("hardviews")
         number = experiment.experiment_id if experiment else self._client.create_experiment("hardviews")
@@ -123,6 +120,16 @@ LOGGERS: dict[str, Callable[[RunFolder, int, Mapping[str, Any]], Logger]] = {
     "wandb": WandB,
     "mlflow": MLflow,
 }
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Raises InputError for a logger whose package is not installed."""
+    for name in names:
+        if name in ("wandb", "mlflow"):
+            try:
+                importlib.import_module(name)
+            except ImportError as error:
+                raise InputError(f"loggers: {name} is not installed; `pip install hardviews[loggers]`") from error
 
 
 class Loggers:

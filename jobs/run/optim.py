@@ -40,7 +40,9 @@ class OptimizerConfig:
     beta2: float = 0.999
     """Second beta of AdamW and LAMB."""
     clip_norm: float = 0.0
-    """Largest global gradient norm; 0 = no clipping."""
+    """Largest gradient norm; 0 = no clipping."""
+    clip_by: Literal["all", "tensor"] = "all"
+    """Whose norm `clip_norm` bounds: that of all parameters together, or each parameter's own (DINO, iBOT)."""
     constant_predictor: bool = False
     """Keep the learning rate of the online encoder's predictor at its peak throughout (SimSiam, section 4.2)."""
 
@@ -49,6 +51,8 @@ class OptimizerConfig:
             raise InputError(f"optimizer.lr: {self.lr} must be above 0")
         if self.decay not in ("weights", "tokens", "all"):
             raise InputError(f"optimizer.decay: {self.decay!r} is unknown; take weights, tokens or all")
+        if self.clip_by not in ("all", "tensor"):
+            raise InputError(f"optimizer.clip_by: {self.clip_by!r} is unknown; take all or tensor")
         for field in ("momentum", "beta2"):
             if not 0 <= getattr(self, field) < 1:
                 raise InputError(f"optimizer.{field}: {getattr(self, field)} must lie in [0, 1)")

@@ -32,9 +32,16 @@ def gradient_norms(model: nn.Module) -> dict[str, torch.Tensor]:
     return {layer: torch.stack(parts).sum().sqrt() for layer, parts in squares.items()}
 
 
-def clip_and_norm(parameters: list[nn.Parameter], clip: float) -> torch.Tensor:
-    """The global gradient norm before clipping; gradients are scaled to at most `clip` (0 = left alone)."""
-    return nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else float("inf"), foreach=True)
+def clip_and_norm(parameters: list[nn.Parameter], clip: float, *, by_tensor: bool = False) -> torch.Tensor:
+    """The norm of all gradients before clipping; they are scaled to a norm of at most `clip` (0 = left alone), together
+    or each tensor by itself, without waiting for the device."""
+    if not by_tensor or clip <= 0:
+        return nn.utils.clip_grad_norm_(parameters, clip if clip > 0 else float("inf"), foreach=True)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))  # pyright: ignore[reportPrivateImportUsage]
+    factors = (clip / (norms + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, list(factors.unbind()))  # pyright: ignore[reportPrivateImportUsage]
+    return torch.linalg.vector_norm(norms)
 
 
 @dataclass

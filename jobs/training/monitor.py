@@ -13,6 +13,7 @@ import json
 import resource
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jobs.evaluation.features import extract_features
-from jobs.evaluation.images import label_table, open_images
+from jobs.evaluation.images import align_labels, label_table, open_images
 from jobs.evaluation.knn import HEADLINE, TEMPERATURE, knn_scores
 from jobs.run.config import PretrainConfig
 from jobs.run.data import Data
 from jobs.run.metrics import Loggers
 from jobs.run.world import World
-from jobs.training.health import forward_flops, gradient_norms, peak_flops
+from jobs.training.health import forward_flops, peak_flops
 from models.backbones import feature_width
 from models.distributed import gather
 from models.objectives import Objective
@@ -119,7 +120,7 @@ class Monitor:
         if due:
             self._write(t)
         if self.watches(t.step):
-            self._write_health(t, batch, result.norm)
+            self._write_health(t, batch)
         if last or (settings.knn_every and t.step % settings.knn_every == 0):
             self.evaluate(t)
 
@@ -180,13 +181,11 @@ class Monitor:
         if self.loggers is not None:
             self.loggers.log(t.step, scalars)
 
-    def _write_health(self, t: Training, batch: ViewBatch, norm: float) -> None:
+    def _write_health(self, t: Training, batch: ViewBatch) -> None:
         """Gradient norms before clipping, the spread of the features, alignment and uniformity of the embeddings that
         the loss compared, and what the contrastive tasks were like."""
         objective, names = t.objective, t.data.sources
-        clip = t.config.optimizer.clip_norm
-        clipped = norm / clip if 0 < clip < norm else 1.0
-        scalars = {f"grad/{layer}": clipped * float(own) for layer, own in gradient_norms(objective).items()}
+        scalars = {f"grad/{layer}": float(own) for layer, own in t.layer_norms.items()}
         sources_B, curves = sources(batch, self.world.device), {}
         if objective.seen_features_BD is not None:
             scalars |= feature_health(gather(objective.seen_features_BD), gather(sources_B), names)
@@ -295,6 +294,12 @@ def write_curves(path: Path, step: int, curves: dict[str, Tensor]) -> None:
     if len(line) > 1:
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def check_held_out(train: str, test: str) -> None:
+    """Raises InputError where the held-out kNN could not be measured: images that are not there or have no labels."""
+    with closing(open_images(train)) as known, closing(open_images(test)) as held_out:
+        align_labels(known, held_out)
 
 
 def held_out_knn(backbone: nn.Module, train: str, test: str, config: PretrainConfig, world: World) -> float:

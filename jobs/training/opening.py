@@ -14,15 +14,26 @@ from torch.nn.parallel import DistributedDataParallel
 
 from jobs.log.writer import AugmentationLog, truncate_log
 from jobs.run import checkpoint
+from jobs.run.arithmetic import arithmetic_of, use_arithmetic
 from jobs.run.config import PretrainConfig, save_config, to_plain
-from jobs.run.data import Data, check_crops, check_labels, open_data, open_stream, run_length, run_policy, strong_blur
+from jobs.run.data import (
+    Data,
+    check_batch,
+    check_crops,
+    check_labels,
+    open_data,
+    open_stream,
+    run_length,
+    run_policy,
+    strong_blur,
+)
 from jobs.run.folder import RunFolder, keep_lines
-from jobs.run.metrics import Loggers
+from jobs.run.metrics import Loggers, check_loggers
 from jobs.run.optim import Schedule, build_optimizer
 from jobs.run.terminal import warn
 from jobs.run.world import World
 from jobs.training.health import FiniteGuard
-from jobs.training.monitor import Monitor, open_monitor
+from jobs.training.monitor import Monitor, check_held_out, open_monitor
 from jobs.training.saving import CheckpointWriter
 from jobs.training.timing import StepTimer
 from models.objectives import Length, Objective, build_objective
@@ -66,6 +77,8 @@ class Training:
     step: int = 0
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """The objective's metrics of the newest step."""
+    layer_norms: dict[str, Tensor] = field(default_factory=dict)
+    """Gradient norms by layer before clipping, of the newest step where the monitor watches it."""
 
     @property
     def learned(self) -> list[nn.Parameter]:
@@ -83,9 +96,15 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
     if saved is not None and saved["config"] != to_plain(config):
         raise InputError(f"run: {folder.path / 'config.json'} is not what the checkpoint was trained with; restore it")
     step = saved["step"] if saved else 0
+    arithmetic = arithmetic_of(config.precision, world.device)
+    use_arithmetic(arithmetic)
     data = open_data(config)
     stack.callback(data.reader.close)
     length = run_length(config, data.order)
+    check_batch(config, world)
+    check_loggers(config.monitor.loggers)
+    if config.monitor.knn_train:
+        check_held_out(config.monitor.knn_train, config.monitor.knn_test)
     check_labels(config, data)
     objective = make_objective(config, length, world.device)
     compile_encoders(config, objective, world.device)
@@ -125,7 +144,12 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
         policy.views,
         scored=policy.groups[0].count,
         sources=data.sources,
-        facts={"seed": config.seed, "size": config.backbone.image_size, "shards": fingerprints(data)},
+        facts={
+            "seed": config.seed,
+            "size": config.backbone.image_size,
+            "precision": arithmetic,
+            "shards": fingerprints(data),
+        },
     )
     stack.callback(log.close)
     training = Training(

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from jobs.run.arithmetic import arithmetic_of
 from jobs.run.optim import set_step
-from jobs.training.health import clip_and_norm
+from jobs.training.health import clip_and_norm, gradient_norms
 from jobs.training.opening import Training
 from models.objectives.base import Scores
 from models.selection import same_policy, select
@@ -82,7 +83,9 @@ def train_step(t: Training, batch: ViewBatch) -> StepResult:
     t.objective.seen_features_BD = torch.cat(seen) if seen else None
     with t.timer.phase("optimizer"):
         t.objective.before_step()
-        norm = clip_and_norm(t.learned, t.config.optimizer.clip_norm)
+        t.layer_norms = gradient_norms(t.objective) if t.objective.watching else {}
+        clip = t.config.optimizer
+        norm = clip_and_norm(t.learned, clip.clip_norm, by_tensor=clip.clip_by == "tensor")
         means = t.world.mean(torch.stack([torch.stack(losses).mean(), norm]))
         (loss, norm), *found = on_host(means, *joined(choices))  # the one time that a step waits for the device
         finite = bool(np.isfinite(loss) and np.isfinite(norm))
@@ -197,9 +200,9 @@ def on_host(*tensors: Tensor | None) -> list[Any]:
 
 def autocast(t: Training) -> AbstractContextManager[Any]:
     """bf16 arithmetic where the configuration asks for it, and by default on CUDA."""
-    device = t.world.device.type
-    wanted = t.config.precision == "bf16" or (t.config.precision == "auto" and device == "cuda")
-    return torch.autocast(device, torch.bfloat16) if wanted else nullcontext()
+    device = t.world.device
+    wanted = arithmetic_of(t.config.precision, device) == "bf16"
+    return torch.autocast(device.type, torch.bfloat16) if wanted else nullcontext()
 
 
 def synchronised(learner: nn.Module, last: bool) -> AbstractContextManager[Any]:

@@ -118,6 +118,8 @@ class Objective(nn.Module):
         super().__init__()
         self.target = None
         self.correction = None
+        # Whether BatchNorm's statistics in the loss are of both views together, rather than of each by itself.
+        self.joint_norm = False
         self.length = length
         self.step = 0
         # What monitors look at after a step: features of the images it trained on and, while `watching` is set, of the
@@ -220,7 +222,17 @@ class Objective(nn.Module):
     def pair_features(self, chosen: Chosen) -> tuple[Tensor, Tensor]:
         """The online backbone's features [B, D] of the pair's first and second views, with their graph."""
         first_BCHW, second_BCHW = chosen.crops[0].unbind(1)
+        if self.joint_norm and has_batchnorm(self.online):
+            both = self.online.features(torch.cat([first_BCHW, second_BCHW]))
+            return both.tensor_split(2)  # pyright: ignore[reportReturnType]
         return self.online.features(first_BCHW), self.online.features(second_BCHW)
+
+    def pair_heads(self, features1_BD: Tensor, features2_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """The online heads' outputs for the pair's features."""
+        if self.joint_norm:
+            both = self.online.head(torch.cat([features1_BD, features2_BD]))
+            return both.tensor_split(2)  # pyright: ignore[reportReturnType]
+        return self.online.head(features1_BD), self.online.head(features2_BD)
 
     def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
         """Scalar loss with its graph, and scalar metrics. A subclass writes it."""

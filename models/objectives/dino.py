@@ -63,6 +63,8 @@ class DINOConfig:
     """Epochs in which the last layer does not learn."""
     local_views: int = 8
     """l: local views that train; with more in the stream (views.local_views) the hardest are chosen."""
+    norm_last_layer: bool = True
+    """Rows of the last layer have length 1; false = they have lengths of their own, which are learned from 1 on."""
     candidates: int = 0
     """Score only so many random choices per image, as HVP does (128); 0 = the exact maximum."""
 
@@ -92,7 +94,7 @@ class Taught:
 
 
 class DINOHead(nn.Module):
-    """Three layers with GELU, rows scaled to length 1, then a layer whose rows have length 1."""
+    """Three layers with GELU, rows scaled to length 1, then a layer whose rows have length 1, or learn theirs."""
 
     def __init__(self, features: int, config: DINOConfig) -> None:
         super().__init__()
@@ -109,6 +111,7 @@ class DINOHead(nn.Module):
                 nn.init.zeros_(layer.bias)
         # As long as a linear layer's rows: their length decides how fast Adam's steps turn them.
         self.last_KD = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(config.outputs, config.bottleneck), 5**0.5))
+        self.lengths_K1 = None if config.norm_last_layer else nn.Parameter(torch.ones(config.outputs, 1))
 
     def forward(self, features: Tensor) -> Tensor:
         return self.bottleneck(features) @ self.last().T
@@ -118,8 +121,9 @@ class DINOHead(nn.Module):
         return F.normalize(self.layers(features), dim=-1)
 
     def last(self) -> Tensor:
-        """[K, bottleneck]: the last layer's rows of length 1."""
-        return F.normalize(self.last_KD, dim=1)
+        """[K, bottleneck]: the last layer."""
+        unit_KD = F.normalize(self.last_KD, dim=1)
+        return unit_KD if self.lengths_K1 is None else unit_KD * self.lengths_K1
 
 
 class DINO(Objective):
@@ -244,7 +248,9 @@ class DINO(Objective):
         return cross_B2n, features.unflatten(0, shape), embedded.unflatten(0, shape)
 
     def frozen(self) -> list[nn.Parameter]:
-        return [head_of(self.online).last_KD] if self.epoch < self.config.freeze_epochs else []
+        head = head_of(self.online)
+        last = [part for part in (head.last_KD, head.lengths_K1) if part is not None]
+        return last if self.epoch < self.config.freeze_epochs else []
 
     def after_step(self) -> None:
         """Moves target and centre."""

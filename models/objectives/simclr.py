@@ -32,6 +32,9 @@ class SimCLRConfig:
     """Width of the embedding."""
     layers: int = 2
     """Layers of the projector (3 in MoCo v3's comparison on ViTs)."""
+    joint_norm: bool = True
+    """BatchNorm's statistics are of both views together, as in the authors' code; false = of each view by itself. Pairs
+    are scored by statistics that `selection.batchnorm` names."""
     negatives: NegativesConfig = NONE
     """Synthetic hard negatives, made from both views of the other images; all counts 0 = none, as published."""
     oracle: bool = False
@@ -47,7 +50,7 @@ class SimCLR(Objective):
 
     def __init__(self, config: SimCLRConfig, backbone: BackboneConfig, length: Length) -> None:
         super().__init__(length)
-        self.config = config
+        self.config, self.joint_norm = config, config.joint_norm
         model = build_backbone(backbone, backbone.drop_path)
         projector = mlp(feature_width(model), config.hidden, config.width, layers=config.layers, last_norm=True)
         self.online = Encoder(model, projector)
@@ -61,7 +64,7 @@ class SimCLR(Objective):
 
     def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
         features1, features2 = self.pair_features(chosen)
-        z1, z2 = unit(self.online.head(features1)), unit(self.online.head(features2))
+        z1, z2 = (unit(z_BD) for z_BD in self.pair_heads(features1, features2))
         # Gradients flow to other ranks' rows too: their average over ranks is then that of one large batch.
         all1, all2 = gather_with_gradient(z1), gather_with_gradient(z2)
         tasks = [self._task(z1, z2, [all2, all1], labels_B), self._task(z2, z1, [all1, all2], labels_B)]

@@ -51,6 +51,9 @@ class SwAVConfig:
     """Width of the embedding."""
     head_norm: bool = True
     """BatchNorm in the projector's hidden layer; MoCo v3's comparison on ViTs does without (appendix there)."""
+    joint_norm: bool = True
+    """BatchNorm's statistics are of both views together, as in the authors' code; false = of each view by itself. Pairs
+    are scored by statistics that `selection.batchnorm` names."""
 
     def __post_init__(self) -> None:
         check_positive(self, "prototypes", "temperature", "epsilon", "iterations", "hidden", "width")
@@ -63,7 +66,7 @@ class SwAV(Objective):
 
     def __init__(self, config: SwAVConfig, backbone: BackboneConfig, length: Length) -> None:
         super().__init__(length)
-        self.config = config
+        self.config, self.joint_norm = config, config.joint_norm
         model = build_backbone(backbone, backbone.drop_path)
         self.online = Encoder(
             model, mlp(feature_width(model), config.hidden, config.width, hidden_norm=config.head_norm)
@@ -94,7 +97,7 @@ class SwAV(Objective):
 
     def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
         features1, features2 = self.pair_features(chosen)
-        z1, z2 = self.online.head(features1), self.online.head(features2)
+        z1, z2 = self.pair_heads(features1, features2)
         s1, s2 = self.scores(z1), self.scores(z2)
         c1, c2 = self.codes(s1), self.codes(s2)
         self.seen_features_BD = features1.detach()

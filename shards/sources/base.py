@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "avif", "img")
+IMAGE_EXTENSIONS = frozenset(
+    {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "avif", "img"}
+    | {"heic", "heif", "jxl", "jp2"}  # not read, but named for what they are
+)
 READ_AHEAD = 64  # remote files fetched at a time, rows of Parquet decoded at a time
 Runner = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
 
@@ -22,6 +25,8 @@ class Record:
     content: bytes
     problem: str = ""
     """Why there are no bytes; empty where there are."""
+    unlabelled: str = ""
+    """Why there is no label, the same words for all images of which it is true; empty where there is one."""
 
 
 class Part(Protocol):

@@ -22,6 +22,8 @@ class FilePart:
     root: str
     files: tuple[tuple[str, int, int], ...]
     """Name relative to the root, size in bytes, label."""
+    unlabelled: str = ""
+    """Why files have no label."""
 
     def __len__(self) -> int:
         return len(self.files)
@@ -37,9 +39,12 @@ class FilePart:
             return
         for name, _, label in self.files:
             try:
-                yield Record(name, label, (folder / name).read_bytes())
+                yield Record(name, label, (folder / name).read_bytes(), unlabelled=self._why(label))
             except OSError as error:
                 yield Record(name, label, b"", f"cannot be read: {error.strerror}")
+
+    def _why(self, label: int) -> str:
+        return self.unlabelled if label < 0 else ""
 
     def _fetched(self, system: AbstractFileSystem, base: str) -> Iterator[Record]:
         for start in range(0, len(self.files), READ_AHEAD):
@@ -49,7 +54,7 @@ class FilePart:
             for path, (name, _, label) in zip(paths, files, strict=True):
                 content = found[path]
                 problem = "" if content is not None else "gone since the source was listed"
-                yield Record(name, label, content or b"", problem)
+                yield Record(name, label, content or b"", problem, self._why(label))
 
 
 def fetch_many(system: AbstractFileSystem, sizes: Mapping[str, int]) -> dict[str, bytes | None]:
@@ -92,18 +97,20 @@ def open_imagefolder(path: str, options: Options, run: Runner) -> Source:
         )
     numbers = {name: number for number, name in enumerate(classes)}
     labelled = [(name, size, numbers[name.split("/", 1)[0]] if "/" in name else -1) for name, size in files]
-    return Source(classes, file_parts(f"imagefolder:{path}", path, labelled, options))
+    return Source(classes, file_parts(f"imagefolder:{path}", path, labelled, options, "in no class folder"))
 
 
 def open_folder(path: str, options: Options, run: Runner) -> Source:
     """All files of a folder, without labels."""
     _, files = listing(path)
     unlabelled = [(name, size, -1) for name, size in files]
-    return Source((), file_parts(f"folder:{path}", path, unlabelled, options))
+    return Source((), file_parts(f"folder:{path}", path, unlabelled, options, "folder: takes no classes"))
 
 
-def file_parts(address: str, root: str, files: list[tuple[str, int, int]], options: Options) -> tuple[FilePart, ...]:
-    """The files in order, cut into parts."""
+def file_parts(
+    address: str, root: str, files: list[tuple[str, int, int]], options: Options, why: str
+) -> tuple[FilePart, ...]:
+    """The files in order, cut into parts; `why` some have no label."""
     if not files:
         raise InputError(f"{address}: there are no files in it; name a folder that holds images")
     # The order of a hash, not a shuffle: it depends on names alone, and a file more leaves the others' order as it is.
@@ -113,7 +120,7 @@ def file_parts(address: str, root: str, files: list[tuple[str, int, int]], optio
         )
     )
     size = options.part_size
-    return tuple(FilePart(root, tuple(files[i : i + size])) for i in range(0, len(files), size))
+    return tuple(FilePart(root, tuple(files[i : i + size]), why) for i in range(0, len(files), size))
 
 
 def listing(path: str) -> tuple[list[str], list[tuple[str, int]]]:

@@ -217,7 +217,8 @@ def read_parquet(table: Table, start: int, stop: int) -> Iterator[Record]:
             if first < stop and after > start:
                 for row, image, label in group_rows(parquet, number, first, table):
                     if start <= row < stop:
-                        yield parquet_record(f"{table.name}/{row}", image.as_py(), class_number(label, table, numbers))
+                        known = class_number(label, table, numbers)
+                        yield parquet_record(f"{table.name}/{row}", image.as_py(), known, table.label)
             first = after
 
 
@@ -245,9 +246,10 @@ def class_number(label: Any, table: Table, numbers: dict[str, int]) -> int:
     return number if number < 1 << 31 else -1
 
 
-def parquet_record(name: str, image: Any, label: int) -> Record:
+def parquet_record(name: str, image: Any, label: int, column: str | None) -> Record:
     """One row; `image` is bytes or a struct of bytes and path."""
+    why = "" if label >= 0 else f"no class in column {column}" if column else "no column of labels"
     content = image.get("bytes") if isinstance(image, dict) else image
     if not isinstance(content, bytes):
         return Record(name, label, b"", "no bytes in this row (paths to other files are not followed)")
-    return Record(name, label, content)
+    return Record(name, label, content, unlabelled=why)

@@ -224,7 +224,8 @@ def tar_record(tar: str, group: Group | str, file: Any, wanted: str | None) -> R
     content = content_of(image, file)
     if len(content) < image.size:
         return Record(name, -1, b"", "the tar ends inside this image")
-    return Record(name, label_of(group, file), content)
+    label, why = label_of(group, image, file)
+    return Record(name, label, content, unlabelled=why)
 
 
 def image_member(tar: str, group: Group, wanted: str | None) -> Member | None:
@@ -259,10 +260,15 @@ def content_of(member: Member, file: Any) -> bytes:
     return bytes(content)
 
 
-def label_of(group: Group, file: Any) -> int:
-    """The class index in the `.cls` file, −1 where there is none or it is no number."""
-    member = next((member for member in group.members if member.extension == "cls" and not member.problem), None)
-    return parse_label(content_of(member, file)) if member else -1
+def label_of(group: Group, image: Member, file: Any) -> tuple[int, str]:
+    """The class index in the `.cls` file, or −1 and why there is none; `v1.jpg` may have a `v1.cls` of its own."""
+    stem = image.extension.rpartition(".")[0]
+    places = {member.extension: member for member in group.members if not member.problem}
+    member = places.get(f"{stem}.cls") or places.get("cls")
+    if member is None:
+        return -1, "no .cls file (labels in .json are not read)" if "json" in places else "no .cls file"
+    label = parse_label(content_of(member, file))
+    return label, "" if label >= 0 else "what the .cls file holds is no class number"
 
 
 def parse_label(text: bytes) -> int:

@@ -92,6 +92,15 @@ def test_index(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture) -> N
     assert (code, "--classes" in notes) == (2, True)
 
 
+def test_images_without_label_are_said_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    images = tmp_path / "images"
+    (images / "ant").mkdir(parents=True)
+    for number, name in enumerate(("ant/a.png", "top.png")):
+        Image.new("RGB", (4, 4 + number)).save(images / name)
+    code, _, notes = outcome(capsys, "build", f"imagefolder:{images}", "--out", tmp_path / "out", "--workers", "1")
+    assert (code, "1 images have no label; 1 of them: in no class folder" in notes) == (0, True)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

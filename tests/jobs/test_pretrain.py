@@ -1,6 +1,7 @@
 """Pretraining end to end on a small data set: what it leaves behind, resume to the bit, ranks, health, mistakes."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from runs_of_training import rows, weights
 
 from jobs import cli
+from jobs.build import BuildConfig
+from jobs.build import run as build
 from jobs.pretrain import pretrain
 from jobs.run import checkpoint
 from jobs.run.config import CheckpointConfig, PretrainConfig, ViewsConfig, from_plain, load_config, to_plain
@@ -56,7 +59,8 @@ def test_the_log_opens_in_xarray(tiny: PretrainConfig, tmp_path: Path) -> None:
         assert log["blur"].dims == ("row", "view") and log["loss"].dims == ("row", "pair") and log.sizes["row"] == 16
 
 
-def test_layers_show_their_gradients_before_clipping(tiny: PretrainConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("clip_by", ["all", "tensor"])
+def test_layers_show_their_gradients_before_clipping(tiny: PretrainConfig, tmp_path: Path, clip_by: str) -> None:
     monitor = replace(tiny.monitor, every=1, health_every=1)
     pretrain(
         replace(tiny, monitor=monitor, optimizer=replace(tiny.optimizer, clip_norm=0.1), steps=2), tmp_path / "run"
@@ -274,8 +278,21 @@ def test_an_existing_run_is_refused(tiny: PretrainConfig, tmp_path: Path) -> Non
     assert pretrain(replace(tiny, steps=2), tmp_path / "run", overwrite=True) == "finished"
 
 
-def test_a_mistake_leaves_no_folder_behind_and_costs_no_old_run(tiny: PretrainConfig, tmp_path: Path) -> None:
-    mistaken = replace(tiny, data=replace(tiny.data, real=str(tmp_path / "nowhere")))
+@pytest.mark.parametrize("mistake", ["data", "batch", "logger", "unlabelled", "missing"])
+def test_a_mistake_leaves_no_folder_behind_and_costs_no_old_run(
+    mistake: str, tiny: PretrainConfig, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
+    plain = tmp_path / "plain"
+    build(BuildConfig(f"folder:{digits / 'images' / 'test'}", plain, workers=1))
+    train, monitor = str(digits / "train"), tiny.monitor
+    mistaken = {
+        "data": replace(tiny, data=replace(tiny.data, real=str(tmp_path / "nowhere"))),
+        "batch": replace(tiny, batch=17, accumulate=2),
+        "logger": replace(tiny, monitor=replace(monitor, loggers=("json", "wandb"))),
+        "unlabelled": replace(tiny, monitor=replace(monitor, knn_train=train, knn_test=str(plain))),
+        "missing": replace(tiny, monitor=replace(monitor, knn_train=train, knn_test=str(tmp_path / "nowhere"))),
+    }[mistake]
     with pytest.raises(InputError):
         pretrain(mistaken, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -268,7 +268,10 @@ def test_presets_have_the_papers_values() -> None:
     assert [group.count for group in run_policy(dino).groups] == [4, 16]
     assert [group.size for group in run_policy(dino).groups] == [224, 96]
     assert dino.objective == DINOConfig() and dino.optimizer.clip_norm == 3.0
-    assert len(run_policy(preset("ibot-hard-vit-s")).groups) == 1  # HVP trains iBOT on global views only
+    ibot = preset("ibot-hard-vit-s")
+    assert len(run_policy(ibot).groups) == 1  # HVP trains iBOT on global views only
+    assert {view.scale for view in run_policy(ibot).view_policies} == {(0.14, 1.0)}
+    assert ibot.objective == IBOTConfig(norm_last_layer=False, local_views=0)
     mochi = preset("mochi-rn50").objective
     assert isinstance(mochi, MoBYConfig) and mochi.queue == 16_384
     assert (mochi.negatives.hardest, mochi.negatives.mixing, mochi.negatives.interpolation) == (1024, 512, 256)

@@ -37,10 +37,11 @@ RESTLESS = replace(STILL, drop_path=0.2, target_drop_path=0.1, batchnorm_mlp=Tru
 CONFIGS: dict[str, ObjectiveConfig] = {
     "moby": MoBYConfig(NONE, queue=32, hidden=16, width=12),
     "moco_v3": MoCoV3Config(hidden=16, width=12),
-    "simclr": SimCLRConfig(hidden=16, width=12),
+    # Each view by itself, as pairs are scored.
+    "simclr": SimCLRConfig(hidden=16, width=12, joint_norm=False),
     "simsiam": SimSiamConfig(width=16, bottleneck=8),
     "byol": BYOLConfig(hidden=16, width=12),
-    "swav": SwAVConfig(prototypes=10, hidden=16, width=12, freeze_epochs=0),
+    "swav": SwAVConfig(prototypes=10, hidden=16, width=12, freeze_epochs=0, joint_norm=False),
     "dino": DINOConfig(outputs=24, hidden=16, bottleneck=12, local_views=3, freeze_epochs=0),
     "ibot": IBOTConfig(outputs=24, hidden=16, bottleneck=12, local_views=3, freeze_epochs=0),
 }

@@ -10,10 +10,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from models.backbones import BackboneConfig
 from models.contrast import learn
 from models.heads import unit
 from models.in_batch import batch_contrast
-from models.objectives import OBJECTIVES
+from models.objectives import OBJECTIVES, SimCLRConfig, SwAVConfig
 from models.objectives.base import Features
 from models.objectives.dino import best_locals, cross_entropies, pair_loss
 from models.objectives.ibot import block_masks
@@ -174,6 +175,24 @@ def test_sinkhorn_equals_the_appendix_and_uses_all_prototypes_equally():
     torch.testing.assert_close(codes.sum(0), torch.full((6,), 20 / 6), rtol=0.02, atol=0)
 
 
+@pytest.mark.parametrize("name", ["dino", "ibot"])
+def test_rows_of_the_last_layer_have_length_1_or_learn_theirs(name):
+    objective, plain = built(name, norm_last_layer=False), built(name)
+    head = objective.online.projector
+    assert torch.equal(head.lengths_K1.data, torch.ones(24, 1))
+    assert "online.projector.lengths_K1" not in plain.state_dict()
+    torch.testing.assert_close(plain.online.projector.last().norm(dim=1), torch.ones(24))
+    head.lengths_K1.data.uniform_(0.5, 2.0)
+    torch.testing.assert_close(head.last().norm(dim=1), head.lengths_K1[:, 0])
+    objective.loss(objective.take(crops_for(name), FIRST, None))[0].backward()
+    assert (head.lengths_K1.grad != 0).any()
+    before = objective.target.projector.lengths_K1.clone()
+    objective.after_step()
+    assert not torch.equal(objective.target.projector.lengths_K1, before)
+    frozen = built(name, freeze_epochs=9.0, norm_last_layer=False)
+    assert [part.shape[1] for part in frozen.frozen()] == [12, 1]
+
+
 @pytest.mark.parametrize("name", ["swav", "dino", "ibot"])
 def test_frozen_layers_have_no_gradient_no_decay_and_no_steps_until_they_learn(name):
     objective = built(name, freeze_epochs=1.0)
@@ -194,6 +213,33 @@ def test_frozen_layers_have_no_gradient_no_decay_and_no_steps_until_they_learn(n
         if step < 5:
             assert torch.equal(last, first) and last not in optimizer.state
     assert optimizer.state[last]["step"] == 2 and not torch.equal(last, first)
+
+
+@pytest.mark.parametrize("backbone", [STILL, BackboneConfig("resnet10t", 32)], ids=["vit", "resnet"])
+@pytest.mark.parametrize("name", ["simclr", "swav"])
+def test_batchnorm_sees_both_views_together_or_each_by_itself(name, backbone):
+    """In the heads, and in a backbone that has it."""
+    crops = (torch.randn(6, 2, 3, backbone.image_size, backbone.image_size),)
+    for joint in (True, False):
+        objective, batches = built(name, backbone, joint_norm=joint), []
+        for part in objective.online.modules():
+            if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
+                part.register_forward_hook(lambda m, inputs, output, seen=batches: seen.append(len(inputs[0])))
+        loss, _ = objective.loss(objective.take(crops, torch.zeros(6, dtype=torch.int64), None))
+        assert set(batches) == {12 if joint else 6}
+        assert loss.isfinite()
+    assert SimCLRConfig().joint_norm and SwAVConfig().joint_norm
+
+
+def test_joint_batchnorm_of_simclr_equals_the_formula():
+    """NT-Xent of what the projector makes of both views in one batch."""
+    objective, crops = built("simclr", joint_norm=True), crops_for("plain", views=2)
+    loss, _ = objective.loss(objective.take(crops, FIRST, None))
+    both = objective.online(torch.cat(crops[0].unbind(1)))
+    z = torch.nn.functional.normalize(both, dim=1)
+    logits = (z @ z.T / objective.config.temperature).fill_diagonal_(-torch.inf)
+    wanted = torch.nn.functional.cross_entropy(logits, torch.arange(10).roll(5))
+    torch.testing.assert_close(loss, wanted)
 
 
 # DINO's choice among many crops

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,34 @@ def test_a_run_that_exists_is_refused_unless_told(tmp_path: Path) -> None:
     assert (folder.checkpoints / "left.pt").exists()
     folder.clear()
     assert folder.checkpoints.is_dir() and not (folder.checkpoints / "left.pt").exists()
+
+
+def test_one_process_at_a_time_trains_into_a_folder(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    holder = "import sys\nfrom pathlib import Path\nfrom jobs.run.folder import RunFolder\n"
+    holder += "with RunFolder(Path(sys.argv[1])).locked():\n    print('locked', flush=True)\n    sys.stdin.read()\n"
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, str(folder.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout and process.stdout.readline() == b"locked\n"
+        folder.clear()
+        with pytest.raises(InputError, match=f"process {process.pid} on .* is training into it"), folder.locked():
+            pass
+        process.kill()
+    assert folder.lock.exists()  # a killed process leaves its file, but not its lock
+    with folder.locked():
+        assert folder.checkpoints.is_dir()
+    assert not folder.lock.exists() and folder.checkpoints.is_dir()
+
+
+def test_a_refused_start_takes_its_new_folder_away(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "runs" / "run")
+    with folder.locked():
+        folder.check(resume=False, overwrite=False)
+        assert folder.path.is_dir()
+    assert not folder.path.exists()
+    with pytest.raises(InputError, match="cannot be written"), RunFolder(Path("/dev/null/run")).locked():
+        pass
 
 
 def test_overwrite_never_removes_what_is_no_run(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from jobs.run.optim import OptimizerConfig, Schedule, build_optimizer, parameter_groups, set_step
 from jobs.run.presets import preset
 from jobs.run.schedule import cosine, warmup_cosine
+from jobs.training.health import clip_and_norm
 from models.objectives import Length, build_objective
 from shards.errors import InputError
 
@@ -118,6 +119,22 @@ def test_a_constant_predictor_keeps_its_peak_while_all_else_decays() -> None:
     assert rates[id(model.online.backbone.bias)] == pytest.approx((0.05, 0))
 
 
+def test_gradients_are_clipped_together_or_each_by_its_own_norm() -> None:
+    def gradients(clip: float, by_tensor: bool) -> tuple[list[float], float]:
+        parameters = [nn.Parameter(torch.zeros(2)) for _ in range(4)]
+        for parameter, value in zip(parameters, ([3.0, 4.0], [0.3, 0.4], [6.0, 8.0]), strict=False):
+            parameter.grad = torch.tensor(value)  # the last one has none
+        norm = clip_and_norm(parameters, clip, by_tensor=by_tensor)
+        return [p.grad.norm().item() for p in parameters if p.grad is not None], norm.item()
+
+    whole = (25 + 0.25 + 100) ** 0.5
+    for by_tensor, wanted in ((True, [3.0, 0.5, 3.0]), (False, [5 * 3 / whole, 0.5 * 3 / whole, 10 * 3 / whole])):
+        found, norm = gradients(3.0, by_tensor)
+        assert found == pytest.approx(wanted, rel=1e-5) and norm == pytest.approx(whole)
+        assert gradients(0.0, by_tensor)[0] == pytest.approx([5.0, 0.5, 10.0])
+    assert preset("dino-vit-s").optimizer.clip_by == preset("ibot-vit-s").optimizer.clip_by == "tensor"
+
+
 @pytest.mark.parametrize("name", ["adamw", "lamb", "lars", "sgd"])
 def test_every_optimizer_lowers_a_loss(name: str) -> None:
     torch.manual_seed(0)
@@ -137,7 +154,7 @@ def test_every_optimizer_lowers_a_loss(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("lr", 0.0), ("weight_decay", -1.0), ("clip_norm", -0.1), ("decay", "norms")]
+    ("field", "value"), [("lr", 0.0), ("weight_decay", -1.0), ("clip_norm", -0.1), ("decay", "norms"), ("clip_by", "x")]
 )
 def test_bad_values_name_their_field(field: str, value: object) -> None:
     with pytest.raises(InputError, match=f"optimizer.{field}"):

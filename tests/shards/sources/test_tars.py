@@ -109,7 +109,20 @@ def test_members_apart_from_their_image_are_named(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("a.jpg", photo(0)), ("b.jpg", photo(1)), ("a.cls", b"1")])
     built, _ = both_ways(tmp_path)
     assert built.unlabelled == 2
+    assert built.provenance["unlabelled"] == {"no .cls file": 2}
     assert left_out(tmp_path / "out") == {"a.tar/a": "no image among its files (cls)"}
+
+
+def test_labels_beside_names_with_dots_and_reasons_for_those_that_are_none(tmp_path: Path) -> None:
+    members = [("a.v1.jpg", photo(0)), ("a.v1.cls", b"1"), ("b.jfif", photo(1)), ("b.cls", b"dog")]
+    write_tar(tmp_path / "a.tar", [*members, ("c.jpe", photo(2)), ("c.json", b'{"label": 1}')])
+    built, indexed = both_ways(tmp_path)
+    assert images(tmp_path) == {photo(0): 1, photo(1): -1, photo(2): -1}
+    for manifest in (built, indexed):
+        assert manifest.provenance["unlabelled"] == {
+            "what the .cls file holds is no class number": 1,
+            "no .cls file (labels in .json are not read)": 1,
+        }
 
 
 def test_the_image_with_a_bare_extension_is_taken(tmp_path: Path) -> None:
