@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import json
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,7 +33,8 @@ from jobs.run.optim import Schedule, build_optimizer
 from jobs.run.terminal import warn
 from jobs.run.world import World
 from jobs.training.health import FiniteGuard
-from jobs.training.monitor import Monitor, check_held_out, open_monitor
+from jobs.training.memory_bank import open_bank
+from jobs.training.monitor import Monitor, check_held_out
 from jobs.training.saving import CheckpointWriter
 from jobs.training.timing import StepTimer
 from models.objectives import Length, Objective, build_objective
@@ -75,10 +76,6 @@ class Training:
     saver: CheckpointWriter | None
     """On the leading rank."""
     step: int = 0
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-    """The objective's metrics of the newest step."""
-    layer_norms: dict[str, Tensor] = field(default_factory=dict)
-    """Gradient norms by layer before clipping, of the newest step where the monitor watches it."""
 
     @property
     def learned(self) -> list[nn.Parameter]:
@@ -113,8 +110,10 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
         learner = averaged(learner, world.device)
     optimizer = build_optimizer(config.optimizer, objective)
     schedule = Schedule(config.optimizer, config.batch, length.steps, length.steps_per_epoch)
-    monitor = open_monitor(config, world, data, objective)
     guard = FiniteGuard(config.monitor.max_bad_steps)
+    timer = StepTimer(world.device)
+    bank = open_bank(config, data, objective, world.device)
+    monitor = Monitor(config, world, objective, length, schedule, guard, timer, data.sources, folder.curves, bank)
     if saved is not None:
         objective.load_state_dict(saved["objective"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -166,7 +165,7 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
         open_stream(config, data, world, step, lambda error: quarantine(training, error)),
         log,
         monitor,
-        StepTimer(world.device),
+        timer,
         guard,
         saver,
         step,

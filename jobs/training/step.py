@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from jobs.run.arithmetic import arithmetic_of
 from jobs.run.optim import set_step
 from jobs.training.health import clip_and_norm, gradient_norms
+from jobs.training.monitor import StepResult
 from jobs.training.opening import Training
 from models.objectives.base import Scores
 from models.selection import same_policy, select
@@ -41,17 +42,6 @@ class Choice:
         return None if self.scores is None else self.scores.losses_BP
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What a step leaves for the monitors: loss and gradient norm (scalars, mean over ranks), and the choices."""
-
-    loss: float
-    norm: float
-    finite: bool
-    choice_B: np.ndarray
-    losses_BP: np.ndarray | None
-
-
 def train_step(t: Training, batch: ViewBatch) -> StepResult:
     """One optimizer step on one batch; a step that is not finite is skipped and counted.
 
@@ -63,6 +53,7 @@ def train_step(t: Training, batch: ViewBatch) -> StepResult:
     t.optimizer.zero_grad(set_to_none=True)
     t.objective.watching = t.monitor.watches(t.step + 1)
     losses, choices, seen, selection = [], [], [], t.config.selection
+    metrics: dict[str, Tensor] = {}
     parts = split(batch, t.config.accumulate)
     for part in parts:
         with t.timer.phase("selection"), autocast(t):
@@ -70,12 +61,12 @@ def train_step(t: Training, batch: ViewBatch) -> StepResult:
             chosen = t.objective.take(part.crops, choice.choice_B, choice.scores)
         with synchronised(t.learner, part is parts[-1]):
             with t.timer.phase("forward"), autocast(t):
-                loss, t.metrics = t.learner(chosen, on_device(t, part.labels_B.astype(np.int64)))
+                loss, metrics = t.learner(chosen, on_device(t, part.labels_B.astype(np.int64)))
             with t.timer.phase("backward"):
                 (loss / len(parts)).backward()
         if selection.audits(t.step):
             with t.timer.phase("audit"), autocast(t):
-                t.metrics |= t.objective.audit(part.crops, choice.best_B, selection)
+                metrics |= t.objective.audit(part.crops, choice.best_B, selection)
         losses.append(loss.detach())
         choices.append(replace(choice, views_BM=chosen.views_BM))
         if t.objective.seen_features_BD is not None:
@@ -83,16 +74,15 @@ def train_step(t: Training, batch: ViewBatch) -> StepResult:
     t.objective.seen_features_BD = torch.cat(seen) if seen else None
     with t.timer.phase("optimizer"):
         t.objective.before_step()
-        t.layer_norms = gradient_norms(t.objective) if t.objective.watching else {}
+        layer_norms = gradient_norms(t.objective) if t.objective.watching else {}
         clip = t.config.optimizer
         norm = clip_and_norm(t.learned, clip.clip_norm, by_tensor=clip.clip_by == "tensor")
         means = t.world.mean(torch.stack([torch.stack(losses).mean(), norm]))
         (loss, norm), *found = on_host(means, *joined(choices))  # the one time that a step waits for the device
-        finite = bool(np.isfinite(loss) and np.isfinite(norm))
-        update(t, float(loss), finite)
+        update(t, float(loss), bool(np.isfinite(loss) and np.isfinite(norm)))
     with t.timer.phase("log", host=True):
         choice_B, losses_BP = record(t, batch, *found)
-        result = StepResult(float(loss), float(norm), finite, choice_B, losses_BP)
+        result = StepResult(float(loss), float(norm), choice_B, losses_BP, metrics, layer_norms)
     t.step += 1
     t.timer.step()
     return result
