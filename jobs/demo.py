@@ -22,7 +22,7 @@ from jobs.run.presets import preset
 from jobs.run.terminal import console, parse, tables
 from shards.errors import InputError
 from shards.generation.pixels import confirmed, read_images
-from shards.generation.synthetic import TrainSettings
+from shards.generation.request import TrainSettings
 from shards.manifest import Manifest, open_manifest
 
 SHARD_SAMPLES = 200  # several shards even of a small data set, so that shuffling has something to shuffle

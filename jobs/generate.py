@@ -14,7 +14,8 @@ from jobs.run.terminal import console, parse, progress, warn
 from shards.engines import run_tasks
 from shards.errors import InputError
 from shards.generation.pixels import read_images
-from shards.generation.synthetic import Request, Runner, Task, TrainSettings, generate, match_counts, plan
+from shards.generation.request import Request, TrainSettings
+from shards.generation.synthetic import Runner, Task, generate, match_counts, plan
 from shards.manifest import QUARANTINE_NAME, Manifest, open_manifest
 from shards.writer import ShardResult
 

@@ -18,6 +18,9 @@ from pipelines.params import FIELDS, ViewParams
 from pipelines.policies import Policy
 from shards.reader import SampleError
 
+STAGES = ("draw", "read", "decode", "crop", "colour", "copy")  # of making a batch, in the clocks of both producers
+COLOURS = ("fused", "exact")  # ways to compute the colour of views
+
 
 class Facts(Protocol):
     """Columns of the manifest that views need, one element per sample."""

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.colour_host import LUMA, MEAN, SOLARIZE_FROM, STD, ColourPlan, blur_kernel_size, plan_colour
+from pipelines.colour import LUMA, MEAN, SOLARIZE_FROM, STD, ColourPlan, blur_kernel_size, plan_colour
 from pipelines.params import ViewParams
 
 _CHUNK = 512  # views at a time, at most: bounds the memory of intermediates to about 1 GB at 224 pixels

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.colour_host import LUMA, SOLARIZE_FROM, blur_kernel_size, normalise
+from pipelines.colour import LUMA, SOLARIZE_FROM, blur_kernel_size, normalise
 from pipelines.params import JITTER_OPS, JITTER_ORDERS, ViewParams
 
 

@@ -20,11 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.batch import Reader, Recipe, Rows, ViewBatch, finish
+from pipelines.batch import COLOURS, STAGES, Reader, Recipe, Rows, ViewBatch, finish
 from pipelines.clock import Clock
 from pipelines.colour_device import fused_on_device
 from pipelines.decode import BrokenImagesError, DaliViews
-from pipelines.host import COLOURS, STAGES
 from pipelines.params import ViewParams
 from pipelines.replace import Replacer, read_rows, undecodable
 from shards.errors import InputError

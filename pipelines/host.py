@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.batch import Output, Reader, Recipe, Rows, ViewBatch, finish
+from pipelines.batch import COLOURS, STAGES, Output, Reader, Recipe, Rows, ViewBatch, finish
 from pipelines.buffers import Buffers
 from pipelines.clock import Clock
 from pipelines.colour_host import fused
@@ -26,8 +26,6 @@ from pipelines.params import ViewParams
 from pipelines.replace import Replacer, SampleError, read_rows, size_mismatch, undecodable
 from shards.errors import InputError
 
-STAGES = ("draw", "read", "decode", "crop", "colour", "copy")
-COLOURS = ("fused", "exact")
 CHUNK = 16  # images a task: some 20 ms of work, and few enough to stay near the cores
 # Threads beside one for each core: they work while others wait for the interpreter lock or for DALI, which left 15 % of
 # two cores idle.

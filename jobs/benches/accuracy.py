@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jobs.benches.photographs import photograph
+from pipelines.colour import MEAN, SOLARIZE_FROM, STD, blur_kernel_size
 from pipelines.colour_device import fused_on_device
 from pipelines.colour_exact import exact
-from pipelines.colour_host import MEAN, SOLARIZE_FROM, STD, blur_kernel_size, fused
+from pipelines.colour_host import fused
 from pipelines.draw import draw
 from pipelines.params import FIELDS, JITTER_ORDERS, ViewParams
 from pipelines.policies import build_policy

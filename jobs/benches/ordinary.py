@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from pipelines.colour_host import MEAN, SOLARIZE_FROM, STD
+from pipelines.colour import MEAN, SOLARIZE_FROM, STD
 from pipelines.policies import Policy, ViewPolicy
 
 PREFETCH = 2  # batches that each process makes ahead, torch's default

@@ -88,7 +88,7 @@ def take_step(t: Training, batch: ViewBatch, watched: bool) -> np.ndarray:
     result = train_step(t, batch := replace(batch, position=t.step * len(batch)))
     trained = clocks(t)
     if watched:
-        t.monitor.after_step(t, batch, result)
+        t.monitor.after_step(t.step, batch, result)
         if t.step % FULL == 0:
             save(t)
             assert t.saver is not None

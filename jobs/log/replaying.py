@@ -17,7 +17,7 @@ from jobs.run.data import open_data, run_policy
 from jobs.run.folder import RunFolder
 from jobs.run.world import pick_device
 from pipelines.batch import Recipe
-from pipelines.colour_host import MEAN, STD
+from pipelines.colour import MEAN, STD
 from pipelines.decode import open_decoder
 from pipelines.replay import replay, same_draws
 from shards.errors import InputError

@@ -44,7 +44,7 @@ def run(config: PretrainConfig, folder: RunFolder, world: World, signals: ExitSt
         stop = signals.enter_context(stop_signals())
         bar = stack.enter_context(step_bar(t))
         if t.step == 0:
-            t.monitor.evaluate(t)
+            t.monitor.evaluate(t.step)
             save(t)
         state = loop(t, stop, bar)
         if t.saver is not None:
@@ -60,7 +60,7 @@ def loop(t: Training, stop: threading.Event, bar: Bar) -> str:
             batch = next(t.stream)
         result = train_step(t, batch, stop.is_set)
         with t.timer.phase("monitors", host=True):
-            t.monitor.after_step(t, batch, result)
+            t.monitor.after_step(t.step, batch, result)
         if t.saver is not None:
             t.saver.surface()
         bar.advance(1, note=t.monitor.note)

@@ -4,7 +4,7 @@ Figures of losses, choices and contrastive tasks in `train/` and `selection/` ar
 all steps since the last line that have them. `health/` is about the newest step's features and embeddings of all ranks,
 `contrast/`, `grad/`, `time/` and `system/` about the leading rank. docs/metrics.md names all.
 
-Shape suffixes: B images of this rank, M rows of the memory bank, D width, P pairs, C classes.
+Shape suffixes: B images of this rank, D width, P pairs.
 """
 
 from __future__ import annotations
@@ -14,32 +14,29 @@ import resource
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jobs.evaluation.features import extract_features
 from jobs.evaluation.images import align_labels, label_table, open_images
-from jobs.evaluation.knn import HEADLINE, TEMPERATURE, knn_scores
+from jobs.evaluation.knn import knn_scores
 from jobs.run.config import PretrainConfig
-from jobs.run.data import Data
 from jobs.run.metrics import Loggers
+from jobs.run.optim import Schedule
 from jobs.run.world import World
-from jobs.training.health import forward_flops, peak_flops
-from models.backbones import feature_width
+from jobs.training.health import FiniteGuard, forward_flops, peak_flops
+from jobs.training.memory_bank import MemoryBank
+from jobs.training.timing import StepTimer
 from models.distributed import gather
-from models.objectives import Objective
+from models.objectives import Length, Objective
 from models.probes import by_source, contrast_report, feature_std, positives_report, rankme
 from pipelines.batch import ViewBatch
 from pipelines.params import pair_iou
-
-if TYPE_CHECKING:  # these hold a monitor themselves
-    from jobs.training.opening import Training
-    from jobs.training.step import StepResult
 
 CURVE_POINTS = 64
 # Parts of a step on the progress line; TensorBoard has all that the timer knows.
@@ -47,90 +44,80 @@ PHASES = ("data", "selection", "forward", "backward", "optimizer", "log")
 Total = float | Tensor
 
 
-class MemoryBank(nn.Module):
-    """Features of training images, kept up to date by every step, and a kNN accuracy against them (MoCo v3, section 4).
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves for the monitor."""
 
-    A sample's row is its id modulo M; with M at least the number of images every image has its own row, as published.
-    An image's own row never votes for it.
-    """
-
-    features_MD: Tensor
-    labels_M: Tensor
-
-    def __init__(self, rows: int, width: int, classes: int) -> None:
-        super().__init__()
-        self.classes = classes
-        self.register_buffer("features_MD", torch.zeros(rows, width, dtype=torch.float16))
-        self.register_buffer("labels_M", torch.full((rows,), -1, dtype=torch.int64))
-
-    @torch.no_grad()
-    def score(self, ids_B: Tensor, features_BD: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
-        """bool [B] each: which labelled images their neighbours in the bank classify rightly, which have any there."""
-        similarity_BM = (self._unit(features_BD) @ self.features_MD.T).float()
-        similarity_BM.masked_fill_(self.labels_M < 0, -torch.inf)
-        own_B1 = (ids_B % len(self.labels_M))[:, None]
-        similarity_BM.scatter_(1, own_B1, -torch.inf)
-        top = similarity_BM.topk(min(HEADLINE, similarity_BM.shape[1]), dim=1)
-        votes_BC = torch.zeros(len(ids_B), self.classes, device=ids_B.device)
-        voters = self.labels_M[top.indices].clamp_min(0)
-        votes_BC.scatter_add_(1, voters, (top.values / TEMPERATURE).exp())
-        counted_B = (labels_B >= 0) & torch.isfinite(top.values[:, 0])
-        right_B = (votes_BC.argmax(1) == labels_B) & counted_B
-        return right_B, counted_B
-
-    @torch.no_grad()
-    def update(self, ids_B: Tensor, features_BD: Tensor, labels_B: Tensor) -> None:
-        """Takes the images in."""
-        rows_B = ids_B % len(self.labels_M)
-        self.features_MD[rows_B] = self._unit(features_BD)
-        self.labels_M[rows_B] = labels_B
-
-    def _unit(self, features_BD: Tensor) -> Tensor:
-        return F.normalize(features_BD.float(), dim=1).to(self.features_MD.dtype)
+    loss: float
+    """Mean over ranks."""
+    norm: float
+    """Of the gradient before clipping, mean over ranks."""
+    choice_B: np.ndarray
+    """The pairs that trained."""
+    losses_BP: np.ndarray | None
+    metrics: dict[str, Tensor]
+    """The objective's."""
+    layer_norms: dict[str, Tensor]
+    """Gradient norms by layer before clipping; empty where the monitor does not watch the step."""
+    stopping: bool = False
+    """Whether any rank has been asked to stop: the same on all."""
 
 
+@dataclass
 class Monitor:
-    """Collects what is watched and gives it to the loggers; only the leading rank has those."""
+    """Collects what is watched and gives it to the loggers."""
 
-    def __init__(self, config: PretrainConfig, world: World, bank: MemoryBank | None) -> None:
-        self.config, self.world, self.bank = config, world, bank
-        self.loggers: Loggers | None = None
-        self.note = ""
-        self.images_per_second: float | None = None
-        self.newest_knn: float | None = None
-        self._flops: float | None = None
-        self._sums: dict[str, tuple[Total, Total]] = {}
+    config: PretrainConfig
+    world: World
+    objective: Objective
+    length: Length
+    schedule: Schedule
+    guard: FiniteGuard
+    timer: StepTimer
+    sources: Sequence[str]
+    """Names of the images' sources."""
+    curves: Path
+    """File of the contrastive tasks' curves."""
+    bank: MemoryBank | None
+    loggers: Loggers | None = None
+    """On the leading rank."""
+    note: str = ""
+    """For the progress line."""
+    images_per_second: float | None = None
+    newest_knn: float | None = None
+    _flops: float | None = None
+    _sums: dict[str, tuple[Total, Total]] = field(default_factory=dict)
 
     def watches(self, step: int) -> bool:
         """Whether features, embeddings and contrastive tasks of step number `step` (from 1) are analysed."""
         return bool(self.config.monitor.health_every) and step % self.config.monitor.health_every == 0
 
-    def after_step(self, t: Training, batch: ViewBatch, result: StepResult) -> None:
-        """Takes in one step; every `monitor.every` steps, writes means since the last time."""
+    def after_step(self, step: int, batch: ViewBatch, result: StepResult) -> None:
+        """Takes in step number `step` (from 1); every `monitor.every` steps, writes means since the last time."""
         self._add("train/loss", result.loss, 1)
         self._add("train/grad_norm", result.norm, 1)
-        for name, value in t.metrics.items():
+        for name, value in result.metrics.items():
             self._add(name if "/" in name else f"train/{name}", value.detach(), 1)
-        for name, (total, count) in choice_statistics(t, batch, result).items():
+        for name, (total, count) in choice_statistics(batch, result, self.config.selection.views, self.sources).items():
             self._add(name, total, count)
-        settings, last = self.config.monitor, t.step == t.length.steps
-        due = t.step % settings.every == 0 or last
-        if self.bank is not None and t.objective.seen_features_BD is not None:
-            self._use_bank(self.bank, t, batch, t.objective.seen_features_BD, due)
+        settings, last = self.config.monitor, step == self.length.steps
+        due = step % settings.every == 0 or last
+        if self.bank is not None and self.objective.seen_features_BD is not None:
+            self._use_bank(self.bank, batch, self.objective.seen_features_BD, due)
         if due:
-            self._write(t)
-        if self.watches(t.step):
-            self._write_health(t, batch)
-        if last or (settings.knn_every and t.step % settings.knn_every == 0):
-            self.evaluate(t)
+            self._write(step)
+        if self.watches(step):
+            self._write_health(step, batch, result.layer_norms)
+        if last or (settings.knn_every and step % settings.knn_every == 0):
+            self.evaluate(step)
 
-    def evaluate(self, t: Training) -> None:
+    def evaluate(self, step: int) -> None:
         """kNN top-1 of the held-out images, on the leading rank, where the configuration names some."""
         settings = self.config.monitor
         if settings.knn_train and self.loggers is not None:
-            top1 = held_out_knn(t.objective.backbone, settings.knn_train, settings.knn_test, self.config, self.world)
+            top1 = held_out_knn(self.objective.backbone, settings.knn_train, settings.knn_test, self.config, self.world)
             self.newest_knn = top1
-            self.loggers.log(t.step, {"knn/top1": top1})
+            self.loggers.log(step, {"knn/top1": top1})
         self.world.barrier()
 
     def state_dict(self) -> dict[str, Any]:
@@ -146,7 +133,7 @@ class Monitor:
         before, counted = self._sums.get(name, (0.0, 0.0))
         self._sums[name] = (before + total, counted + count)
 
-    def _use_bank(self, bank: MemoryBank, t: Training, batch: ViewBatch, features_BD: Tensor, due: bool) -> None:
+    def _use_bank(self, bank: MemoryBank, batch: ViewBatch, features_BD: Tensor, due: bool) -> None:
         """Updates the bank with the images of all ranks; scores them where a line is due, before they are in it."""
         rows = (batch.ids_B, batch.labels_B)
         device = features_BD.device
@@ -154,7 +141,7 @@ class Monitor:
         gathered = (gather(ids), gather(features_BD), gather(labels))
         if due:
             right_B, counted_B = bank.score(*gathered)
-            for suffix, own_B in by_source(gather(sources(batch, device)), t.data.sources).items():
+            for suffix, own_B in by_source(gather(sources(batch, device)), self.sources).items():
                 self._add(f"monitor/bank_knn{suffix}", (right_B & own_B).sum(), (counted_B & own_B).sum())
         bank.update(*gathered)
 
@@ -166,26 +153,26 @@ class Monitor:
         self._sums.clear()
         return {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count}
 
-    def _write(self, t: Training) -> None:
+    def _write(self, step: int) -> None:
         scalars = self._means()
-        scalars["train/lr"] = t.schedule.lr(t.step - 1)
-        scalars["train/weight_decay"] = t.schedule.weight_decay(t.step - 1)
-        scalars["train/epoch"] = t.step / t.length.steps_per_epoch
-        scalars["train/skipped_steps"] = float(t.guard.skipped)
-        scalars |= t.timer.report(self.config.batch)
+        scalars["train/lr"] = self.schedule.lr(step - 1)
+        scalars["train/weight_decay"] = self.schedule.weight_decay(step - 1)
+        scalars["train/epoch"] = step / self.length.steps_per_epoch
+        scalars["train/skipped_steps"] = float(self.guard.skipped)
+        scalars |= self.timer.report(self.config.batch)
         scalars["data/wait_share"] = scalars.get("time/data", 0.0) / scalars["time/step"]
         scalars["system/memory_gb"] = memory_gb(self.world.device)
-        scalars["system/mfu"] = self._utilisation(t, scalars["train/images_per_second"])
+        scalars["system/mfu"] = self._utilisation(scalars["train/images_per_second"])
         self.images_per_second = scalars["train/images_per_second"]
         self.note = note(scalars)
         if self.loggers is not None:
-            self.loggers.log(t.step, scalars)
+            self.loggers.log(step, scalars)
 
-    def _write_health(self, t: Training, batch: ViewBatch) -> None:
+    def _write_health(self, step: int, batch: ViewBatch, layer_norms: dict[str, Tensor]) -> None:
         """Gradient norms before clipping, the spread of the features, alignment and uniformity of the embeddings that
         the loss compared, and what the contrastive tasks were like."""
-        objective, names = t.objective, t.data.sources
-        scalars = {f"grad/{layer}": float(own) for layer, own in t.layer_norms.items()}
+        objective, names = self.objective, self.sources
+        scalars = {f"grad/{layer}": float(own) for layer, own in layer_norms.items()}
         sources_B, curves = sources(batch, self.world.device), {}
         if objective.seen_features_BD is not None:
             scalars |= feature_health(gather(objective.seen_features_BD), gather(sources_B), names)
@@ -200,30 +187,20 @@ class Monitor:
         objective.positives.clear()
         objective.contrasts.clear()
         if self.loggers is not None:
-            self.loggers.log(t.step, scalars)
-            write_curves(t.folder.curves, t.step, curves)
+            self.loggers.log(step, scalars)
+            write_curves(self.curves, step, curves)
 
-    def _utilisation(self, t: Training, images_per_second: float) -> float:
+    def _utilisation(self, images_per_second: float) -> float:
         """Share of the device's peak FLOP/s that plain training's forwards and backwards of two views use.
 
         Counts 2 online views forward and backward (3 forwards each) and 2 target forwards, whatever selection adds.
         """
         if self._flops is None:
             size, device = self.config.backbone.image_size, self.world.device
-            forward = forward_flops(t.objective.backbone, size, device)
-            forwards = 8 if t.objective.target is not None else 6
+            forward = forward_flops(self.objective.backbone, size, device)
+            forwards = 8 if self.objective.target is not None else 6
             self._flops = forwards * forward / (peak_flops(device) * self.world.size)
         return self._flops * images_per_second
-
-
-def open_monitor(config: PretrainConfig, world: World, data: Data, objective: Objective) -> Monitor:
-    """The monitor of a run; its memory bank where the images have labels."""
-    classes = max(len(manifest.classes) for manifest in data.manifests)
-    bank = None
-    if config.monitor.bank and classes:
-        rows = min(config.monitor.bank, len(data.reader))
-        bank = MemoryBank(rows, feature_width(objective.backbone), classes).to(world.device)
-    return Monitor(config, world, bank)
 
 
 def note(scalars: dict[str, float]) -> str:
@@ -236,10 +213,11 @@ def note(scalars: dict[str, float]) -> str:
     )
 
 
-def choice_statistics(t: Training, batch: ViewBatch, result: StepResult) -> dict[str, tuple[float, int]]:
+def choice_statistics(
+    batch: ViewBatch, result: StepResult, views: int, names: Sequence[str]
+) -> dict[str, tuple[float, int]]:
     """Sum and count over images, all and of each source, of: whether the pair of least overlap was chosen, the chosen
     pair's overlap, its loss, and what that is above the mean pair's; the last two of images that were scored."""
-    views = t.config.selection.views
     if views == 2:
         return {}
     iou_BP = pair_iou(batch.params[:, :views])
@@ -250,7 +228,7 @@ def choice_statistics(t: Training, batch: ViewBatch, result: StepResult) -> dict
         chosen_loss_B = result.losses_BP[rows, result.choice_B]
         values |= {"chosen_loss": chosen_loss_B, "gain": chosen_loss_B - result.losses_BP.mean(1)}
     groups = {"": np.ones(len(rows), np.bool_)}
-    groups |= {f"/{source}": batch.sources_B == number for number, source in enumerate(t.data.sources)}
+    groups |= {f"/{source}": batch.sources_B == number for number, source in enumerate(names)}
     return {
         f"selection/{name}{suffix}": (float(values_B[own_B & known_B].sum()), int((own_B & known_B).sum()))
         for name, values_B in values.items()

@@ -3,7 +3,7 @@
 import inspect
 import json
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -32,7 +32,8 @@ from jobs.run.optim import Schedule, build_optimizer
 from jobs.run.terminal import warn
 from jobs.run.world import World
 from jobs.training.health import FiniteGuard
-from jobs.training.monitor import Monitor, check_held_out, open_monitor
+from jobs.training.memory_bank import open_bank
+from jobs.training.monitor import Monitor, check_held_out
 from jobs.training.saving import CheckpointWriter
 from jobs.training.timing import StepTimer
 from models.objectives import Length, Objective, build_objective
@@ -83,10 +84,6 @@ class Training:
     kept: dict[str, Stateful]
     """What a checkpoint holds beside step and configuration, and a resumed run takes back."""
     step: int = 0
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-    """The objective's metrics of the newest step."""
-    layer_norms: dict[str, Tensor] = field(default_factory=dict)
-    """Gradient norms by layer before clipping, of the newest step where the monitor watches it."""
 
     @property
     def learned(self) -> list[nn.Parameter]:
@@ -121,8 +118,10 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
         learner = averaged(learner, world.device)
     optimizer = build_optimizer(config.optimizer, objective)
     schedule = Schedule(config.optimizer, config.batch, length.steps, length.steps_per_epoch)
-    monitor = open_monitor(config, world, data, objective)
     guard = FiniteGuard(config.monitor.max_bad_steps)
+    timer = StepTimer(world.device)
+    bank = open_bank(config, data, objective, world.device)
+    monitor = Monitor(config, world, objective, length, schedule, guard, timer, data.sources, folder.curves, bank)
     kept: dict[str, Stateful] = {"objective": objective, "optimizer": optimizer, "monitor": monitor, "guard": guard}
     if saved is not None:
         for name, part in kept.items():
@@ -173,7 +172,7 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
         open_stream(config, data, world, step, lambda error: quarantine(training, error)),
         log,
         monitor,
-        StepTimer(world.device),
+        timer,
         guard,
         saver,
         kept,

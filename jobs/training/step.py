@@ -17,6 +17,7 @@ from jobs.log.writer import batch_rows
 from jobs.run.arithmetic import arithmetic_of
 from jobs.run.optim import set_step
 from jobs.training.health import clip_and_norm, gradient_norms
+from jobs.training.monitor import StepResult
 from jobs.training.opening import Training
 from models.objectives.base import Scores
 from models.selection import same_policy, select
@@ -43,19 +44,6 @@ class Choice:
         return None if self.scores is None else self.scores.losses_BP
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What a step leaves for the monitors: loss and gradient norm (scalars, mean over ranks), and the choices."""
-
-    loss: float
-    norm: float
-    finite: bool
-    choice_B: np.ndarray
-    losses_BP: np.ndarray | None
-    stopping: bool
-    """Whether any rank has been asked to stop: the same on all."""
-
-
 def train_step(t: Training, batch: ViewBatch, asked_to_stop: Callable[[], bool] = lambda: False) -> StepResult:
     """One optimizer step on one batch; a step that is not finite is skipped and counted. `asked_to_stop` says whether
     this rank is; ranks tell each other beside loss and norm, for which they wait once.
@@ -68,6 +56,7 @@ def train_step(t: Training, batch: ViewBatch, asked_to_stop: Callable[[], bool] 
     t.optimizer.zero_grad(set_to_none=True)
     t.objective.watching = t.monitor.watches(t.step + 1)
     losses, choices, seen, selection = [], [], [], t.config.selection
+    metrics: dict[str, Tensor] = {}
     parts = split(batch, t.config.accumulate)
     for part in parts:
         with t.timer.phase("selection"), autocast(t):
@@ -75,12 +64,12 @@ def train_step(t: Training, batch: ViewBatch, asked_to_stop: Callable[[], bool] 
             chosen = t.objective.take(part.crops, choice.choice_B, choice.scores)
         with synchronised(t.learner, part is parts[-1]):
             with t.timer.phase("forward"), autocast(t):
-                loss, t.metrics = t.learner(chosen, on_device(t, part.labels_B.astype(np.int64)))
+                loss, metrics = t.learner(chosen, on_device(t, part.labels_B.astype(np.int64)))
             with t.timer.phase("backward"):
                 (loss / len(parts)).backward()
         if selection.audits(t.step):
             with t.timer.phase("audit"), autocast(t):
-                t.metrics |= t.objective.audit(part.crops, choice.best_B, selection)
+                metrics |= t.objective.audit(part.crops, choice.best_B, selection)
         losses.append(loss.detach())
         choices.append(replace(choice, views_BM=chosen.views_BM))
         if t.objective.seen_features_BD is not None:
@@ -88,17 +77,17 @@ def train_step(t: Training, batch: ViewBatch, asked_to_stop: Callable[[], bool] 
     t.objective.seen_features_BD = torch.cat(seen) if seen else None
     with t.timer.phase("optimizer"):
         t.objective.before_step()
-        t.layer_norms = gradient_norms(t.objective) if t.objective.watching else {}
+        layer_norms = gradient_norms(t.objective) if t.objective.watching else {}
         clip = t.config.optimizer
         norm = clip_and_norm(t.learned, clip.clip_norm, by_tensor=clip.clip_by == "tensor")
         asked = torch.full_like(norm, float(asked_to_stop()))
         means = t.world.mean(torch.stack([torch.stack(losses).mean(), norm, asked]))
         (loss, norm, asked), *found = on_host(means, *joined(choices))  # the one time that a step waits for the device
-        finite = bool(np.isfinite(loss) and np.isfinite(norm))
-        update(t, float(loss), finite)
+        update(t, float(loss), bool(np.isfinite(loss) and np.isfinite(norm)))
     with t.timer.phase("log", host=True):
         choice_B, losses_BP = record(t, batch, *found)
-        result = StepResult(float(loss), float(norm), finite, choice_B, losses_BP, stopping=bool(asked > 0))
+        stopping = bool(asked > 0)
+        result = StepResult(float(loss), float(norm), choice_B, losses_BP, metrics, layer_norms, stopping)
     t.step += 1
     t.timer.step()
     return result

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from shards.errors import InputError
 from shards.files import clear
 from shards.generation.class_names import class_text, find_class, imagenet_classes
-from shards.generation.synthetic import Request
+from shards.generation.request import Request
 
 try:
     import diffusers

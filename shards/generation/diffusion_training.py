@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from shards.errors import InputError
 from shards.generation.diffusion import TIMESTEPS, ClassPipeline, small_pipeline
-from shards.generation.synthetic import TrainSettings
+from shards.generation.request import TrainSettings
 
 DROPPED_CLASSES = 0.1  # share of training images shown without class, for classifier-free guidance
 EMA_POWER = 17  # weights averaged over about the last 5 % of training, however long (Karras et al. 2024, section 3.1)

@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from shards.build import clear_surplus
 from shards.errors import InputError
-from shards.images import Extension, encode
+from shards.generation.request import Request
+from shards.images import encode
 from shards.manifest import MANIFEST_NAME, Manifest
 from shards.writer import (
     Rejected,
@@ -32,66 +33,10 @@ from shards.writer import (
     write_shard,
 )
 
-if TYPE_CHECKING:
-    from shards.generation.diffusion import Sampler
-
 Runner = Callable[[Callable[["Task"], ShardResult], list["Task"]], Iterable[ShardResult]]
+# Labels and seeds of a batch → uint8 [n, H, W, 3], and which images the pipeline itself blanked.
+Sampler = Callable[[Sequence[int], Sequence[int]], tuple[np.ndarray, list[bool]]]
 GOLDEN = 0x9E3779B97F4A7C15  # step between the counters of splitmix64 (Steele et al. 2014)
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """The small class-conditional pipeline and its training."""
-
-    side: int = 16
-    """Pixels a side at which it is trained and draws; a multiple of 4."""
-    width: int = 32
-    """Channels of its first level, a multiple of 8; the others have twice as many (32 at side 8: 0.69 M parameters)."""
-    batch: int = 128
-    """Images per step."""
-    seconds: float | None = 300.0
-    """Training ends after this time (a minute at side 8 does for scanned digits on 2 cores; after 600 steps at side 16
-    photographs have their colours and layout, for more give it hours or a GPU)…"""
-    steps: int | None = None
-    """…or after so many steps, whichever comes first; with steps alone the result is repeatable on a CPU."""
-    learning_rate: float = 2e-3
-    """Of AdamW, at its peak; it falls to 0 by a cosine."""
-    images: int = 100_000
-    """At most so many training images, spread evenly over the data set, as they are held in memory."""
-    seed: int = 0
-    """Of weights, batches and noise."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """All that decides what the images look like."""
-
-    pipeline: str
-    """Folder or hub name."""
-    fingerprint: str
-    """Of the pipeline's files."""
-    names: tuple[str, ...]
-    """Class names by label, as the pipeline or the prompt takes them."""
-    prompt: str
-    """Of text-to-image pipelines; {class} is replaced."""
-    steps: int
-    """Denoising steps."""
-    guidance: float | None
-    """Guidance scale; None for the pipeline's own."""
-    size: int | None
-    """Pixels a side of the written images; None for the pipeline's own."""
-    seed: int
-    """Of the whole data set."""
-    batch: int
-    """Images drawn at a time."""
-    format: Extension
-    """File format of the images."""
-    quality: int | None
-    """Of JPEG and WebP."""
-    device: str
-    """Torch device."""
-    precision: str
-    """Of the weights: fp32, bf16 or fp16."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +144,7 @@ def plan(request: Request, out: Path, counts: Sequence[int], shard_samples: int 
 
 
 @lru_cache(maxsize=1)
-def sampler_of(request: Request) -> "Sampler":
+def sampler_of(request: Request) -> Sampler:
     """The request's sampler, kept for the next shard of this process."""
     from shards.generation.diffusion import open_sampler
 

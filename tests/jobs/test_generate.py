@@ -14,7 +14,8 @@ from jobs.build import BuildConfig
 from jobs.build import run as build
 from jobs.generate import GenerateConfig, run
 from shards.errors import InputError
-from shards.generation.synthetic import TrainSettings, image_seeds
+from shards.generation.request import TrainSettings
+from shards.generation.synthetic import image_seeds
 from shards.manifest import open_manifest
 
 TINY = TrainSettings(side=8, width=8, batch=4, steps=2, seconds=None)

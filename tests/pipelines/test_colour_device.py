@@ -6,8 +6,8 @@ import torch
 
 from jobs.benches.accuracy import cases
 from pipelines import colour_device
+from pipelines.colour import plan_colour
 from pipelines.colour_device import blur_groups, even_chunks, fused_on_device, table
-from pipelines.colour_host import plan_colour
 
 CASE = next(case for case in cases(32, 2) if case.operation == "whole policy")
 CROPS = torch.from_numpy(CASE.crops_VSS3)

@@ -8,8 +8,8 @@ import torch
 
 from jobs.benches.accuracy import Case, cases, drawn_views, edge_images, neutral, torchvision_views, ways
 from jobs.benches.photographs import photograph
+from pipelines.colour import SOLARIZE_FROM
 from pipelines.colour_exact import exact
-from pipelines.colour_host import SOLARIZE_FROM
 
 CASES = cases(48, photographs=2)
 EXACT = ways("cpu")["exact (cpu)"]

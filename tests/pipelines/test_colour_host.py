@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from jobs.benches.accuracy import Case, cases, edge_images, neutral, torchvision_views, ways
+from pipelines.colour import MEAN, STD, blur_kernel_size, plan_colour
 from pipelines.colour_device import fused_on_device
-from pipelines.colour_host import MEAN, STD, blur_kernel_size, fused, plan_colour
+from pipelines.colour_host import fused
 from pipelines.params import FIELDS, JITTER_ORDERS, ViewParams
 
 SIZE = 48

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from jobs.benches.accuracy import Case, cases, torchvision_views, ways
 from jobs.benches.photographs import jpeg, photograph
+from pipelines.colour import STD
 from pipelines.colour_device import fused_on_device
 from pipelines.colour_exact import exact
-from pipelines.colour_host import STD
 from pipelines.decode import DaliViews
 from pipelines.params import ViewParams
 from pipelines.policies import Policy, ViewGroup, ViewPolicy, build_policy

@@ -14,7 +14,7 @@ from jobs.benches import gpu, views
 from jobs.benches.accuracy import Difference, markdown
 from jobs.benches.ordinary import PillowBlur, ViewsOfFiles, transform
 from jobs.benches.photographs import jpeg, photograph
-from pipelines.colour_host import MEAN, STD
+from pipelines.colour import MEAN, STD
 from pipelines.host import CHUNK
 from pipelines.policies import ViewPolicy, build_policy
 from shards.errors import InputError

@@ -22,7 +22,8 @@ from jobs.run.folder import RunFolder
 from jobs.run.metrics import read_metrics
 from jobs.training import monitor
 from jobs.training.health import forward_flops
-from jobs.training.monitor import MemoryBank, feature_health
+from jobs.training.memory_bank import MemoryBank
+from jobs.training.monitor import feature_health
 from jobs.training.opening import make_objective
 from models.backbones import BackboneConfig, build_backbone
 from models.objectives import Length

@@ -14,7 +14,7 @@ import torch
 from shards.errors import InputError
 from shards.generation import diffusion
 from shards.generation.diffusion_training import train
-from shards.generation.synthetic import TrainSettings
+from shards.generation.request import TrainSettings
 
 CLASSES = ["dark", "light"]
 TINY = TrainSettings(side=8, width=8, batch=16, steps=80, seconds=None, learning_rate=1e-2)

@@ -17,8 +17,8 @@ from PIL import Image
 
 from shards.errors import InputError
 from shards.generation.diffusion import fingerprint, save, small_pipeline
+from shards.generation.request import Request
 from shards.generation.synthetic import (
-    Request,
     Task,
     draw,
     generate,
