@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jobs.run.folder import RunFolder, keep_lines
-from shards.errors import InputError
+from shards.errors import InputError, install_extra
 
 
 class Logger(Protocol):
@@ -79,7 +79,7 @@ class WandB:
         try:
             import wandb
         except ImportError as error:
-            raise InputError("loggers: wandb is not installed; `pip install hardviews[loggers]`") from error
+            raise InputError(f"loggers: wandb is not installed; {install_extra('loggers')}") from error
         self._run = wandb.init(
             dir=folder.path, id=folder.path.name, name=folder.path.name, resume="allow", config=dict(config)
         )
@@ -98,7 +98,7 @@ class MLflow:
         try:
             import mlflow
         except ImportError as error:
-            raise InputError("loggers: mlflow is not installed; `pip install hardviews[loggers]`") from error
+            raise InputError(f"loggers: mlflow is not installed; {install_extra('loggers')}") from error
         self._client = mlflow.MlflowClient()
         experiment = self._client.get_experiment_by_name("hardviews")
         number = experiment.experiment_id if experiment else self._client.create_experiment("hardviews")
