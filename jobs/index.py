@@ -28,17 +28,17 @@ class IndexConfig:
     classes: Path | None = None
     """Text file with the name of a class in each line, in the order of the labels in the .cls files."""
     check: Literal["full", "header"] = "full"
-    """Decode every image whole, or read its header and end alone (several times faster, finds less)."""
+    """full: decode every image; header: read only its header and end (several times faster, finds fewer faults)."""
     max_pixels: int = 100_000_000
-    """Leave out images of more pixels (decompression bombs)."""
+    """Largest number of pixels (height × width); larger images, such as decompression bombs, are left out."""
     workers: int | None = None
     """Processes; by default one per core."""
     overwrite: bool = False
-    """Index anew what is indexed already."""
+    """Index again, although there is an index."""
 
 
 def run(config: IndexConfig) -> Manifest:
-    """Indexes with a progress bar and says what came of it."""
+    """Indexes with a progress bar and prints the result."""
     folder = local_path(config.folder)
     if folder is None:
         raise InputError(f"{config.folder}: tars are indexed in place, in a local folder; copy them to one")
@@ -67,7 +67,7 @@ def run(config: IndexConfig) -> Manifest:
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
-    """Class names, one a line."""
+    """Reads class names, one per line."""
     try:
         return tuple(path.read_text().splitlines())
     except OSError as error:

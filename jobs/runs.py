@@ -29,29 +29,29 @@ class RunsConfig:
     folder: tyro.conf.Positional[Path] = Path("runs")
     """Folder below which runs lie, at any depth."""
     metrics: tuple[str, ...] = ("train/loss", "knn/top1")
-    """Metrics whose last values are shown."""
+    """Metrics to show, by their last values."""
     json: bool = False
     """Print a JSON list instead of a table."""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """How one run stands."""
+    """State of one run."""
 
     run: str
     """Its folder, relative to the one that was searched."""
     state: str
-    """running, finished, interrupted or failed, as it says itself; silent: it says running and writes no more."""
+    """running, finished, interrupted or failed, from its state.json; silent: running, but nothing written lately."""
     step: int
-    """The last step that is known of."""
+    """Last known step."""
     steps: int | None
     """Length of the run, where it is known."""
     images_per_second: float | None
-    """Last measured."""
+    """Last measured speed."""
     updated: float
     """Last sign of life, in Unix seconds."""
     metrics: dict[str, float]
-    """Last finite values."""
+    """Last finite value of each metric."""
     reason: str | None = None
     """Why it failed."""
 
@@ -91,7 +91,7 @@ def is_finite(value: Any) -> bool:
 
 
 def read_state(run: RunFolder, root: Path, metrics: Sequence[str], now: float) -> RunState:
-    """How a run stands at `now` (Unix seconds)."""
+    """State of a run at `now` (Unix seconds)."""
     try:
         said = run.read_state()
     except (OSError, ValueError):
