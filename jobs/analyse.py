@@ -36,9 +36,9 @@ class AnalyseConfig:
     steps: str | None = None
     """Steps to analyse, FIRST:BEHIND_LAST; either may be left out (100: or :100). All by default."""
     pairs: int = 300_000
-    """Candidate pairs sampled for the forests and the classifier; the statistics of choices take all."""
+    """Candidate pairs to sample for the forests and the classifier; statistics of the choices use all rows."""
     seed: int = 0
-    """Of the sample, the random pairs and the forests."""
+    """Seed of the sample, the random pairs and the forests."""
     pictures: bool = True
     """Draw PNG and SVG pictures; without them only JSON and CSV."""
     out: Path | None = None
@@ -166,7 +166,7 @@ def _grid(choices: Choices) -> dict[str, Any] | None:
 
 
 def _explained(sample: Rows | None, pairs: int, seed: int, notes: list[str]) -> dict[str, Any]:
-    """What explains the loss and the choice."""
+    """How far the views' parameters explain the loss and the choice."""
     if sample is None:
         return {}
     data = pair_data(sample)

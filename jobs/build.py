@@ -40,27 +40,27 @@ class BuildConfig:
     split: str | None = None
     """Which split of Parquet to take, such as train, where there are several."""
     check: Literal["full", "header"] = "full"
-    """Decode every image whole, or read its header and end alone (several times faster, finds less)."""
+    """full: decode every image; header: read only its header and end (several times faster, finds fewer faults)."""
     resize_short: int | None = None
     """Reduce images whose shorter side is longer than this, in pixels. Without it the original bytes are kept."""
     quality: int | None = None
-    """Encode every image anew in this quality, 1 to 100, as JPEG or WebP."""
+    """Re-encode every image as JPEG or WebP with this quality, 1 to 100."""
     format: Literal["jpg", "png", "webp"] | None = None
-    """Encode images of other formats anew in this one."""
+    """Re-encode images of other formats in this one."""
     max_pixels: int = 100_000_000
-    """Leave out images of more pixels (decompression bombs)."""
+    """Largest number of pixels (height × width); larger images, such as decompression bombs, are left out."""
     engine: Literal["local", "ray"] = "local"
     """Processes of this machine, or tasks of a Ray cluster that sees the same folders."""
     workers: int | None = None
     """Tasks at a time; by default one per core."""
     address: str | None = None
-    """Of the Ray cluster; by default Ray is started on this machine."""
+    """Address of the Ray cluster; by default Ray is started on this machine."""
     overwrite: bool = False
-    """Write anew what --out holds from other images or settings, and remove surplus shards."""
+    """Replace shards in --out that were made from other images or settings, and remove surplus ones."""
 
 
 def run(config: BuildConfig) -> Manifest:
-    """Builds with a progress bar and says what came of it."""
+    """Builds with a progress bar and prints the result."""
     rules = Rules(config.check, config.resize_short, config.quality, config.format, config.max_pixels)
     tasks = partial(run_tasks, config.engine, workers=config.workers, address=config.address)
     planned = plan(

@@ -6,6 +6,7 @@ Exit code 2 is a user's mistake, 1 training that cannot go on, 75 a sweep with r
 
 import difflib
 import importlib
+import importlib.metadata
 import os
 import select
 import signal
@@ -45,7 +46,9 @@ def usage() -> str:
     width = max(map(len, JOBS))
     lines = [f"  {name:{width}}  {text}" for name, text in JOBS.items()]
     return (
-        "usage: hardviews JOB [flags]\n\njobs:\n" + "\n".join(lines) + "\n\n`hardviews JOB --help` explains every flag."
+        "usage: hardviews JOB [flags]\n\njobs:\n"
+        + "\n".join(lines)
+        + "\n\n`hardviews JOB --help` explains every flag, `hardviews --version` tells the version."
     )
 
 
@@ -54,6 +57,9 @@ def run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        print(f"hardviews {importlib.metadata.version('hardviews')}")
+        return 0
     name, *rest = argv
     if name not in JOBS:
         near = difflib.get_close_matches(name, JOBS, n=1)

@@ -31,7 +31,7 @@ class CompareConfig:
     metrics: tuple[str, ...] = ()
     """Metrics to compare; by default training loss, kNN accuracy and images per second, where they were logged."""
     out: Path = Path("comparison.png")
-    """Picture to write; the ending says which kind (png, svg, pdf)."""
+    """Picture to write: a file ending in .png, .svg or .pdf."""
     json: bool = False
     """Print one JSON object instead of the tables."""
 

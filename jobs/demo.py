@@ -135,7 +135,7 @@ def summary(run: Path, analysis: dict) -> dict[str, str]:
 
 
 def heading(number: int, text: str) -> None:
-    console.print(f"\n[bold]{number}/6 {text}[/bold]", highlight=False)
+    console.print(f"\n{number}/6 {text}", style="bold", highlight=False)
 
 
 def table(facts: dict[str, str]) -> None:

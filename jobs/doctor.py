@@ -16,13 +16,15 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from jobs.run.terminal import parse, tables
+from shards.errors import install_extra
 
-MARKS = {"ok": "[green]ok[/]", "absent": "[yellow]absent[/]", "broken": "[red]broken[/]"}
+COLOURS = {"ok": "green", "absent": "yellow", "broken": "red"}  # of a finding's state
 SIDE = 64  # pixels of the image that is decoded
 CLOSE = 6  # largest difference of 255 that two JPEG decoders may have
-INSTALL_PINNED = "install the pinned versions: pip install -c constraints.txt hardviews"
+INSTALL_PINNED = "install the pinned versions, in a checkout of hardviews: pip install -c constraints.txt -e ."
 # Other builds of the same package.
 STAND_INS = {
     "nvidia-dali-cuda130": ("nvidia-dali-cuda120",),
@@ -103,7 +105,7 @@ def packages() -> Iterator[Finding]:
         versions = {package: version_of(package) for package in wanted.get(extra, [])}
         listed = ", ".join(f"{package} {version or '–'}" for package, version in versions.items())
         missing = not all(versions.values())
-        remedy = f"for {purpose}: pip install 'hardviews[{extra}]'" if missing else ""
+        remedy = f"for {purpose}, {install_extra(extra)}" if missing else ""
         yield Finding(f"extra {extra}", "absent" if missing else "ok", listed, remedy)
 
 
@@ -306,7 +308,7 @@ def table_of(findings: list[Finding]) -> Table:
     """The findings as a table."""
     table = Table("what", "state", "found", "remedy")
     for one in findings:
-        table.add_row(one.name, MARKS[one.state], one.detail, one.remedy)
+        table.add_row(one.name, Text(one.state, style=COLOURS[one.state]), one.detail, one.remedy)
     return table
 
 

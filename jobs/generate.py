@@ -33,30 +33,30 @@ class GenerateConfig:
     """Folder that diffusers saved, or a hub name (owner/name or owner/name@revision, downloaded): class-conditional
     (DiT, and what --train-on writes) or text-to-image. Only safetensors are read; code from a hub is never run."""
     like: str
-    """Shards whose classes and counts are matched; folder or address."""
+    """Shards to clone: the result has the same classes and counts. Folder or address."""
     out: Path
     """Folder for the shards."""
     train_on: str | None = None
     """Train a small class-conditional pipeline on these shards first and save it in the folder --pipeline. One that is
     there from an earlier run is used as it is."""
     train: TrainSettings = field(default_factory=TrainSettings)
-    """Of the training."""
+    """Settings of the training that --train-on asks for."""
     count: int | None = None
     """Images in all, in the proportions of --like; by default as many as --like has."""
     per_class: int | None = None
-    """Images of each class instead."""
+    """Images of each class, instead of --count."""
     steps: int = 25
     """Denoising steps."""
     guidance: float | None = None
     """Guidance scale: higher follows the class or prompt more closely, with less variety. By default the pipeline's own
     (1.5 for one from --train-on)."""
     prompt: str = "a photo of a {class}"
-    """Of text-to-image pipelines; {class} is replaced by the class name (WordNet ids of ImageNet by their word)."""
+    """Prompt for text-to-image pipelines; {class} is replaced by the class name (WordNet ids of ImageNet by words)."""
     class_names: Path | None = None
-    """JSON file with an object from class names of --like to those of the pipeline or the prompt; names that it leaves
-    out stay as they are."""
+    """JSON object that maps class names of --like to names that the pipeline or the prompt knows; names that are not in
+    it stay as they are."""
     size: int | None = None
-    """Pixels a side that images are resized to; by default as the pipeline gives them."""
+    """Resize images to this side, in pixels; by default they keep the pipeline's size."""
     seed: int = 0
     """Each image's own seed follows from this one and the image's number."""
     batch: int = 32
@@ -64,7 +64,7 @@ class GenerateConfig:
     format: Literal["png", "jpg", "webp"] = "png"
     """File format of the images."""
     quality: int | None = None
-    """Of JPEG and WebP, 1 to 100 (default 95)."""
+    """Quality of JPEG and WebP, 1 to 100 (default 95)."""
     source: str = "synthetic"
     """Tag of these images in manifests, logs and reports."""
     shard_samples: int = 1000
@@ -72,19 +72,19 @@ class GenerateConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the pipeline runs; auto takes cuda where this machine has it, also when Ray's workers differ from it."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the weights; auto is bf16 on cuda and fp32 on the CPU."""
+    """Number format of the weights; auto is bf16 on cuda and fp32 on the CPU."""
     engine: Literal["local", "ray"] = "local"
     """This process, or tasks of a Ray cluster that sees the same folders: one per shard, on cuda with a GPU each."""
     workers: int | None = None
     """Ray tasks at a time; by default as many as the cluster has room for."""
     address: str | None = None
-    """Of the Ray cluster; by default Ray is started on this machine."""
+    """Address of the Ray cluster; by default Ray is started on this machine."""
     overwrite: bool = False
-    """Write anew what --out holds from another request, and remove surplus shards."""
+    """Replace shards in --out that another request made, and remove surplus ones."""
 
 
 def run(config: GenerateConfig) -> Manifest:
-    """Trains if asked to, then generates, with progress bars; says what came of it."""
+    """Trains if asked to, then generates, with progress bars; prints the result."""
     like = open_manifest(config.like)
     counts = match_counts(like, config.count, config.per_class)
     names = class_names(config.class_names, like.classes)
@@ -163,7 +163,7 @@ def class_names(file: Path | None, classes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def train_into(folder: Path, shards: str, settings: TrainSettings, device: str) -> None:
-    """Trains a small pipeline on shards and saves it in `folder`, unless an earlier run has done just that.
+    """Trains a small pipeline on shards and saves it in `folder`, unless an earlier run did so with the same settings.
 
     Raises:
         InputError: the folder holds something else.
@@ -223,7 +223,7 @@ def runner(config: GenerateConfig, device: str, on_images: Callable[[int], None]
 
 
 def provenance(request: Request, config: GenerateConfig, kind: str, like: Manifest) -> dict[str, Any]:
-    """What the manifest says of where the images come from."""
+    """Provenance of the images, for the manifest."""
     facts = dataclasses.asdict(request)
     generator = {"name": config.pipeline, "class": kind, "sha256": facts.pop("fingerprint")}
     del facts["pipeline"]

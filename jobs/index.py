@@ -30,17 +30,17 @@ class IndexConfig:
     image: str | None = None
     """Which file of a sample (its extension, jpg or seg.png) is the image, where several could be."""
     check: Literal["full", "header"] = "full"
-    """Decode every image whole, or read its header and end alone (several times faster, finds less)."""
+    """full: decode every image; header: read only its header and end (several times faster, finds fewer faults)."""
     max_pixels: int = 100_000_000
-    """Leave out images of more pixels (decompression bombs)."""
+    """Largest number of pixels (height × width); larger images, such as decompression bombs, are left out."""
     workers: int | None = None
     """Processes; by default one per core."""
     overwrite: bool = False
-    """Index anew what is indexed already."""
+    """Index again, although there is an index."""
 
 
 def run(config: IndexConfig) -> Manifest:
-    """Indexes with a progress bar and says what came of it."""
+    """Indexes with a progress bar and prints the result."""
     folder = local_path(config.folder)
     if folder is None:
         raise InputError(f"{config.folder}: tars are indexed in place, in a local folder; copy them to one")
@@ -71,7 +71,7 @@ def run(config: IndexConfig) -> Manifest:
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
-    """Class names, one a line."""
+    """Reads class names, one per line."""
     try:
         return tuple(path.read_text().splitlines())
     except OSError as error:

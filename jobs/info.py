@@ -14,16 +14,16 @@ SAMPLED_SHARDS = 64  # column files read for the image sizes of a large data set
 
 @dataclass(frozen=True)
 class InfoConfig:
-    """Counts per class and source, sizes, provenance."""
+    """Prints images per class and source, sizes and provenance of shards."""
 
     folders: tyro.conf.Positional[tuple[str, ...]]
     """Folders or addresses of shards."""
     classes: int = 20
-    """Classes listed by count; 0 lists none."""
+    """Number of classes to list, the largest first; 0 lists none."""
 
 
 def facts(manifest: Manifest) -> dict[str, str]:
-    """What there is to say of a data set, as names and texts."""
+    """Facts about a data set: name → text."""
     size = sum(entry.size for entry in manifest.entries)
     shards = np.unique(np.linspace(0, len(manifest.entries) - 1, SAMPLED_SHARDS).round().astype(int))
     columns = [manifest.shard_columns(int(shard)) for shard in shards]

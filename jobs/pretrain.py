@@ -29,7 +29,7 @@ class PretrainArguments:
     run: Path
     """Run folder to write: configuration, checkpoints, metrics, augmentation log."""
     resume: bool = False
-    """Go on from the run's newest intact checkpoint, with the run's own configuration; no flag can change it."""
+    """Resume from the run's newest intact checkpoint, with the run's own configuration; flags cannot change it."""
     overwrite: bool = False
     """Replace the run in that folder."""
     config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = field(default_factory=PretrainConfig)
@@ -54,7 +54,7 @@ def pretrain(config: PretrainConfig, run: Path, *, resume: bool = False, overwri
 
 
 def check_kept(given: PretrainConfig, default: PretrainConfig, own: PretrainConfig) -> None:
-    """Whether preset and flags of a resumed run, which keeps its `own` configuration, say nothing else.
+    """Refuses a preset or flags that differ from the resumed run's `own` configuration, which stays in force.
 
     Raises:
         InputError: a preset of another objective, or a flag that would be ignored.

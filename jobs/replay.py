@@ -33,19 +33,19 @@ class ReplayConfig:
     image: int | None = None
     """Image of the step's batch, counted from 0 over all processes; None = the first ones."""
     images: int = 6
-    """How many images to draw where none is named."""
+    """Number of images to draw where --image is not given."""
     out: Path | None = None
     """PNG to write; None = analysis/replay-STEP.png in the run folder."""
     real: str = ""
-    """Where the real shards lie now; empty = where the run found them."""
+    """Present address of the real shards; empty = the one of the run."""
     synthetic: str = ""
-    """Where the synthetic shards lie now; empty = where the run found them."""
+    """Present address of the synthetic shards; empty = the one of the run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to make the views; auto = as in training. Bits agree between equal devices."""
+    """Device that makes the views; auto = as in training. Equal devices give equal bits."""
 
 
 def replay(config: ReplayConfig) -> Path:
-    """Writes the picture and returns where it lies.
+    """Writes the picture and returns its path.
 
     Raises:
         InputError: no such run, step or image, changed shards, or a place that cannot be written.

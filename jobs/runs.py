@@ -11,6 +11,7 @@ from typing import Any
 
 import tyro
 from rich.table import Table
+from rich.text import Text
 
 from jobs.run.folder import RunFolder
 from jobs.run.terminal import parse, tables
@@ -28,29 +29,29 @@ class RunsConfig:
     folder: tyro.conf.Positional[Path] = Path("runs")
     """Folder below which runs lie, at any depth."""
     metrics: tuple[str, ...] = ("train/loss", "knn/top1")
-    """Metrics whose last values are shown."""
+    """Metrics to show, by their last values."""
     json: bool = False
     """Print a JSON list instead of a table."""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """How one run stands."""
+    """State of one run."""
 
     run: str
     """Its folder, relative to the one that was searched."""
     state: str
-    """running, finished, interrupted or failed, as it says itself; silent: it says running and writes no more."""
+    """running, finished, interrupted or failed, from its state.json; silent: running, but nothing written lately."""
     step: int
-    """The last step that is known of."""
+    """Last known step."""
     steps: int | None
     """Length of the run, where it is known."""
     images_per_second: float | None
-    """Last measured."""
+    """Last measured speed."""
     updated: float
     """Last sign of life, in Unix seconds."""
     metrics: dict[str, float]
-    """Last finite values."""
+    """Last finite value of each metric."""
     reason: str | None = None
     """Why it failed."""
 
@@ -90,7 +91,7 @@ def is_finite(value: Any) -> bool:
 
 
 def read_state(run: RunFolder, root: Path, metrics: Sequence[str], now: float) -> RunState:
-    """How a run stands at `now` (Unix seconds)."""
+    """State of a run at `now` (Unix seconds)."""
     try:
         said = run.read_state()
     except (OSError, ValueError):
@@ -145,7 +146,7 @@ def table_of(states: Sequence[RunState], metrics: Sequence[str], now: float) -> 
         colour = COLOURS.get(one.state, "default")
         table.add_row(
             one.run,
-            f"[{colour}]{one.state}[/]",
+            Text(one.state, style=colour),
             f"{one.step:,}" + (f" / {one.steps:,}" if one.steps else ""),
             "" if one.images_per_second is None else f"{one.images_per_second:,.1f}",
             *(f"{one.metrics[name]:.4g}" if name in one.metrics else "" for name in metrics),
@@ -163,7 +164,7 @@ def run(config: RunsConfig) -> None:
         tables.print(table_of(states, config.metrics, time.time()))
         for state in states:
             if state.reason:
-                tables.print(f"{state.run}: {state.reason}", highlight=False, markup=False, soft_wrap=True)
+                tables.print(f"{state.run}: {state.reason}", highlight=False, soft_wrap=True)
 
 
 def main(argv: list[str]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import tyro
+from rich.text import Text
 
 from jobs.evaluation import linear, protocols
 from jobs.evaluation.backbones import ModelConfig
@@ -67,9 +68,9 @@ class SweepConfig:
     batch: int | None = None
     """Images per step; None = the study's own."""
     arms: tuple[str, ...] = ()
-    """Run only these arms; none = all. The table has the others as far as they are."""
+    """Run only these arms; none = all. The table shows the results of the others so far."""
     minutes: float = 0.0
-    """End within so many minutes of the command's start, with a checkpoint; the same command goes on from there.
+    """Time limit of the command in minutes; it ends with a checkpoint, from which the same command resumes.
     0 = run to the end."""
     probe_epochs: int | None = None
     """Epochs of the linear probe on frozen features; 0 = no probe; None = the study's own."""
@@ -127,7 +128,7 @@ def plan(config: SweepConfig, chosen: Study) -> list[Member]:
 
 
 def scoring(config: SweepConfig, chosen: Study) -> dict[str, Any]:
-    """What decides the scores of a finished run.
+    """The settings that a finished run's scores depend on.
 
     Raises:
         InputError: a negative number of epochs.
@@ -139,7 +140,7 @@ def scoring(config: SweepConfig, chosen: Study) -> dict[str, Any]:
 
 
 def check(config: SweepConfig, planned: Sequence[Member]) -> None:
-    """Says before the first run what would stop a later one.
+    """Checks before the first run that no run of the study will be refused.
 
     Raises:
         InputError: shards or labels that do not fit, values that do not, a run of another configuration in `out`.
@@ -190,7 +191,7 @@ def work(config: SweepConfig, planned: Sequence[Member], settings: Mapping[str, 
                 continue
             left = seconds_left(planned, results)
             after = f" (about {span(left)} for all that is left)" if left else ""
-            console.print(f"[bold]{number}/{len(planned)} {member.name}[/bold]{after}", highlight=False)
+            console.print(Text.assemble((f"{number}/{len(planned)} {member.name}", "bold"), after), highlight=False)
             try:
                 if complete(member, config.out / member.name):
                     score(config.out / member.name, settings)

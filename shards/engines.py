@@ -14,7 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Literal, TypeVar
 
-from shards.errors import InputError
+from shards.errors import InputError, install_extra
 
 Engine = Literal["local", "ray"]
 Task = TypeVar("Task")
@@ -104,7 +104,7 @@ def _run_on_ray(
         import ray
         from ray.exceptions import RayTaskError
     except ImportError as error:
-        raise InputError("--engine ray: ray is not installed; `pip install 'hardviews[ray]'`") from error
+        raise InputError(f"--engine ray: ray is not installed; {install_extra('ray')}") from error
     started = not ray.is_initialized()
     if started:
         try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import fsspec
 
-from shards.errors import InputError
+from shards.errors import InputError, install_extra
 from shards.retry import retry
 
 Fetch = Callable[[str], bytes]  # file name under a root → its content
@@ -32,9 +32,10 @@ def filesystem(address: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         return fsspec.core.url_to_fs(address)
     except (ValueError, ImportError) as error:
-        raise InputError(
-            f"address {address!r}: {error}; use a path, or a scheme that fsspec has a package for"
-        ) from error
+        remedy = "use a path, or a scheme that fsspec has a package for"
+        if isinstance(error, ImportError) and address.startswith(("s3://", "s3a://")):
+            remedy = install_extra("s3")
+        raise InputError(f"address {address!r}: {error}; {remedy}") from error
 
 
 def join(root: str, name: str) -> str:

@@ -16,7 +16,7 @@ from torch import nn
 
 from jobs.evaluation.frozen import IMAGENET_MEAN, IMAGENET_STD
 from models.backbones import BackboneConfig
-from shards.errors import InputError
+from shards.errors import InputError, install_extra
 
 # Largest difference of a feature between the exported and the original model, relative to the features' deviation.
 TOLERANCE = 1e-4
@@ -101,7 +101,7 @@ def write_onnx(model: nn.Module, size: int, out: Path) -> None:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise InputError(f"onnx: {error.name} is not installed; pip install 'hardviews[onnx]'") from error
+        raise InputError(f"onnx: {error.name} is not installed; {install_extra('onnx')}") from error
     out.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter deprecates parts of itself
@@ -128,7 +128,7 @@ def check_onnx(model: nn.Module, size: int, out: Path) -> float:
     try:
         import onnxruntime
     except ImportError as error:
-        raise InputError("onnx: onnxruntime is not installed; pip install 'hardviews[onnx]'") from error
+        raise InputError(f"onnx: onnxruntime is not installed; {install_extra('onnx')}") from error
     session = onnxruntime.InferenceSession(str(out / "model.onnx"), providers=["CPUExecutionProvider"])
     return _compare(model, lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0]), size)
 

@@ -33,7 +33,7 @@ class DataConfig:
     final_synthetic_share: float | None = None
     """Share in the last epoch, approached linearly by epoch; None = constant."""
     block: int = 16
-    """Shards that are shuffled together, and so the most that are open at once."""
+    """Number of shards that are shuffled together, and the largest number open at once."""
     threads: int = 0
     """CPU threads that read, decode and augment per process; 0 = one per core."""
     prefetch: int = 2
@@ -176,16 +176,16 @@ class MonitorConfig:
     """Steps between gradient norms by layer, features' standard deviation and RankMe, embeddings' alignment and
     uniformity, and analyses of contrastive tasks; 0 = never."""
     bank: int = 16_384
-    """Images whose features are kept in a memory bank that every step updates, for a kNN accuracy of every step's
-    images against it; 0 = none."""
+    """Size of the memory bank, in images; 0 = none. Every step adds its images' features, and their kNN accuracy
+    against the bank is logged."""
     knn_every: int = 0
     """Steps between kNN evaluations of the held-out shards; there is one at the start and the end besides."""
     knn_train: str = ""
     """Labelled shards or ImageFolder that the kNN evaluation learns from; empty = no evaluation."""
     knn_test: str = ""
-    """Held-out shards or ImageFolder that it is scored on."""
+    """Held-out shards or ImageFolder that the kNN evaluation is scored on."""
     max_bad_steps: int = 20
-    """Steps in a row with a loss or gradient that is not finite after which the run stops; each is skipped."""
+    """Steps in a row with a non-finite loss or gradient after which the run stops; such steps are skipped."""
     loggers: tuple[str, ...] = ("json", "tensorboard")
     """Where metrics go: json, tensorboard, wandb, mlflow."""
 
@@ -222,8 +222,8 @@ class PretrainConfig:
     """Images per step over all processes."""
     accumulate: int = 1
     """Parts that each process splits its images of a step into, to save memory. The parts' gradients add up to the
-    whole batch's, but for what looks at other images of a batch: BatchNorm's statistics, SwAV's assignments, the
-    negatives of MoCo v3 and SimCLR and the share on random pairs (selection.random_share) are those of a part. Queues
+    whole batch's. What compares images of a batch sees one part only: BatchNorm's statistics, SwAV's assignments, the
+    negatives of MoCo v3 and SimCLR, and the share on random pairs (selection.random_share). Queues
     and centres are updated once a step, by all parts."""
     seed: int = 0
     """Seed of every random choice."""
@@ -249,7 +249,7 @@ class PretrainConfig:
 
 
 def _check_finite(config: Any, prefix: str = "") -> None:
-    """No comparison refuses what is not a number, so the whole configuration is looked through once.
+    """Checks all numbers once: comparisons with NaN are false, so range checks alone would let it pass.
 
     Raises:
         InputError: a value that is infinite or not a number.
@@ -266,8 +266,8 @@ KINDS_OF_VALUE = {int: "a whole number", float: "a number", bool: "true or false
 
 
 def _strict() -> cattrs.Converter:
-    """A key that no field reads is an error, and so is a value of another type, which cattrs would convert: any text
-    is true for it, and text is a list of its letters."""
+    """A converter that refuses unknown keys and values of a wrong type. cattrs alone would convert them: any text to
+    True, and text to a list of its letters."""
     converter = cattrs.Converter(forbid_extra_keys=True)
     for kind in KINDS_OF_VALUE:
         converter.register_structure_hook(kind, _exact)
@@ -304,7 +304,7 @@ def _list_of(converter: cattrs.Converter, value: Any, kind: Any) -> tuple[Any, .
 
 
 def _converter() -> cattrs.Converter:
-    """Objectives are told apart by the name they have in OBJECTIVES."""
+    """The strict converter; an objective's name in OBJECTIVES is stored beside its fields."""
     converter, plain = _strict(), _strict()
     names = {config: name for name, (config, _) in OBJECTIVES.items()}
 
@@ -330,7 +330,7 @@ def from_plain(plain: dict[str, Any]) -> PretrainConfig:
     """The inverse of `to_plain`.
 
     Raises:
-        InputError: a key that nothing reads, a value of the wrong type or out of range; with the field's dotted name.
+        InputError: an unknown key, a value of the wrong type or out of range; with the field's dotted name.
     """
     try:
         return _converter().structure(plain, PretrainConfig)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jobs.run.folder import RunFolder, keep_lines
-from shards.errors import InputError
+from shards.errors import InputError, install_extra
 
 
 class Logger(Protocol):
@@ -129,7 +129,7 @@ def check_loggers(names: Sequence[str]) -> None:
             try:
                 importlib.import_module(name)
             except ImportError as error:
-                raise InputError(f"loggers: {name} is not installed; `pip install hardviews[loggers]`") from error
+                raise InputError(f"loggers: {name} is not installed; {install_extra('loggers')}") from error
 
 
 class Loggers:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from shards.errors import InputError
+from shards.errors import InputError, install_extra
 from shards.files import clear
 from shards.generation.class_names import class_text, find_class, imagenet_classes
 from shards.generation.request import Request
@@ -32,7 +32,7 @@ try:
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
     from diffusers.utils.torch_utils import randn_tensor
 except ImportError as error:
-    raise InputError(f"diffusers cannot be imported ({error}); `pip install 'hardviews[generate]'`") from error
+    raise InputError(f"diffusers cannot be imported ({error}); {install_extra('generate')}") from error
 
 TIMESTEPS = 1000
 SMALLEST_SIDE = 8

@@ -1,5 +1,6 @@
 """The `hardviews` command: jobs are found, a user's mistake is one line and exit code 2."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -115,3 +116,26 @@ def test_a_log_file_gets_lines_as_time_passes(
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "pretraining 800 of 2,000  loss 7.5 [50%]"
     assert sum("2,000" in line for line in lines) == 1
+
+
+def test_a_warning_keeps_its_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+    command.warn("shards[1]/[bold].jpg is left out")
+    assert "shards[1]/[bold].jpg is left out" in capsys.readouterr().err
+
+
+def test_a_bar_keeps_the_brackets_of_its_description(capsys: pytest.CaptureFixture[str]) -> None:
+    with command.progress("embedding shards[a]", 1, "images") as bar:
+        bar.advance()
+    assert "embedding shards[a]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("root", ["shards", "pipelines", "models", "jobs"])
+def test_messages_name_extras_of_a_checkout(root: str) -> None:
+    """hardviews is on no package index, so `pip install 'hardviews[…]'` would fail, or fetch something else."""
+    files = (Path(cli.__file__).parents[1] / root).rglob("*.py")
+    assert not [path.name for path in files if "hardviews[" in path.read_text()]
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"hardviews {importlib.metadata.version('hardviews')}\n"

@@ -65,8 +65,21 @@ def test_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     if "nvidia-dali-cuda130" in findings:  # asked for on Linux alone
         assert findings["nvidia-dali-cuda130"].state == "absent"
     assert findings["extra ray"].state == "absent"
-    assert findings["extra ray"].remedy.endswith("pip install 'hardviews[ray]'")
+    assert findings["extra ray"].remedy.endswith("pip install '.[ray]'")
     assert findings["numpy"].state == "ok"
+
+
+def test_the_table_shows_remedies_with_their_brackets(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lacking(monkeypatch, "ray")
+    monkeypatch.setattr(doctor, "CHECKS", (doctor.packages,))
+    doctor.main([])
+    assert "pip install '.[ray]'" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_every_extra_has_a_purpose() -> None:
+    assert set(doctor.requirements()) - {"", "dev"} == set(doctor.EXTRAS)
 
 
 def test_another_build_of_a_package_will_do(monkeypatch: pytest.MonkeyPatch) -> None:

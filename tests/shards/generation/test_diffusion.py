@@ -283,7 +283,7 @@ def test_without_diffusers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -
     spec = importlib.util.spec_from_file_location("diffusion_again", diffusion.__file__)
     assert spec is not None
     assert spec.loader is not None
-    with pytest.raises(InputError, match=r"pip install 'hardviews\[generate\]'"):
+    with pytest.raises(InputError, match=r"pip install '\.\[generate\]'"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
