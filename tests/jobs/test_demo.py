@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from evaluation_runs import image_folder
 from PIL import Image
 
@@ -17,6 +18,8 @@ from jobs.build import run as build
 from jobs.demo import COLOUR_VIEWS, DIGIT_VIEWS, GRAY_VIEWS, DemoConfig, Setting
 from jobs.run.config import load_config
 from jobs.run.folder import RunFolder, write_json
+from jobs.run.training import make_objective
+from models.objectives import Length
 from pipelines.policies import ViewPolicy
 from shards.manifest import Manifest, open_manifest
 
@@ -117,6 +120,13 @@ def shards(root: Path, side: int, gray: bool) -> Manifest:
 def test_views_suit_size_and_colour(tmp_path: Path, side: int, gray: bool, views: object, size: int, says: str) -> None:
     setting = demo.folder_setting(shards(tmp_path, side, gray))
     assert (setting.views, setting.side) == (views, size) and says in setting.reason
+
+
+@pytest.mark.parametrize(("side", "patch"), [(32, 8), (64, 16)])
+def test_the_backbone_takes_views_of_either_size(side: int, patch: int) -> None:
+    config = demo.arm_config(DemoConfig(), demo.arms_of(2)["hard"], Setting(COLOUR_VIEWS, side, patch, ""), False)
+    objective = make_objective(config, Length(2, 1.0), torch.device("cpu"))
+    assert objective.backbone(torch.zeros(2, 3, side, side)).shape == (2, 128)
 
 
 def test_digits_are_neither_mirrored_nor_coloured_nor_blurred() -> None:
