@@ -40,6 +40,7 @@ from shards.synthetic import TrainSettings
 SHARD_SAMPLES = 200  # several shards even of a small data set, so that shuffling has something to shuffle
 CONFIRMED = 2 / 3  # share of a clone's classes that a kNN has to confirm before it is trained on
 CLONED_SIDE = 40  # pixels a side up to which minutes of diffusion training draw more than mush
+PRETRAINED = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 DIFFUSION = TrainSettings(side=8, seconds=None)
 HARD = SelectionConfig(views=4, rule="hardest")
 # A step with hard views scores four views before it trains on two: about the time of two plain ones. The number is
@@ -174,8 +175,8 @@ def make_clone(config: DemoConfig, real: Manifest, setting: Setting) -> bool:
     on: where a kNN on the real images confirms its classes."""
     shards = config.out / "shards"
     other = (
-        f"For a clone by a pretrained pipeline: hardviews generate --pipeline facebook/DiT-XL-2-256 "
-        f"--like {shards / 'real'} --out {shards / 'synthetic'}"
+        f"A pretrained text-to-image pipeline draws a better one, for `hardviews pretrain --data.synthetic`: hardviews "
+        f"generate --pipeline {PRETRAINED} --like {shards / 'real'} --out {shards / 'pretrained'}"
     )
     if setting.side > CLONED_SIDE:
         say(f"None: minutes of training draw no photographs, so only real images are trained on. {other}")

@@ -139,7 +139,7 @@ def test_photographs_get_no_clone_of_minutes(tmp_path: Path, capsys: pytest.Capt
     setting = Setting(COLOUR_VIEWS, 64, 16, "")
     config = DemoConfig(out=tmp_path)
     assert not demo.make_clone(config, shards(tmp_path, 80, False), setting)
-    assert "hardviews generate --pipeline facebook/DiT-XL-2-256 --like" in capsys.readouterr().err
+    assert f"hardviews generate --pipeline {demo.PRETRAINED} --like" in capsys.readouterr().err
     assert not (tmp_path / "diffusion").exists()
 
 
