@@ -73,7 +73,7 @@ class DemoConfig:
     steps: int = 240
     """Pretraining steps of 128 images with random pairs and with hard views; random pairs are trained for twice as many
     steps besides, about the time that hard views take."""
-    diffusion_steps: int = 300
+    diffusion_steps: int = 400
     """Training steps of the diffusion model, of 128 images."""
 
 
