@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 import torch
+from torch import nn
 
 from jobs.evaluation.frozen import IMAGENET_MEAN, IMAGENET_STD, Frozen, Pool
 from jobs.run.checkpoint import Which, entries, load_backbone
@@ -19,7 +20,7 @@ from shards.errors import InputError
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The backbone to evaluate: --run, or --timm, each also untrained."""
+    """The backbone to evaluate: --run, or --timm, each also untrained; or the pixels that a run's backbone sees."""
 
     run: Path | None = None
     """Run folder whose checkpoint is evaluated; scores are kept in it."""
@@ -36,6 +37,8 @@ class ModelConfig:
     """Let timm fetch weights that are not on this machine."""
     untrained: bool = False
     """Fresh weights (seed 0) in the run's or timm's architecture: the baseline."""
+    pixels: bool = False
+    """With --run: the crops' own pixels instead of a backbone's features, a baseline."""
     size: int = 0
     """Side of the crops (pixels); 0 = the model's own."""
     pool: Pool = "default"
@@ -50,12 +53,17 @@ def load_frozen(config: ModelConfig) -> tuple[Frozen, dict[str, Any]]:
     """
     if (config.run is None) == (not config.timm):
         raise InputError("run: give either --run RUN or --timm NAME")
+    if config.pixels and (config.run is None or config.untrained or config.pool != "default"):
+        raise InputError("pixels: they are features by themselves; give --run and --size at most beside them")
     return _from_run(config, config.run) if config.run is not None else _from_timm(config)
 
 
 def _from_run(config: ModelConfig, run: Path) -> tuple[Frozen, dict[str, Any]]:
     folder = open_run(run)
     name = folder.path.resolve().name
+    if config.pixels:
+        size = config.size or load_config(folder.config).backbone.image_size
+        return Frozen(nn.Flatten(), "raw pixels", size), {"source": "pixels", "name": "raw pixels", "step": None}
     if config.untrained:
         settings = load_config(folder.config)
         with fresh(seed=0):

@@ -294,6 +294,8 @@ def _augmented(stack: ExitStack, config: LinearProbeConfig, scene: Scene, rows: 
 
 def evaluate_finetune(config: FinetuneProbeConfig) -> dict[str, Any]:
     """Fine-tuning with layer decay."""
+    if config.model.pixels:
+        raise InputError("pixels: there is no backbone to fine-tune; leave it out")
 
     def measure(scene: Scene) -> dict[str, Any]:
         def once(rows: np.ndarray, seed: int) -> dict[str, Any]:

@@ -119,12 +119,12 @@ def test_a_log_file_gets_lines_as_time_passes(
 
 
 def test_a_warning_keeps_its_brackets(capsys: pytest.CaptureFixture[str]) -> None:
-    command.warn("shards[1]/[bold].jpg is left out")
+    terminal.warn("shards[1]/[bold].jpg is left out")
     assert "shards[1]/[bold].jpg is left out" in capsys.readouterr().err
 
 
 def test_a_bar_keeps_the_brackets_of_its_description(capsys: pytest.CaptureFixture[str]) -> None:
-    with command.progress("embedding shards[a]", 1, "images") as bar:
+    with terminal.progress("embedding shards[a]", 1, "images") as bar:
         bar.advance()
     assert "embedding shards[a]" in capsys.readouterr().err
 

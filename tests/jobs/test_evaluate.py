@@ -181,6 +181,19 @@ def test_knn_command_keeps_its_scores(
     assert scores(run, "knn-untrained-test-2-shot")["model"]["name"] == "untrained vit_tiny_patch16_224"
 
 
+def test_pixels_are_features_too(run: RunFolder, train: Path, test: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate.main(["knn", *flags(run, train, test), "--pixels", "--size", "8"])
+    assert scores(run, "knn-pixels-test")["model"] == {"source": "pixels", "name": "raw pixels", "step": None}
+    frozen, _ = load_frozen(ModelConfig(run=run.path, pixels=True, size=8))
+    images = torch.rand(2, 3, 8, 8)
+    assert torch.equal(frozen.features(images), images.reshape(2, 192))
+    for other in (["--untrained"], ["--pool", "mean"]):
+        with pytest.raises(InputError, match="pixels: "):
+            evaluate.main(["knn", *flags(run, train, test), "--pixels", *other])
+    with pytest.raises(InputError, match="pixels: "):
+        evaluate.main(["finetune", *flags(run, train, test), "--pixels"])
+
+
 def test_linear_probe_beats_chance_with_and_without_crops(run: RunFolder, train: Path, test: Path) -> None:
     evaluate.main(["linear", *flags(run, train, test), "--no-augment", "--epochs", "30", "--batch", "16"])
     kept = scores(run, "linear-step-4-test")
