@@ -69,6 +69,9 @@ def train_step(t: Training, batch: ViewBatch) -> StepResult:
         with synchronised(t.learner, part is parts[-1]):
             with t.timer.phase("forward"), autocast(t):
                 loss, t.metrics = t.learner(chosen, on_device(t, part.labels_B.astype(np.int64)))
+            chance = t.objective.chance(len(part.labels_B) * t.world.size)
+            if chance is not None:
+                t.metrics["chance"] = torch.tensor(chance)
             with t.timer.phase("backward"):
                 (loss / len(parts)).backward()
         rows_S = None if choice.scores is None else choice.scores.rows_S
