@@ -5,6 +5,7 @@ Always in fp32, whatever surrounds it: under a temperature of 0.2 a similarity r
 Shape suffixes: B images, K negatives, N views, P pairs, D width.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -65,6 +66,13 @@ def learn(tasks: Sequence[Contrast]) -> tuple[Tensor, dict[str, Tensor]]:
     found = [info_nce(t.q_BD, t.k_BD, t.negatives_KD, t.temperature, t.synthetic, t.barred_BK) for t in tasks]
     metrics = {name: torch.stack([parts[name] for _, parts in found]).mean() for name in found[0][1]}
     return torch.stack([loss for loss, _ in found]).sum(), metrics
+
+
+def chance(negatives: int, synthetic: NegativesConfig | None = None, left_out: int = 0) -> float:
+    """ln(1 + K + L): InfoNCE where the key is as similar to its query as each of K real and L synthetic negatives.
+    `negatives` counts the rows, `left_out` those of them that a query leaves out."""
+    made = synthetic.beside(negatives).total if synthetic is not None else 0
+    return math.log(1 + negatives - left_out + made)
 
 
 def info_nce(

@@ -65,6 +65,9 @@ def train_step(t: Training, batch: ViewBatch, asked_to_stop: Callable[[], bool] 
         with synchronised(t.learner, part is parts[-1]):
             with t.timer.phase("forward"), autocast(t):
                 loss, metrics = t.learner(chosen, on_device(t, part.labels_B.astype(np.int64)))
+            chance = t.objective.chance(len(part.labels_B) * t.world.size)
+            if chance is not None:
+                metrics["chance"] = torch.tensor(chance)
             with t.timer.phase("backward"):
                 (loss / len(parts)).backward()
         if selection.audits(t.step):

@@ -159,6 +159,12 @@ class Objective(nn.Module):
             ValueError: the objective wants more images at once.
         """
 
+    def chance(self, images: int) -> float | None:
+        """The loss of the coming step, of `images` images of all ranks at once, where embeddings tell nothing apart.
+        None where the loss itself cannot tell: without negatives or clusters, embeddings that are all alike have the
+        lowest loss of all."""
+        return None
+
     def pair_losses(self, crops: tuple[Tensor, ...], selection: SelectionConfig) -> Scores:
         """Losses [B, P] of all pairs of crops[0] [B, N, 3, H, W], without gradient and without side effects.
 

@@ -11,6 +11,7 @@ pair of global views the l local views with the largest cross entropy against th
 Shape suffixes: B images, G global views, L local views of which l train, V = G + L, P pairs of global views, K outputs.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -143,6 +144,9 @@ class DINO(Objective):
         self.correction = Correction(feature_width(model))  # pyright: ignore[reportIncompatibleVariableOverride]
         self.register_buffer("centre_K", torch.zeros(config.outputs))
         self._pending: list[Tensor] = []
+
+    def chance(self, images: int) -> float:
+        return math.log(self.config.outputs)
 
     def warmed(self, temperature: float) -> float:
         """τ_t at this step, where it ends at `temperature`."""

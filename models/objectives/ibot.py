@@ -135,6 +135,10 @@ class IBOT(DINO):
         """Never: the loss wants patch tokens too, which scoring does not keep."""
         return False
 
+    def chance(self, images: int) -> float:
+        """On average over masks: a view without any adds nothing to the patches' part."""
+        return super().chance(images) * (1 + self.config.patch_weight * self.config.mask_probability)
+
     def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
         mask_VHW = self.masks(chosen.crops[0])
         counts_V = mask_VHW.sum((1, 2))

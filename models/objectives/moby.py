@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from models.backbones import BackboneConfig
-from models.contrast import Contrast, learn, queue_pair_losses, same_class
+from models.contrast import Contrast, chance, learn, queue_pair_losses, same_class
 from models.distributed import gather
 from models.heads import mlp
 from models.negatives import NegativesConfig
@@ -69,6 +69,11 @@ class MoBY(MomentumObjective):
         self.config = config
         self.queue1, self.queue2 = Queue(config.queue, config.width), Queue(config.queue, config.width)
         self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def chance(self, images: int) -> float:
+        negatives = self.config.negatives
+        synthetic = negatives if negatives.active(self.epoch, self.length.epochs) else None
+        return 2 * chance(self.config.queue, synthetic)
 
     def pair_table(self, features: Features, selection: SelectionConfig) -> Tensor:
         """Plain InfoNCE of all pairs: synthetic negatives, which are redrawn for every loss, do not take part."""

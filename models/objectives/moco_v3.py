@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from models.backbones import BackboneConfig
-from models.contrast import Contrast, learn
+from models.contrast import Contrast, chance, learn
 from models.distributed import gather
 from models.heads import mlp
 from models.in_batch import batch_contrast, batch_pair_losses, check_others
@@ -60,6 +60,11 @@ class MoCoV3(MomentumObjective):
 
     def check_batch(self, images: int) -> None:
         check_others(self.config.negatives, images, 1)
+
+    def chance(self, images: int) -> float:
+        config = self.config
+        synthetic = config.negatives if config.negatives.active(self.epoch, self.length.epochs) else None
+        return 4 * config.temperature * chance(images, synthetic, left_out=1)
 
     def pair_table(self, features: Features, selection: SelectionConfig) -> Tensor:
         q_NBD, k_NBD = self.queries_and_keys(features, selection)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from models.backbones import BackboneConfig, build_backbone, feature_width
-from models.contrast import Contrast, learn
+from models.contrast import Contrast, chance, learn
 from models.distributed import gather_with_gradient
 from models.heads import mlp, unit
 from models.in_batch import batch_contrast, check_others, nt_xent_pair_losses
@@ -57,6 +57,11 @@ class SimCLR(Objective):
 
     def check_batch(self, images: int) -> None:
         check_others(self.config.negatives, images, 2)
+
+    def chance(self, images: int) -> float:
+        config = self.config
+        synthetic = config.negatives if config.negatives.active(self.epoch, self.length.epochs) else None
+        return chance(2 * images, synthetic, left_out=2)
 
     def pair_table(self, features: Features, selection: SelectionConfig) -> Tensor:
         z_NBD = unit(per_view(self.online.head, features.online_BND, selection))

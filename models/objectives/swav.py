@@ -8,6 +8,7 @@
 Shape suffixes: B images, N views, P pairs, K prototypes, D width.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,9 @@ class SwAV(Objective):
             model, mlp(feature_width(model), config.hidden, config.width, hidden_norm=config.head_norm)
         )
         self.prototypes_KD = nn.Parameter(unit(torch.randn(config.prototypes, config.width)))
+
+    def chance(self, images: int) -> float:
+        return math.log(self.config.prototypes)
 
     def scores(self, z_BD: Tensor) -> Tensor:
         """[…, K]: cosines of embeddings and prototypes, fp32; scaling the prototypes in the forward pass keeps them

@@ -81,6 +81,7 @@ def test_every_objective_pretrains_and_its_log_marks_what_trained(
     for kind in ("feature_std", "rankme", "alignment", "uniformity"):
         assert {f"health/{kind}{source}" for source in ("", "/real", "/synthetic")} <= watched
     assert undocumented(watched) == set()
+    assert ("train/chance" in watched) == (name not in ("byol", "simsiam"))
     (part,) = open_log(RunFolder(run).log).chunks(1000)
     assert part.losses_BP.shape == (32, 6) and np.isfinite(part.losses_BP).all()
     np.testing.assert_array_equal(part.choice_B, part.losses_BP.argmax(1))
