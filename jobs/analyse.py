@@ -86,27 +86,36 @@ def _read(log: Log, window: tuple[int, int], pairs: int, seed: int) -> tuple[Cho
     notes: list[str] = []
     first, last = log.step_range
     steps = max(window[0], first), min(window[1] - 1, last)
-    scored, unscored = (Choices(steps, log.sources, seed=seed) for _ in range(2))
+    # Choices by the rule on scores, without scores, and at random: the first kind that the log has is analysed.
+    scored, unscored, at_random = kinds = [Choices(steps, log.sources, seed=seed) for _ in range(3)]
     # At random with respect to everything, so that a row has the same chance whatever its step.
     sample = RowSample(-(-pairs // max(log.scored * (log.scored - 1) // 2, 1)), seed)
     with progress("analyse", log.count(window), "images") as bar:
         for rows in log.chunks(steps=window):
-            known = rows.choice_B >= 0
+            by_rule = (rows.choice_B >= 0) & ~rows.at_random_B
             has_losses = np.isfinite(rows.losses_BP).all(1)
-            scored.add(rows[np.flatnonzero(known & has_losses)])
-            unscored.add(rows[np.flatnonzero(known & ~has_losses)])
+            scored.add(rows[np.flatnonzero(by_rule & has_losses)])
+            unscored.add(rows[np.flatnonzero(by_rule & ~has_losses)])
+            at_random.add(rows[np.flatnonzero(rows.at_random_B)])
             sample.add(rows[np.flatnonzero(has_losses)])
             bar.advance(len(rows))
-    if scored.rows and unscored.rows:
+    choices = next((kind for kind in kinds if kind.rows), scored)
+    if choices is scored and unscored.rows:
         notes.append(
-            f"{unscored.rows} rows that were not scored (their pairs are random) are left out of all statistics, which "
-            f"are over {scored.rows} rows"
+            f"{unscored.rows} rows that were not scored are left out of the statistics of choices, which are over "
+            f"{scored.rows} rows"
         )
-    if not scored.rows:
+    if choices is not at_random and at_random.rows:
+        notes.append(
+            f"{at_random.rows} rows that trained on a random pair on steps that chose by the rule are left out of the "
+            f"statistics of choices, which are over {choices.rows} rows"
+        )
+    kept = sample.rows()
+    if kept is None:
         notes.append("losses: no pair of this log has a loss; importance and the classifier are left out")
     if steps[0] == steps[1]:
         notes.append(f"steps: the log has the one step {steps[0]}; series over training are a single point")
-    return scored if scored.rows else unscored, sample.rows(), notes
+    return choices, kept, notes
 
 
 def _choices(choices: Choices, notes: list[str]) -> dict[str, Any]:
@@ -172,10 +181,10 @@ def _explained(sample: Rows | None, pairs: int, seed: int, notes: list[str]) -> 
     details = asdict(found)
     details |= {"published": PUBLISHED, "traps": list(TRAPS), "over_training_share": _time_share(data)}
     explained: dict[str, Any] = {"importance": details["loss"], "importance_details": details}
-    chosen = sample[np.flatnonzero(sample.choice_B >= 0)]
+    chosen = sample[np.flatnonzero((sample.choice_B >= 0) & ~sample.at_random_B)]
     prediction = predict_choice(chosen, seed, 150 if full else 50) if len(chosen) else None
     if prediction is None:
-        notes.append("classifier: fewer than 20 images have a chosen pair; left out")
+        notes.append("classifier: fewer than 20 images have a pair chosen by its loss; left out")
         return explained
     return explained | {"classifier": asdict(prediction)}
 

@@ -23,7 +23,7 @@ from shards.errors import InputError
 
 CHUNK_ROWS = 65_536
 """Log rows held at a time; times views, or pairs, the rows of a Parquet row group."""
-REPEATING = ["step", "source", "epoch", "label", "image_height", "image_width", "order", "view"]
+REPEATING = ["step", "source", "epoch", "label", "image_height", "image_width", "at_random", "order", "view"]
 REPEATING += ["pair", "first", "second"]
 """Columns whose values repeat enough for Parquet to list them once."""
 

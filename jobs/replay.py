@@ -134,7 +134,8 @@ def caption(replayed: Replayed, image: int) -> str:
     if choice >= 0:
         overlap = pair_iou(rows.params[image : image + 1, : replayed.scored])[0, choice]
         loss = rows.losses_BP[image, choice]
-        lines.append(f"IoU {overlap:.2f}" + (f", loss {loss:.3f}" if np.isfinite(loss) else ", not scored"))
+        how = f", loss {loss:.3f}" if np.isfinite(loss) else ", not scored"
+        lines.append(f"IoU {overlap:.2f}{how}" + (", at random" if rows.at_random_B[image] else ""))
     return "\n".join(lines)
 
 

@@ -4,53 +4,44 @@ Their columns are described in the fields' metadata, and so in the Parquet files
 rows, N views, P candidate pairs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from jobs.analysis.pairs import METRICS, pair_metrics, scored_params
+from jobs.log.format import COLUMNS
 from jobs.log.reader import Rows
 from pipelines.params import FIELDS, pairs
 
+KEYS = ("step", "position", "sample", "source")
 SOURCE = pa.dictionary(pa.int8(), pa.string())
-KEYS: dict[str, tuple[pa.DataType, str]] = {
-    "step": (pa.int64(), "training step, from 0"),
-    "position": (pa.int64(), "global index of the image in the training sequence; with `step` the key of an image"),
-    "sample": (pa.int64(), "the image's row in the data sets, one after the other"),
-    "source": (SOURCE, "tag of the image's data set"),
-}
+
+
+def _logged(name: str) -> tuple[pa.DataType, str]:
+    """Type and description of a column that is exported as it was logged; sources become their tags."""
+    column = COLUMNS[name]
+    kind = SOURCE if name == "source" else pa.from_numpy_dtype(column.dtype)
+    return kind, f"{column.meaning} ({column.unit})" if column.unit else column.meaning
+
+
+# The row columns that follow the keys. A pair's `chosen` says what `choice` does.
+IMAGE = [name for name, column in COLUMNS.items() if column.axis == "row" and name not in (*KEYS, "choice")]
 VIEWS: dict[str, tuple[pa.DataType, str]] = {
-    **KEYS,
-    "epoch": (pa.int32(), "how often the image's source had been gone through before"),
-    "label": (pa.int32(), "class index, null where unknown"),
-    "image_height": (pa.int32(), "source pixels"),
-    "image_width": (pa.int32(), "source pixels"),
+    **{name: _logged(name) for name in (*KEYS, *IMAGE)},
     "view": (pa.int16(), "number of the view, from 0"),
-    "chosen": (pa.bool_(), "whether the view trained"),
-    "top": (pa.int32(), "crop box's first row, source pixels"),
-    "left": (pa.int32(), "crop box's first column, source pixels"),
-    "height": (pa.int32(), "crop box's height, source pixels"),
-    "width": (pa.int32(), "crop box's width, source pixels"),
-    "flip": (pa.bool_(), "mirrored left to right"),
-    "jitter": (pa.bool_(), "whether colour jitter was applied; where not, the next five are 1, 1, 1, 0 and 0"),
-    "brightness": (pa.float32(), "factor"),
-    "contrast": (pa.float32(), "factor"),
-    "saturation": (pa.float32(), "factor"),
-    "hue": (pa.float32(), "shift in turns of the colour circle, -0.5 to 0.5"),
-    "order": (pa.uint8(), "index into the 24 orders of (brightness, contrast, saturation, hue)"),
-    "gray": (pa.bool_(), "turned to grayscale"),
-    "blur": (pa.float32(), "Gaussian blur's sigma, pixels of the view; 0 for none"),
-    "solarize": (pa.bool_(), "values of 128 and more (of 255) inverted"),
+    "chosen": _logged("chosen"),
+    **{name: _logged(name) for name in FIELDS},
 }
 PAIRS: dict[str, tuple[pa.DataType, str]] = {
-    **KEYS,
+    **{name: _logged(name) for name in KEYS},
     "pair": (pa.int16(), "number of the pair, lexicographic in (first, second)"),
     "first": (pa.int16(), "its first view"),
     "second": (pa.int16(), "its second view"),
-    "loss": (pa.float32(), "the pair's loss at selection, null for images that were not scored"),
-    "chosen": (pa.bool_(), "whether the pair was chosen to train"),
+    "loss": _logged("loss"),
+    "chosen": (pa.bool_(), "the pair trained"),
+    "at_random": _logged("at_random"),
     **{
         name if name in ("iou", "distance", "colour_distance") else f"{name}_difference": (pa.float32(), meaning)
         for name, meaning in METRICS.items()
@@ -68,16 +59,12 @@ SCHEMAS = {"views": _schema(VIEWS), "pairs": _schema(PAIRS)}
 def view_batch(rows: Rows, sources: Sequence[str]) -> pa.RecordBatch:
     """[B·N] rows of the table of views."""
     views = rows.params.shape[1]
-    columns = _keys(rows, sources, views) | {
-        "epoch": _array(np.repeat(rows.epochs_B, views)),
-        "label": _array(labels := np.repeat(rows.labels_B, views), missing=labels < 0),
-        "image_height": _array(np.repeat(rows.sizes_B2[:, 0], views)),
-        "image_width": _array(np.repeat(rows.sizes_B2[:, 1], views)),
+    columns = _of_images(rows, sources, VIEWS, views) | {
         "view": _array(np.tile(np.arange(views, dtype=np.int16), len(rows))),
         "chosen": _array(rows.chosen_BN.ravel()),
         **{name: _array(getattr(rows.params, name).ravel()) for name in FIELDS},
     }
-    return pa.RecordBatch.from_arrays([columns[name] for name in SCHEMAS["views"].names], schema=SCHEMAS["views"])
+    return _batch("views", columns)
 
 
 def pair_batch(rows: Rows, sources: Sequence[str]) -> pa.RecordBatch:
@@ -86,25 +73,38 @@ def pair_batch(rows: Rows, sources: Sequence[str]) -> pa.RecordBatch:
     first_P, second_P = pairs(params.shape[1]).T.astype(np.int16)
     number_P = np.arange(len(first_P), dtype=np.int16)
     losses = rows.losses_BP.ravel()
-    arrays = [
-        *_keys(rows, sources, len(number_P)).values(),
-        *(_array(np.tile(column_P, len(rows))) for column_P in (number_P, first_P, second_P)),
-        _array(losses, missing=np.isnan(losses)),
-        _array((rows.choice_B[:, None] == number_P).ravel()),
-        *(_array(metric_BP.ravel()) for metric_BP in pair_metrics(params, rows.sizes_B2).values()),
-    ]
-    return pa.RecordBatch.from_arrays(arrays, schema=SCHEMAS["pairs"])
-
-
-def _keys(rows: Rows, sources: Sequence[str], times: int) -> dict[str, pa.Array]:
-    """The key columns, each row `times` times over."""
-    index = _array(np.repeat(rows.sources_B.astype(np.int8), times))
-    return {
-        "step": _array(np.repeat(rows.step_B, times)),
-        "position": _array(np.repeat(rows.position_B, times)),
-        "sample": _array(np.repeat(rows.ids_B, times)),
-        "source": pa.DictionaryArray.from_arrays(index, pa.array(list(sources), pa.string())),
+    metrics = pair_metrics(params, rows.sizes_B2).values()
+    columns = _of_images(rows, sources, PAIRS, len(number_P)) | {
+        **{
+            name: _array(np.tile(column_P, len(rows)))
+            for name, column_P in zip(("pair", "first", "second"), (number_P, first_P, second_P), strict=True)
+        },
+        "loss": _array(losses, missing=np.isnan(losses)),
+        "chosen": _array((rows.choice_B[:, None] == number_P).ravel()),
+        **{
+            name: _array(metric_BP.ravel())
+            for name, metric_BP in zip(list(PAIRS)[-len(METRICS) :], metrics, strict=True)
+        },
     }
+    return _batch("pairs", columns)
+
+
+def _batch(table: str, columns: Mapping[str, pa.Array]) -> pa.RecordBatch:
+    schema = SCHEMAS[table]
+    return pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
+
+
+def _of_images(rows: Rows, sources: Sequence[str], table: Iterable[str], times: int) -> dict[str, pa.Array]:
+    """The table's columns that have a value per image, each value `times` times over."""
+    logged = rows.columns()
+    arrays: dict[str, pa.Array] = {}
+    for name in table:
+        if name in COLUMNS and COLUMNS[name].axis == "row":
+            values = np.repeat(logged[name], times)
+            arrays[name] = _array(values, missing=values < 0 if name == "label" else None)
+    tags = pa.array(list(sources), pa.string())
+    arrays["source"] = pa.DictionaryArray.from_arrays(arrays["source"].cast(pa.int8()), tags)
+    return arrays
 
 
 def _array(values: NDArray[np.generic], missing: NDArray[np.bool_] | None = None) -> pa.Array:

@@ -29,7 +29,7 @@ from rich.table import Table
 from jobs.benches.accuracy import differences, markdown
 from jobs.benches.ordinary import PREFETCH, ordinary_batches
 from jobs.benches.photographs import jpeg
-from jobs.log.writer import AugmentationLog
+from jobs.log.writer import AugmentationLog, batch_rows
 from jobs.run.memory import keep_freed_memory
 from jobs.run.terminal import parse, progress, tables
 from pipelines.crop import crop_views
@@ -135,16 +135,7 @@ class OurViews:
         if self._cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()
-        self.log.append(
-            self._steps,
-            batch.position,
-            batch.ids_B,
-            batch.sources_B,
-            batch.epochs_B,
-            batch.labels_B,
-            batch.sizes_B2,
-            batch.params,
-        )
+        self.log.append(batch_rows(batch, self._steps, self.log.scored))
         self.log_seconds += time.perf_counter() - start
         self._steps += 1
         return len(batch)

@@ -11,8 +11,9 @@ file, replaced by a rename: number of rows and all shapes change at once, or not
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from jobs.run.folder import write_json
 from pipelines.params import DTYPES
 from shards.errors import InputError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SHARD_ROWS = 65_536
 """Rows in a file of a column, at most."""
 SHARD_BYTES = 64 * 2**20
@@ -28,29 +29,64 @@ SHARD_BYTES = 64 * 2**20
 CHUNK_ROWS = 8_192
 """Rows that are compressed together."""
 
-ROW_COLUMNS: dict[str, type[np.generic]] = {
-    "position": np.int64,
-    "step": np.int64,
-    "sample": np.int64,
-    "source": np.int16,
-    "epoch": np.int32,
-    "label": np.int32,
-    "image_height": np.int32,
-    "image_width": np.int32,
-    "choice": np.int32,
+Axis = Literal["row", "view", "pair"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the log: one value per row, per row and view, or per row and candidate pair."""
+
+    dtype: type[np.generic]
+    axis: Axis
+    field: str
+    """Its array's name in `log_reader.Rows`; view parameters are fields of `Rows.params`."""
+    meaning: str
+    unit: str = ""
+
+
+COLUMNS: dict[str, Column] = {
+    "position": Column(np.int64, "row", "position_B", "global index of the image in the training sequence"),
+    "step": Column(np.int64, "row", "step_B", "training step, from 0"),
+    "sample": Column(np.int64, "row", "ids_B", "the image's row in the data sets, one after the other"),
+    "source": Column(np.int16, "row", "sources_B", "the image's data set: index into `sources`, exported as its tag"),
+    "epoch": Column(np.int32, "row", "epochs_B", "how often its source had been gone through before"),
+    "label": Column(np.int32, "row", "labels_B", "class index; where unknown −1, exported as null"),
+    "image_height": Column(np.int32, "row", "image_height_B", "the image's height", "source pixels"),
+    "image_width": Column(np.int32, "row", "image_width_B", "the image's width", "source pixels"),
+    "choice": Column(np.int32, "row", "choice_B", "number of the pair that trained, −1 where none was recorded"),
+    "at_random": Column(
+        np.bool_, "row", "at_random_B", "the image trained on a random pair, though its step chose pairs by the rule"
+    ),
+    "top": Column(DTYPES["top"], "view", "top", "crop box's first row", "source pixels"),
+    "left": Column(DTYPES["left"], "view", "left", "crop box's first column", "source pixels"),
+    "height": Column(DTYPES["height"], "view", "height", "crop box's height", "source pixels"),
+    "width": Column(DTYPES["width"], "view", "width", "crop box's width", "source pixels"),
+    "flip": Column(DTYPES["flip"], "view", "flip", "mirrored left to right after the crop"),
+    "jitter": Column(
+        DTYPES["jitter"], "view", "jitter", "colour jitter applied; where not, the next five are 1, 1, 1, 0 and 0"
+    ),
+    "brightness": Column(DTYPES["brightness"], "view", "brightness", "factor, as torchvision's"),
+    "contrast": Column(DTYPES["contrast"], "view", "contrast", "factor, as torchvision's"),
+    "saturation": Column(DTYPES["saturation"], "view", "saturation", "factor, as torchvision's"),
+    "hue": Column(DTYPES["hue"], "view", "hue", "shift, −0.5 to 0.5", "turns of the colour circle"),
+    "order": Column(
+        DTYPES["order"], "view", "order", "index into the 24 orders of (brightness, contrast, saturation, hue)"
+    ),
+    "gray": Column(DTYPES["gray"], "view", "gray", "turned to grayscale"),
+    "blur": Column(DTYPES["blur"], "view", "blur", "Gaussian blur's sigma, 0 for none", "pixels of the view"),
+    "solarize": Column(DTYPES["solarize"], "view", "solarize", "values of 128 and more (of 255) inverted"),
+    "chosen": Column(np.bool_, "view", "chosen_BN", "the view trained"),
+    "loss": Column(
+        np.float32, "pair", "losses_BP", "the pair's loss at selection; NaN, exported as null, on steps without scores"
+    ),
 }
-VIEW_COLUMNS: dict[str, type[np.generic]] = {**DTYPES, "chosen": np.bool_}
-PAIR_COLUMNS: dict[str, type[np.generic]] = {"loss": np.float32}
-COLUMNS = (*ROW_COLUMNS, *VIEW_COLUMNS, *PAIR_COLUMNS)
+"""Every column; the arrays on disk, `Rows`, the exported tables and docs/log.md follow from it."""
 
 
 def shard_rows(views: int, pairs: int) -> int:
     """Rows in a file of a column: a power of two, within SHARD_ROWS and SHARD_BYTES."""
-    width = sum(
-        np.dtype(kind).itemsize * times
-        for columns, times in ((ROW_COLUMNS, 1), (VIEW_COLUMNS, views), (PAIR_COLUMNS, pairs))
-        for kind in columns.values()
-    )
+    times = {"row": 1, "view": views, "pair": pairs}
+    width = sum(np.dtype(column.dtype).itemsize * times[column.axis] for column in COLUMNS.values())
     return min(SHARD_ROWS, 2 ** int(np.log2(SHARD_BYTES / width)))
 
 
@@ -84,7 +120,10 @@ def attributes(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"log: {path} holds no augmentation log; give a run that has written one") from error
     if version != SCHEMA_VERSION:
-        raise InputError(f"log: {path} has schema version {version}, this program reads {SCHEMA_VERSION}")
+        raise InputError(
+            f"log: {path} has schema version {version}, this program reads {SCHEMA_VERSION}; "
+            f"use the version of hardviews that wrote it, or train anew"
+        )
     return found
 
 

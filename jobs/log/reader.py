@@ -14,30 +14,32 @@ import zarr
 from numpy.typing import NDArray
 
 from jobs.log import format as log_format
+from jobs.log.format import COLUMNS
 from pipelines.params import FIELDS, ViewParams
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Log rows, one per image and step, in the order of their global positions."""
+    """Log rows, one per image and step, in the order of their global positions. `log_format.COLUMNS` explains them."""
 
     position_B: NDArray[np.int64]
-    """Global index of the sample since the start of training."""
     step_B: NDArray[np.int64]
     ids_B: NDArray[np.int64]
     sources_B: NDArray[np.int16]
-    """Index into `Log.sources`."""
     epochs_B: NDArray[np.int32]
     labels_B: NDArray[np.int32]
-    """Class, −1 where unknown."""
-    sizes_B2: NDArray[np.int32]
-    params: ViewParams
-    losses_BP: NDArray[np.float32]
-    """NaN for images that were not scored."""
+    image_height_B: NDArray[np.int32]
+    image_width_B: NDArray[np.int32]
     choice_B: NDArray[np.int32]
-    """Index of the pair that trained, −1 where none was recorded."""
+    at_random_B: NDArray[np.bool_]
+    params: ViewParams
     chosen_BN: NDArray[np.bool_]
-    """The views that trained."""
+    losses_BP: NDArray[np.float32]
+
+    @property
+    def sizes_B2(self) -> NDArray[np.int32]:
+        """Height and width of the images, source pixels."""
+        return np.stack([self.image_height_B, self.image_width_B], axis=1)
 
     def __len__(self) -> int:
         return len(self.position_B)
@@ -55,20 +57,15 @@ class Rows:
 
     @staticmethod
     def of(columns: Mapping[str, NDArray[Any]]) -> "Rows":
-        """From the arrays of a rank's group, by their names on disk."""
-        return Rows(
-            position_B=columns["position"],
-            step_B=columns["step"],
-            ids_B=columns["sample"],
-            sources_B=columns["source"],
-            epochs_B=columns["epoch"],
-            labels_B=columns["label"],
-            sizes_B2=np.stack([columns["image_height"], columns["image_width"]], axis=1),
-            params=ViewParams(**{name: columns[name] for name in FIELDS}),
-            losses_BP=columns["loss"],
-            choice_B=columns["choice"],
-            chosen_BN=columns["chosen"],
-        )
+        """From the columns of a rank's group, by their names on disk."""
+        own = {column.field: columns[name] for name, column in COLUMNS.items() if name not in FIELDS}
+        return Rows(params=ViewParams(**{name: columns[name] for name in FIELDS}), **own)
+
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """The columns by their names on disk: what `of` takes."""
+        return {
+            name: getattr(self.params if name in FIELDS else self, column.field) for name, column in COLUMNS.items()
+        }
 
 
 class Log:

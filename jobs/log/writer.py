@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec
 
 from jobs.log import format as log_format
+from jobs.log.format import COLUMNS
 from jobs.log.reader import Log, Rows, open_log
-from pipelines.params import FIELDS, ViewParams, pairs
+from pipelines.batch import ViewBatch
+from pipelines.params import pairs
 from shards.errors import InputError
 
-__all__ = ["AugmentationLog", "Log", "Rows", "open_log", "truncate_log"]
+__all__ = ["AugmentationLog", "Log", "Rows", "batch_rows", "open_log", "truncate_log"]
 
 
 class AugmentationLog:
@@ -52,11 +54,11 @@ class AugmentationLog:
             InputError: the log there has another number of views, or another schema version.
         """
         self.path = Path(path)
-        self._views, self._scored = views, views if scored is None else scored
-        log_format.make_root(self.path, self._views, self._scored, sources, facts or {})
+        self._views, self.scored = views, views if scored is None else scored
+        log_format.make_root(self.path, self._views, self.scored, sources, facts or {})
         self._group = log_format.rank_group(self.path, rank)
-        new_rows = shard_rows or log_format.shard_rows(self._views, len(pairs(self._scored)))
-        self._arrays = {name: self._array(name, new_rows) for name in log_format.COLUMNS}
+        new_rows = shard_rows or log_format.shard_rows(self._views, len(pairs(self.scored)))
+        self._arrays = {name: self._array(name, new_rows) for name in COLUMNS}
         self._shard_rows = int(self._arrays["position"].shards[0])
         self._pending: deque[Future[None]] = deque()
         self._error: Exception | None = None
@@ -77,51 +79,21 @@ class AugmentationLog:
         """Global position of this rank's first row on the disk."""
         return int(self._arrays["position"][0])
 
-    def append(
-        self,
-        step: int,
-        position: int,
-        ids_B: NDArray[Any],
-        sources_B: NDArray[Any],
-        epochs_B: NDArray[Any],
-        labels_B: NDArray[Any],
-        sizes_B2: NDArray[Any],
-        params: ViewParams,
-        losses_BP: NDArray[Any] | None = None,
-        choice_B: NDArray[Any] | None = None,
-        chosen_BN: NDArray[Any] | None = None,
-    ) -> None:
-        """Takes the rows of global positions `position` … `position + B − 1`; returns before they are written.
-
-        Without `losses_BP` (a step on which nothing was scored) the losses are NaN, as for a single image that was not
-        scored; without `choice_B` the choice is −1. `chosen_BN` marks the views that trained; by default those of the
-        chosen pair.
+    def append(self, rows: Rows) -> None:
+        """Takes rows whose positions follow one another; returns before they are written.
 
         Raises:
-            ValueError: the position does not lie behind the last one.
+            ValueError: the first position does not lie behind the last one.
             OSError and others: what the background thread met with, on a later call.
         """
         self._surface()
+        position = int(rows.position_B[0])
         if position <= self._last:
             raise ValueError(f"position {position} is not behind the log's last one, {self._last}; truncate first")
-        count = len(params)
-        values = {name: getattr(params, name) for name in FIELDS}
-        values |= {
-            "position": np.arange(position, position + count),
-            "step": np.full(count, step),
-            "sample": ids_B,
-            "source": sources_B,
-            "epoch": epochs_B,
-            "label": labels_B,
-            "image_height": sizes_B2[:, 0],
-            "image_width": sizes_B2[:, 1],
-            "choice": np.full(count, -1) if choice_B is None else choice_B,
-            "loss": np.full((count, len(pairs(self._scored))), np.nan) if losses_BP is None else losses_BP,
-            "chosen": self._pair_views(choice_B, count) if chosen_BN is None else chosen_BN,
-        }
-        for start in range(0, count, self._shard_rows):
-            self._take({name: value[start : start + self._shard_rows] for name, value in values.items()})
-        self._last = position + count - 1
+        columns = rows.columns()
+        for start in range(0, len(rows), self._shard_rows):
+            self._take({name: column[start : start + self._shard_rows] for name, column in columns.items()})
+        self._last = position + len(rows) - 1
 
     def commit(self) -> None:
         """Returns when all rows so far are on the disk and count. Raises as `append`."""
@@ -150,30 +122,18 @@ class AugmentationLog:
         """The column of that name, made empty where there is none."""
         if (self._group / name / "zarr.json").is_file():
             return zarr.open_array(self._group / name, mode="r+")
-        if name in log_format.ROW_COLUMNS:
-            dtype, width, names = log_format.ROW_COLUMNS[name], (), ("row",)
-        elif name in log_format.VIEW_COLUMNS:
-            dtype, width, names = log_format.VIEW_COLUMNS[name], (self._views,), ("row", "view")
-        else:
-            dtype, width, names = log_format.PAIR_COLUMNS[name], (len(pairs(self._scored)),), ("row", "pair")
+        column = COLUMNS[name]
+        width = {"row": (), "view": (self._views,), "pair": (len(pairs(self.scored)),)}[column.axis]
         return zarr.create_array(
             self._group / name,
             shape=(0, *width),
-            dtype=dtype,
+            dtype=column.dtype,
             chunks=(min(log_format.CHUNK_ROWS, shard_rows), *width),
             shards=(shard_rows, *width),
             compressors=BloscCodec(cname="lz4", clevel=1, shuffle="shuffle"),
-            fill_value=np.nan if name in log_format.PAIR_COLUMNS else 0,
-            dimension_names=names,
+            fill_value=np.nan if column.axis == "pair" else 0,
+            dimension_names=("row",) if column.axis == "row" else ("row", column.axis),
         )
-
-    def _pair_views(self, choice_B: NDArray[Any] | None, count: int) -> NDArray[np.bool_]:
-        """[B, N]: the views of each chosen pair; none where the choice is −1."""
-        chosen_BN = np.zeros((count, self._views), np.bool_)
-        if choice_B is not None:
-            rows = np.flatnonzero(np.asarray(choice_B) >= 0)
-            chosen_BN[rows[:, None], pairs(self._scored)[np.asarray(choice_B)[rows]]] = True
-        return chosen_BN
 
     def _resize(self, rows: int) -> None:
         for array in self._arrays.values():
@@ -239,6 +199,44 @@ class AugmentationLog:
                 log_format.sync(file)
                 log_format.sync(file.parent)
         log_format.set_committed(self._group, start + rows, self._arrays)
+
+
+def batch_rows(
+    batch: ViewBatch,
+    step: int,
+    scored: int,
+    losses_BP: NDArray[np.float32] | None = None,
+    choice_B: NDArray[Any] | None = None,
+    at_random_B: NDArray[np.bool_] | None = None,
+    chosen_BN: NDArray[np.bool_] | None = None,
+) -> Rows:
+    """The rows of a batch at a step; the pairs of its first `scored` views compete.
+
+    Without `losses_BP` (a step on which nothing was scored) the losses are NaN, without `choice_B` the choice is −1,
+    without `at_random_B` no choice was replaced. `chosen_BN` marks the views that trained; by default those of the
+    chosen pair.
+    """
+    count, table_P2 = len(batch.params), pairs(scored)
+    choice_B = np.full(count, -1) if choice_B is None else choice_B
+    if chosen_BN is None:
+        chosen_BN = np.zeros(batch.params.shape, np.bool_)
+        known = np.flatnonzero(choice_B >= 0)
+        chosen_BN[known[:, None], table_P2[choice_B[known]]] = True
+    return Rows(
+        position_B=np.arange(batch.position, batch.position + count),
+        step_B=np.full(count, step),
+        ids_B=batch.ids_B,
+        sources_B=batch.sources_B,
+        epochs_B=batch.epochs_B,
+        labels_B=batch.labels_B,
+        image_height_B=batch.sizes_B2[:, 0],
+        image_width_B=batch.sizes_B2[:, 1],
+        choice_B=choice_B,
+        at_random_B=np.zeros(count, np.bool_) if at_random_B is None else at_random_B,
+        params=batch.params,
+        chosen_BN=chosen_BN,
+        losses_BP=np.full((count, len(table_P2)), np.nan, np.float32) if losses_BP is None else losses_BP,
+    )
 
 
 def truncate_log(path: str | Path, position: int) -> None:

@@ -69,8 +69,9 @@ def hard_views(run: Path, images: int) -> Markup | str:
 
 
 def _mixed(rows: Rows, count: int) -> list[int]:
-    """`count` images of a step whose pairs were scored, the sources taking turns."""
-    scored = np.flatnonzero((rows.choice_B >= 0) & np.isfinite(rows.losses_BP).all(axis=1))
+    """`count` images of a step that trained on a pair chosen by its loss, the sources taking turns."""
+    by_loss = (rows.choice_B >= 0) & ~rows.at_random_B & np.isfinite(rows.losses_BP).all(axis=1)
+    scored = np.flatnonzero(by_loss)
     queues = [scored[rows.sources_B[scored] == source].tolist() for source in np.unique(rows.sources_B[scored])]
     turns = [row for turn in range(len(scored)) for queue in queues for row in queue[turn : turn + 1]]
     return sorted(turns[:count])

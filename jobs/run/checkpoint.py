@@ -21,8 +21,12 @@ from models.backbones import build_backbone
 from models.objectives import kept_encoder
 from shards.errors import InputError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 Which = Literal["kept", "online", "target"]
+
+
+class SchemaError(InputError):
+    """A checkpoint of another schema version: whole, but not for this program."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,8 @@ def load(path: Path, facts: dict[str, Any] | None = None) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU; with `facts` of its done-marker, only if every byte is as it was written.
 
     Raises:
-        InputError: a missing or damaged file, or another schema version.
+        SchemaError: another schema version.
+        InputError: a missing or damaged file.
     """
     if not path.is_file():
         raise InputError(f"checkpoint: {path} does not exist")
@@ -96,8 +101,9 @@ def load(path: Path, facts: dict[str, Any] | None = None) -> dict[str, Any]:
     except Exception as error:  # torch raises a dozen kinds for damaged files; all mean the same to a user
         raise InputError(f"checkpoint: {path} cannot be read ({error}); take another one") from error
     if content.get("schema") != SCHEMA_VERSION:
-        raise InputError(
-            f"checkpoint: {path} has schema version {content.get('schema')}, this program reads {SCHEMA_VERSION}"
+        raise SchemaError(
+            f"checkpoint: {path} has schema version {content.get('schema')}, this program reads {SCHEMA_VERSION}; "
+            f"use the version of hardviews that wrote it, or train anew with --overwrite"
         )
     return content
 
@@ -106,11 +112,14 @@ def load_newest(folder: Path) -> dict[str, Any]:
     """The newest checkpoint that is intact; each damaged newer one is named in a warning.
 
     Raises:
+        SchemaError: the newest intact one has another schema version; those before it were written no later.
         InputError: no intact checkpoint is left.
     """
     for entry in reversed(entries(folder)):
         try:
             return load(entry.path, entry.facts)
+        except SchemaError:
+            raise
         except InputError as error:
             warn(f"{error}; taking the one before")
     raise InputError(f"checkpoint: {folder} holds no intact checkpoint; start anew with --overwrite")

@@ -75,6 +75,13 @@ class FiniteGuard:
         """Marks a finite step."""
         self.in_a_row = 0
 
+    def state_dict(self) -> dict[str, int]:
+        """What a resumed run goes on with; the limit is the configuration's."""
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+
 
 # Dense bf16 peak, TFLOP/s, from the vendors' data sheets; matched against the start of torch's device name.
 PEAK_TFLOPS = {"NVIDIA H200": 989, "NVIDIA H100": 989, "NVIDIA A100": 312, "NVIDIA L40S": 362, "NVIDIA B200": 2250}

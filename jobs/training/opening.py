@@ -1,11 +1,10 @@
 """A run in memory: what belongs to it, how it is opened, saved and taken up again."""
 
-import dataclasses
 import inspect
 import json
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from timm.models.resnet import ResNet
@@ -55,6 +54,13 @@ class LossModule(nn.Module):
         return self.objective.loss(chosen, labels_B)
 
 
+class Stateful(Protocol):
+    """Whatever has a state that checkpoints hold."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
 @dataclass
 class Training:
     """A run in memory. `step` counts finished steps; the stream stands at step × batch."""
@@ -75,6 +81,8 @@ class Training:
     guard: FiniteGuard
     saver: CheckpointWriter | None
     """On the leading rank."""
+    kept: dict[str, Stateful]
+    """What a checkpoint holds beside step and configuration, and a resumed run takes back."""
     step: int = 0
 
     @property
@@ -114,11 +122,10 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
     timer = StepTimer(world.device)
     bank = open_bank(config, data, objective, world.device)
     monitor = Monitor(config, world, objective, length, schedule, guard, timer, data.sources, folder.curves, bank)
+    kept: dict[str, Stateful] = {"objective": objective, "optimizer": optimizer, "monitor": monitor, "guard": guard}
     if saved is not None:
-        objective.load_state_dict(saved["objective"])
-        optimizer.load_state_dict(saved["optimizer"])
-        monitor.load_state_dict(saved["monitor"])
-        guard.skipped, guard.in_a_row = saved["guard"]["skipped"], saved["guard"]["in_a_row"]
+        for name, part in kept.items():
+            part.load_state_dict(saved[name])
     saver = None
     if world.leads:
         if saved is None:
@@ -168,6 +175,7 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
         timer,
         guard,
         saver,
+        kept,
         step,
     )
     stack.callback(training.stream.close)
@@ -253,14 +261,6 @@ def save(t: Training) -> None:
         t.log.commit()
     t.world.barrier()
     if t.saver is not None:
-        content = {
-            "config": to_plain(t.config),
-            "position": t.step * t.config.batch,
-            "world": t.world.size,
-            "objective": t.objective.state_dict(),
-            "optimizer": t.optimizer.state_dict(),
-            "monitor": t.monitor.state_dict(),
-            "guard": dataclasses.asdict(t.guard),
-        }
+        content = {"config": to_plain(t.config), **{name: part.state_dict() for name, part in t.kept.items()}}
         with t.timer.phase("checkpoint", host=True):
             t.saver.save(t.step, content, t.monitor.newest_knn)

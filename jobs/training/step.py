@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from jobs.log.writer import batch_rows
 from jobs.run.arithmetic import arithmetic_of
 from jobs.run.optim import set_step
 from jobs.training.health import clip_and_norm, gradient_norms
@@ -33,7 +34,7 @@ class Choice:
     best_B: Tensor
     """The pair that the rule prefers; differs from `choice_B` only for images that train on a random pair."""
     at_random_B: Tensor
-    """bool: the image trains on a random pair."""
+    """bool: the image trains on a random pair although its step chooses by the rule."""
     scores: Scores | None = None
     views_BM: Tensor | None = None
 
@@ -102,7 +103,7 @@ def choose(t: Training, batch: ViewBatch) -> Choice:
     scored = selection.scores(t.step)
     if not scored and (selection.rule != "lowest-iou" or t.step % selection.every):
         random_B = random_pairs()
-        return Choice(random_B, random_B, torch.ones_like(random_B, dtype=torch.bool))
+        return Choice(random_B, random_B, torch.zeros_like(random_B, dtype=torch.bool))
     if scored:
         scores = t.objective.pair_losses(batch.scored, selection)
         best_B = select(scores.losses_BP, selection.rule, barred_P)
@@ -125,38 +126,32 @@ def update(t: Training, loss: float, finite: bool) -> None:
         t.guard.skip(t.step, t.objective, loss, str(t.folder.checkpoints))
 
 
-def joined(choices: list[Choice]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Of all parts of a step: choices [B], losses [B, P], numbers of all chosen views [B, M]."""
+def joined(choices: list[Choice]) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Of all parts of a step: choices [B], random or not [B], losses [B, P], numbers of all chosen views [B, M]."""
     scored = [choice.losses_BP for choice in choices if choice.losses_BP is not None]
     marked = [choice.views_BM for choice in choices if choice.views_BM is not None]
     return (
         torch.cat([choice.choice_B for choice in choices]),
+        torch.cat([choice.at_random_B for choice in choices]),
         torch.cat(scored).float() if scored else None,
         torch.cat(marked) if marked else None,
     )
 
 
 def record(
-    t: Training, batch: ViewBatch, choice_B: np.ndarray, losses_BP: np.ndarray | None, views_BM: np.ndarray | None
+    t: Training,
+    batch: ViewBatch,
+    choice_B: np.ndarray,
+    at_random_B: np.ndarray,
+    losses_BP: np.ndarray | None,
+    views_BM: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Hands the step's rows to the log; returns choices [B] and losses [B, P]."""
     chosen_BN = None
     if views_BM is not None:
         chosen_BN = np.zeros(batch.params.shape, np.bool_)
         np.put_along_axis(chosen_BN, views_BM, True, axis=1)
-    t.log.append(
-        t.step,
-        batch.position,
-        batch.ids_B,
-        batch.sources_B,
-        batch.epochs_B,
-        batch.labels_B,
-        batch.sizes_B2,
-        batch.params,
-        losses_BP,
-        choice_B,
-        chosen_BN,
-    )
+    t.log.append(batch_rows(batch, t.step, t.log.scored, losses_BP, choice_B, at_random_B, chosen_BN))
     return choice_B, losses_BP
 
 

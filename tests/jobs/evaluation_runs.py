@@ -9,7 +9,7 @@ from PIL import Image
 
 from jobs.build import BuildConfig
 from jobs.build import run as build
-from jobs.log.writer import AugmentationLog
+from jobs.log.writer import AugmentationLog, batch_rows
 from jobs.run import checkpoint
 from jobs.run.config import DataConfig, PretrainConfig, save_config
 from jobs.run.data import open_data, open_stream, run_policy
@@ -70,9 +70,8 @@ def write_logged_run(folder: Path) -> RunFolder:
     rng = np.random.default_rng(0)
     with open_stream(config, data, World(0, 1, torch.device("cpu")), 0, lambda error: None) as stream:
         for step, batch in enumerate(itertools.islice(stream, 3)):
-            row = (batch.ids_B, batch.sources_B, batch.epochs_B, batch.labels_B, batch.sizes_B2, batch.params)
             losses = rng.random((6, 3), np.float32)
-            log.append(step, batch.position, *row, losses, losses.argmax(1))
+            log.append(batch_rows(batch, step, log.scored, losses, losses.argmax(1)))
     log.close()
     data.reader.close()
     return run

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jobs.log.writer import AugmentationLog
+from jobs.log.writer import AugmentationLog, batch_rows
+from pipelines.batch import ViewBatch
 from pipelines.params import DTYPES, ViewParams, pair_iou, pairs
 
 RANGES = {"top": (0, 45), "left": (0, 50), "height": (20, 55), "width": (20, 70), "hue": (-0.5, 0.5), "order": (0, 24)}
@@ -25,24 +26,25 @@ def losses_at(positions_B, views, params, noise=0.3, seed=0):
     return (1 - pair_iou(params) + noise * _uniform(positions_B, len(pairs(views)), 7_000 + seed)).astype(np.float32)
 
 
-def append(log: AugmentationLog, step, position, batch, views, every=1, images=1_000, sources=2, labelled=True):
-    """Appends one batch; losses are there on every `every`-th step."""
+def append(
+    log: AugmentationLog, step, position, batch, views, every=1, images=1_000, sources=2, labelled=True, at_random=0
+):
+    """Appends one batch; losses are there on every `every`-th step, where one image in `at_random` (0: none) trains on
+    the pair that its position numbers."""
     at = np.arange(position, position + batch)
     params = params_at(at, views)
     losses = losses_at(at, views, params)
     scored = step % every == 0
-    log.append(
-        step,
-        position,
-        at % images,
-        at % sources,
-        at // images,
-        at % 10 if labelled else np.full(batch, -1),
-        np.tile([100, 120], (batch, 1)),
-        params,
-        losses if scored else None,
-        losses.argmax(1) if scored else at % len(pairs(views)),
-    )
+    made = batch_at(position, params, at % images, at % sources, at // images, at % 10 if labelled else at * 0 - 1)
+    drawn = (at % at_random == 3 % at_random) if at_random and scored else np.zeros(batch, bool)
+    choice = np.where(drawn | (not scored), at % len(pairs(views)), losses.argmax(1))
+    log.append(batch_rows(made, step, log.scored, losses if scored else None, choice, drawn))
+
+
+def batch_at(position, params, ids, sources, epochs, labels):
+    """A batch without crops, of 100×120 images."""
+    sizes = np.tile([100, 120], (len(params), 1))
+    return ViewBatch((), params, ids, sources, epochs, labels, sizes, position, (), None)
 
 
 def write_log(path: Path, steps=20, batch=64, views=4, world=1, first=0, **how):

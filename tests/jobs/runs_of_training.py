@@ -28,7 +28,7 @@ def rows(run: Path) -> dict[str, np.ndarray]:
     """All log rows in the order of positions."""
     parts = list(open_log(RunFolder(run).log).chunks(1000))
     found = {}
-    for name in ("position_B", "step_B", "ids_B", "sources_B", "epochs_B", "losses_BP", "choice_B"):
+    for name in ("position_B", "step_B", "ids_B", "sources_B", "epochs_B", "losses_BP", "choice_B", "at_random_B"):
         found[name] = np.concatenate([getattr(part, name) for part in parts])
     found["blur"] = np.concatenate([part.params.blur for part in parts])
     found["top"] = np.concatenate([part.params.top for part in parts])

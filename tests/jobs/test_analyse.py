@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from log_rows import append, losses_at, params_at, write_log
+from log_rows import append, batch_at, losses_at, params_at, write_log
 
 from jobs.analyse import analyse, main
 from jobs.analysis.choices import GROUPS, HISTOGRAMS, MEANS, Choices
@@ -12,7 +12,7 @@ from jobs.analysis.classifier import predict_choice
 from jobs.analysis.importance import correlation_ratios, image_weights, importance
 from jobs.analysis.pairs import METRICS, pair_metrics, pair_zoom
 from jobs.analysis.sample import PairData, RowSample, pair_data
-from jobs.log.writer import AugmentationLog, Rows, open_log
+from jobs.log.writer import AugmentationLog, Rows, batch_rows, open_log
 from pipelines.params import pairs
 from shards.errors import InputError
 
@@ -28,10 +28,12 @@ def rows_of(count=400, views=4, loss=None, images=100, seed=0) -> Rows:
         sources_B=(at % 3 == 0).astype(np.int16),
         epochs_B=np.zeros(count, np.int32),
         labels_B=np.where(at % 5 == 0, -1, at % 5).astype(np.int32),
-        sizes_B2=np.tile(np.array([100, 120], np.int32), (count, 1)),
+        image_height_B=np.full(count, 100, np.int32),
+        image_width_B=np.full(count, 120, np.int32),
         params=params,
         losses_BP=losses,
         choice_B=losses.argmax(1).astype(np.int32),
+        at_random_B=np.zeros(count, bool),
         chosen_BN=np.zeros((count, views), bool),
     )
 
@@ -254,12 +256,29 @@ def test_one_step_without_labels_and_steps_without_losses(tmp_path):
     assert found["rows"] == 60 and "120 rows that were not scored" in found["notes"][0]
 
 
+def test_rows_at_random_are_left_out_of_choices_but_explain_losses(tmp_path):
+    write_log(tmp_path / "log.zarr", steps=10, batch=50, at_random=5)
+    rows = Rows.concatenate(list(open_log(tmp_path / "log.zarr").chunks()))
+    assert rows.at_random_B.sum() == 100
+    found = analyse(tmp_path, pictures=False)
+    assert found["rows"] == 400 and "100 rows that trained on a random pair" in found["notes"][0]
+    by_rule = naive_means(rows[np.flatnonzero(~rows.at_random_B)])
+    assert {name: found["choices"][name] for name in by_rule} == pytest.approx(by_rule, rel=1e-5)
+    assert found["importance_details"]["rows"] == 500 * 6
+    assert found["classifier"]["test_rows"] < 200
+
+    write_log(tmp_path / "all" / "log.zarr", steps=4, batch=50, at_random=1)
+    only = analyse(tmp_path / "all", pictures=False)
+    assert only["rows"] == 200 and "importance" in only and "classifier" not in only
+
+
 def test_no_losses_or_no_choices(tmp_path):
     at = np.arange(50)
     for name, choice in (("random", at % 6), ("nothing", None)):
         log = AugmentationLog(tmp_path / name / "log.zarr", 0, 4)
-        log.append(0, 0, at, at * 0, at * 0, at * 0, np.ones((50, 2)) * 100, params_at(at, 4), choice_B=choice)
-        log.append(1, 50, at, at * 0, at * 0, at * 0, np.ones((50, 2)) * 100, params_at(at + 50, 4), choice_B=choice)
+        for step in range(2):
+            made = batch_at(step * 50, params_at(at + step * 50, 4), at, at * 0, at * 0, at * 0)
+            log.append(batch_rows(made, step, 4, choice_B=choice))
         log.close()
     found = analyse(tmp_path / "random", pictures=False)
     assert found["choices"]["mean_loss"] is None and found["choices"]["mean_iou"] > 0 and found["rows"] == 100
@@ -275,8 +294,8 @@ def test_a_log_with_a_loss_that_is_not_a_number(tmp_path):
     for step in range(3):
         append(log, step, step * 40, 40, 4, sources=1)
     at = np.arange(40)
-    losses = np.full((40, 6), np.inf)
-    log.append(3, 120, at, at * 0, at * 0, at, np.ones((40, 2)) * 100, params_at(at, 4), losses, at % 6)
+    losses = np.full((40, 6), np.inf, np.float32)
+    log.append(batch_rows(batch_at(120, params_at(at, 4), at, at * 0, at * 0, at), 3, 4, losses, at % 6))
     log.close()
     assert analyse(tmp_path, pictures=False)["rows"] == 120
 

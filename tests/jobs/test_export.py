@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import duckdb
 import numpy as np
 import pandas
@@ -8,6 +11,7 @@ from log_rows import losses_at, params_at, write_log
 
 from jobs.analysis.tables import SCHEMAS
 from jobs.export import export, main
+from jobs.log.format import COLUMNS
 from pipelines.params import FIELDS, pair_iou
 from shards.errors import InputError
 
@@ -15,7 +19,7 @@ from shards.errors import InputError
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    write_log(folder / "log.zarr", steps=9, batch=20, world=2, every=3)
+    write_log(folder / "log.zarr", steps=9, batch=20, world=2, every=3, at_random=7)
     return folder
 
 
@@ -32,7 +36,10 @@ def test_tables_hold_every_view_and_every_pair(run, tmp_path):
     for name in FIELDS:
         np.testing.assert_array_equal(views[name], getattr(params, name).ravel())
 
+    np.testing.assert_array_equal(views["at_random"], np.repeat(at % 7 == 3, 4) & (views["step"] % 3 == 0))
+
     table = pandas.read_parquet(done.pairs)
+    np.testing.assert_array_equal(table["at_random"][::6], views["at_random"][::4])
     np.testing.assert_array_equal(table["iou"], pair_iou(params).ravel())
     scored = (at // 40) % 3 == 0
     losses = np.where(scored[:, None], losses_at(at, 4, params), np.nan)
@@ -46,7 +53,8 @@ def test_tables_hold_every_view_and_every_pair(run, tmp_path):
     assert row["colour_distance"] == pytest.approx(distance, rel=1e-6)
     chosen = table["chosen"].to_numpy().reshape(360, 6)
     np.testing.assert_array_equal(chosen.sum(1), 1)
-    np.testing.assert_array_equal(chosen[scored].argmax(1), losses[scored].argmax(1))
+    by_rule = scored & (at % 7 != 3)
+    np.testing.assert_array_equal(chosen[by_rule].argmax(1), losses[by_rule].argmax(1))
     both = views.loc[views["chosen"], "view"].to_numpy().reshape(360, 2)
     np.testing.assert_array_equal(both, table.loc[table["chosen"], ["first", "second"]])
 
@@ -57,6 +65,30 @@ def test_schemas_describe_every_column(run, tmp_path):
         schema = pyarrow.parquet.read_schema(path)
         assert schema.equals(SCHEMAS[name])
         assert all(field.metadata[b"description"] for field in schema)
+
+
+def test_the_documentation_has_the_columns_that_the_program_has():
+    text = (Path(__file__).parents[2] / "docs" / "log.md").read_text()
+    axes = {"row": "row", "view": "row × view", "pair": "row × pair"}
+    logged = [
+        f"| `{name}` | {axes[column.axis]} | {np.dtype(column.dtype)} | {f'{column.unit} ' if column.unit else ''}"
+        f"| {column.meaning} |"
+        for name, column in COLUMNS.items()
+    ]
+    assert table_rows(text, "| column | dimensions | type | unit | meaning |") == logged
+    plain = {"float": "float32", "dictionary<values=string, indices=int8, ordered=0>": "string"}
+    pairs = [
+        f"| `{field.name}` | {plain.get(str(field.type), field.type)} | {field.metadata[b'description'].decode()} |"
+        for field in SCHEMAS["pairs"]
+    ]
+    assert table_rows(text, "| column | type | meaning |") == pairs
+    views = text.partition("`views`: a row per image")[2].partition("`pairs`")[0]
+    assert [*re.findall("`([a-z_]+)`", views), *FIELDS] == SCHEMAS["views"].names
+
+
+def table_rows(text: str, header: str) -> list[str]:
+    """The rows of the Markdown table under a header line."""
+    return text.partition(f"{header}\n")[2].partition("\n\n")[0].splitlines()[1:]
 
 
 def test_others_open_them(run, tmp_path):

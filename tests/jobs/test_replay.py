@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from jobs.log.replaying import replay_step
-from jobs.log.writer import AugmentationLog
+from jobs.log.writer import AugmentationLog, batch_rows
 from jobs.replay import ReplayConfig, figure, main, replay
 from jobs.run.config import DataConfig, PretrainConfig, ViewsConfig, save_config
 from jobs.run.data import open_data, open_stream, run_policy
@@ -66,9 +66,8 @@ def write_run(folder: Path, views: ViewsConfig) -> tuple[RunFolder, list[ViewBat
         batches = list(itertools.islice(stream, STEPS))
     rng = np.random.default_rng(0)
     for step, batch in enumerate(batches):
-        facts = (batch.ids_B, batch.sources_B, batch.epochs_B, batch.labels_B, batch.sizes_B2, batch.params)
         losses = rng.random((BATCH, 3), np.float32)
-        log.append(step, batch.position, *facts, losses, losses.argmax(1))
+        log.append(batch_rows(batch, step, log.scored, losses, losses.argmax(1)))
     log.close()
     data.reader.close()
     return run, batches

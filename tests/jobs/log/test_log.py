@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import xarray
 import zarr
-from log_rows import append, losses_at, params_at, write_log
+from log_rows import append, batch_at, losses_at, params_at, write_log
 
 from jobs.log import format as log_format
-from jobs.log.writer import AugmentationLog, Rows, open_log, truncate_log
+from jobs.log.writer import AugmentationLog, Rows, batch_rows, open_log, truncate_log
 from pipelines.params import FIELDS, pairs
 from shards.errors import InputError
 
@@ -83,13 +83,16 @@ def test_steps_without_selection(tmp_path):
     np.testing.assert_array_equal(np.isnan(rows.losses_BP).all(1), rows.step_B % 2 == 1)
     log = AugmentationLog(tmp_path / "bare", 0, 3)
     at = np.arange(5)
-    log.append(0, 0, at, at, at, at, np.ones((5, 2)), params_at(at, 3))
-    log.append(1, 5, at, at, at, at, np.ones((5, 2)), params_at(at, 3), choice_B=np.array([-1, 0, 1, 2, -1]))
+    log.append(batch_rows(batch_at(0, params_at(at, 3), at, at, at, at), 0, 3))
+    choice = np.array([-1, 0, 1, 2, -1])
+    log.append(batch_rows(batch_at(5, params_at(at, 3), at, at, at, at), 1, 3, choice_B=choice, at_random_B=choice > 0))
     log.close()
     bare = read(tmp_path / "bare")
     np.testing.assert_array_equal(bare.choice_B, [-1] * 6 + [0, 1, 2, -1])
     np.testing.assert_array_equal(bare.chosen_BN[6:9], [[1, 1, 0], [1, 0, 1], [0, 1, 1]])
     assert not bare.chosen_BN[:6].any()
+    np.testing.assert_array_equal(np.flatnonzero(bare.at_random_B), [7, 8])
+    assert bare.sizes_B2.tolist() == [[100, 120]] * 10
 
 
 def test_multi_crop_scores_the_first_views_and_marks_the_chosen(tmp_path):
@@ -97,7 +100,8 @@ def test_multi_crop_scores_the_first_views_and_marks_the_chosen(tmp_path):
     chosen = np.zeros((5, 6), bool)
     chosen[:, [0, 3]] = True
     log = AugmentationLog(tmp_path / "log", 0, 6, scored=3)
-    log.append(0, 0, at, at, at, at, np.ones((5, 2)), params_at(at, 6), np.ones((5, 3)), at % 3, chosen)
+    made = batch_at(0, params_at(at, 6), at, at, at, at)
+    log.append(batch_rows(made, 0, 3, np.ones((5, 3), np.float32), at % 3, chosen_BN=chosen))
     log.close()
     rows = read(tmp_path / "log")
     assert rows.losses_BP.shape == (5, 3)
@@ -205,8 +209,8 @@ def test_bad_input(tmp_path):
     with pytest.raises(InputError, match=r"4 views.*this run has 3"):
         AugmentationLog(tmp_path / "log", 0, 3)
     metadata = tmp_path / "log" / "zarr.json"
-    metadata.write_text(metadata.read_text().replace('"schema": 1', '"schema": 99'))
-    with pytest.raises(InputError, match="schema version 99"):
+    metadata.write_text(metadata.read_text().replace('"schema": 2', '"schema": 1'))
+    with pytest.raises(InputError, match="schema version 1, this program reads 2; use the version"):
         open_log(tmp_path / "log")
 
 

@@ -59,12 +59,17 @@ def test_prune_keeps_newest_and_best(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 6
 
 
-def test_other_schema_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "SCHEMA_VERSION", 99)
-    path = checkpoint.save(tmp_path, 1, content(1))
+def test_checkpoints_of_another_schema_version_are_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(checkpoint, "SCHEMA_VERSION", 1)
+    paths = [checkpoint.save(tmp_path, step, content(step)) for step in (1, 2)]
     monkeypatch.undo()
-    with pytest.raises(InputError, match="schema version 99"):
-        checkpoint.load(path)
+    with pytest.raises(InputError, match=f"{paths[0]} has schema version 1, this program reads 2; use the version"):
+        checkpoint.load(paths[0])
+    with pytest.raises(InputError, match=f"{paths[1]} has schema version 1"):  # not a warning for each, then "none"
+        checkpoint.load_newest(tmp_path)
+    assert capsys.readouterr().err == ""
 
 
 def test_pickled_code_is_never_run(tmp_path: Path) -> None:
@@ -72,7 +77,7 @@ def test_pickled_code_is_never_run(tmp_path: Path) -> None:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/owned",)
 
-    torch.save({"schema": 1, "x": Evil()}, tmp_path / "evil.pt")
+    torch.save({"schema": checkpoint.SCHEMA_VERSION, "x": Evil()}, tmp_path / "evil.pt")
     with pytest.raises(InputError, match="cannot be read"):
         checkpoint.load(tmp_path / "evil.pt")
     assert not (tmp_path / "owned").exists()

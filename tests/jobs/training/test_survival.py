@@ -72,6 +72,21 @@ def test_a_signal_writes_a_checkpoint_and_resume_is_exact(tiny: PretrainConfig, 
     assert curves == [3, 6]
 
 
+def test_a_checkpoint_holds_what_a_resumed_run_takes_back_and_nothing_else(
+    tiny: PretrainConfig, tmp_path: Path
+) -> None:
+    stop_at(tiny, tmp_path / "run", 2)
+    folder = RunFolder(tmp_path / "run").checkpoints
+    content = checkpoint.load_newest(folder)
+    assert [*content] == ["schema", "step", "config", "objective", "optimizer", "monitor", "guard"]
+    content["guard"] = {"skipped": 5, "in_a_row": 0}
+    content["monitor"]["newest_knn"] = 0.25
+    checkpoint.save(folder, content.pop("step"), {name: content[name] for name in content if name != "schema"})
+    pretrain(tiny, tmp_path / "run", resume=True)
+    assert checkpoint.load_newest(folder)["guard"] == {"skipped": 5, "in_a_row": 0}
+    assert checkpoint.entries(folder)[-1].facts["score"] == 0.25
+
+
 def test_a_corrupt_newest_checkpoint_is_named_and_the_one_before_taken(
     tiny: PretrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
