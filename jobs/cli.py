@@ -14,8 +14,8 @@ import sys
 from typing import TextIO
 
 from jobs.run.failure import TrainingFailedError
+from jobs.run.process import wait_briefly
 from jobs.run.terminal import fail
-from jobs.run.waiting import wait_briefly
 from shards.errors import InputError
 
 # Job → what it does. Each lives in the module of its name, whose `main(argv)` runs it; modules load on use, so that

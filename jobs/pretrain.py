@@ -12,8 +12,8 @@ import tyro
 from jobs.run.config import PretrainConfig, load_config
 from jobs.run.failure import RankLostError
 from jobs.run.folder import RunFolder
-from jobs.run.memory import keep_freed_memory
 from jobs.run.presets import PRESETS, preset
+from jobs.run.process import keep_freed_memory
 from jobs.run.terminal import parse, speaks
 from jobs.run.world import open_world
 from jobs.studies.plan import differences

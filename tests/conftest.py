@@ -2,7 +2,7 @@
 
 import os
 
-from jobs.run.waiting import wait_briefly
+from jobs.run.process import wait_briefly
 
 # Before torch and its friends start their pools: the suite runs on few, shared cores.
 wait_briefly(os.environ)

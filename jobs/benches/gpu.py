@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from jobs.run.waiting import wait_briefly
+from jobs.run.process import wait_briefly
 
 _VIEWS = ["--batch", "256", "--made", "1024", "--dtype", "bfloat16", "--rounds", "3"]
 _STEP = ["--backbone", "vit_small_patch16_224", "--size", "224", "--patch", "16", "--depth", "12", "--batch", "128"]

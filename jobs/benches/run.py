@@ -26,8 +26,8 @@ from rich.table import Table
 from jobs.run.config import CheckpointConfig, DataConfig, MonitorConfig, PretrainConfig
 from jobs.run.digits import write_digits
 from jobs.run.folder import RunFolder
-from jobs.run.memory import keep_freed_memory
 from jobs.run.presets import preset
+from jobs.run.process import keep_freed_memory
 from jobs.run.terminal import parse, progress, tables
 from jobs.run.world import World, pick_device
 from jobs.training.opening import Training, open_training, save

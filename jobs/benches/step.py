@@ -23,9 +23,9 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from jobs.benches.obvious import loop_pair_losses, naive_loss
-from jobs.run.memory import keep_freed_memory
+from jobs.run.optim import warmup_cosine
 from jobs.run.presets import moby, synby
-from jobs.run.schedule import warmup_cosine
+from jobs.run.process import keep_freed_memory
 from jobs.run.terminal import parse, tables
 from models.backbones import BackboneConfig
 from models.negatives import NegativesConfig

@@ -21,8 +21,8 @@ from rich.table import Table
 from jobs.benches.views import make_photographs, make_shards
 from jobs.run.config import DataConfig, MonitorConfig, PretrainConfig
 from jobs.run.folder import RunFolder
-from jobs.run.memory import keep_freed_memory
 from jobs.run.presets import hard, moby, synby
+from jobs.run.process import keep_freed_memory
 from jobs.run.terminal import Bar, parse, progress, tables
 from jobs.run.world import World, pick_device
 from jobs.training.health import forward_flops, peak_flops

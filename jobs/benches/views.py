@@ -30,7 +30,7 @@ from jobs.benches.accuracy import differences, markdown
 from jobs.benches.ordinary import PREFETCH, ordinary_batches
 from jobs.benches.photographs import jpeg
 from jobs.log.writer import AugmentationLog, batch_rows
-from jobs.run.memory import keep_freed_memory
+from jobs.run.process import keep_freed_memory
 from jobs.run.terminal import parse, progress, tables
 from pipelines.crop import crop_views
 from pipelines.decode import Decoder, open_decoder

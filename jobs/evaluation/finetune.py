@@ -18,7 +18,7 @@ from jobs.evaluation.features import default_crop, gather
 from jobs.evaluation.frozen import Frozen, Pool, pooled, timm_module
 from jobs.evaluation.images import ImageSet
 from jobs.evaluation.loading import Loader, centre_crop, crop_and_flip
-from jobs.run.schedule import warmup_cosine
+from jobs.run.optim import warmup_cosine
 from jobs.run.world import World
 
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from jobs.run.optim import OptimizerConfig, Schedule, build_optimizer, parameter_groups, set_step
+from jobs.run.optim import OptimizerConfig, Schedule, build_optimizer, cosine, parameter_groups, set_step, warmup_cosine
 from jobs.run.presets import preset
-from jobs.run.schedule import cosine, warmup_cosine
 from jobs.training.health import clip_and_norm
 from models.objectives import Length, build_objective
 from shards.errors import InputError
