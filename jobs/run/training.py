@@ -14,10 +14,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 from jobs.run import checkpoint
 from jobs.run.config import PretrainConfig, save_config, to_plain
-from jobs.run.data import Data, check_batch, check_crops, check_labels, open_data, open_stream, run_length, run_policy
+from jobs.run.data import (
+    Data,
+    check_batch,
+    check_crops,
+    check_labels,
+    check_shards,
+    open_data,
+    open_stream,
+    run_length,
+    run_policy,
+)
 from jobs.run.folder import RunFolder, keep_lines
 from jobs.run.health import FiniteGuard
 from jobs.run.log import AugmentationLog, truncate_log
+from jobs.run.log_reader import open_log
 from jobs.run.metrics import Loggers, check_loggers
 from jobs.run.monitor import Monitor, check_held_out, open_monitor
 from jobs.run.optim import Schedule, build_optimizer
@@ -79,11 +90,13 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
         InputError: shards, sizes or values that do not fit; no intact checkpoint to resume from.
     """
     saved = checkpoint.load_newest(folder.checkpoints) if resume else None
-    if saved is not None and saved["config"] != to_plain(config):
+    if saved is not None and without_addresses(saved["config"]) != without_addresses(to_plain(config)):
         raise InputError(f"run: {folder.path / 'config.json'} is not what the checkpoint was trained with; restore it")
     step = saved["step"] if saved else 0
     data = open_data(config)
     stack.callback(data.reader.close)
+    if saved is not None and folder.log.exists():
+        check_shards(open_log(folder.log).facts["shards"], data.manifests, "--data.real and --data.synthetic")
     length = run_length(config, data.order)
     check_batch(config, world)
     check_loggers(config.monitor.loggers)
@@ -210,6 +223,11 @@ def compile_encoders(config: PretrainConfig, objective: Objective, device: torch
         for encoder in (objective.online, objective.target):
             if encoder is not None:
                 encoder.compile_backbone(parts=config.selection.layer is not None)
+
+
+def without_addresses(plain: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without where the shards lie: they may move while a run is stopped."""
+    return {**plain, "data": {**plain["data"], "real": "", "synthetic": ""}}
 
 
 def fingerprints(data: Data) -> list[dict[str, Any]]:
