@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from shards.errors import InputError
 from shards.files import filesystem, join, local_path
 from shards.retry import retry
 from shards.sources.base import READ_AHEAD, Options, Record, Runner, Source, cut_short, digest
+
+IRREGULAR = -1  # size of what must not be opened: reading a named pipe waits for ever
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,10 @@ class FilePart:
             system, base = filesystem(self.root)
             yield from self._fetched(system, base)
             return
-        for name, _, label in self.files:
+        for name, size, label in self.files:
+            if size == IRREGULAR:
+                yield Record(name, label, b"", "no regular file (a named pipe, socket or device)")
+                continue
             try:
                 yield Record(name, label, (folder / name).read_bytes(), unlabelled=self._why(label))
             except OSError as error:
@@ -158,7 +164,7 @@ def walk(
             files.append((name, 0))  # a dangling link: reading it gives the reason
             continue
         if not entry.is_dir():
-            files.append((name, status.st_size))
+            files.append((name, status.st_size if stat.S_ISREG(status.st_mode) else IRREGULAR))
         elif identity(status) not in above:
             folders.append(name)
             walk(root, f"{name}/", above | {identity(status)}, folders, files)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from pathlib import Path
 
 import fsspec
@@ -148,6 +149,18 @@ def test_hidden_files_links_in_circles_and_empty_classes(tmp_path: Path) -> None
     assert manifest.classes == ("aardvark", *CLASSES)
     assert manifest.class_counts.tolist() == [0, 2, 1, 1]
     assert manifest.unlabelled == 1
+
+
+def test_named_pipes_are_named_and_not_waited_for(tmp_path: Path) -> None:
+    images = imagefolder(tmp_path / "images", 3)
+    os.mkfifo(images / "ant" / "pipe.jpg")
+    manifest = build_at(f"imagefolder:{images}", tmp_path / "out")
+    assert len(manifest) == 3
+    left_out = json.loads((tmp_path / "out" / "quarantine.jsonl").read_text())
+    assert left_out["origin"] == "ant/pipe.jpg" and "named pipe" in left_out["reason"]
+    os.mkfifo(tmp_path / "pipe.tar")
+    with pytest.raises(InputError, match=r"pipe\.tar: no regular file"):
+        open_source(f"tars:{tmp_path}", Options(10), LOCAL)
 
 
 def test_odd_tars(tmp_path: Path) -> None:
