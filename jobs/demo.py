@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 from jobs.analyse import analyse
 from jobs.build import BuildConfig
@@ -135,7 +136,7 @@ def summary(run: Path, analysis: dict) -> dict[str, str]:
 
 
 def heading(number: int, text: str) -> None:
-    console.print(f"\n[bold]{number}/6 {text}[/bold]", highlight=False)
+    console.print(Text(f"\n{number}/6 {text}", style="bold"))
 
 
 def table(facts: dict[str, str]) -> None:

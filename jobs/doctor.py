@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from jobs.run.command import parse, tables
 
-MARKS = {"ok": "[green]ok[/]", "absent": "[yellow]absent[/]", "broken": "[red]broken[/]"}
+MARKS = {"ok": "green", "absent": "yellow", "broken": "red"}
 SIDE = 64  # pixels of the image that is decoded
 CLOSE = 6  # largest difference of 255 that two JPEG decoders may have
 INSTALL_PINNED = "install the pinned versions: pip install -c constraints.txt hardviews"
@@ -306,7 +307,7 @@ def table_of(findings: list[Finding]) -> Table:
     """The findings as a table."""
     table = Table("what", "state", "found", "remedy")
     for one in findings:
-        table.add_row(one.name, MARKS[one.state], one.detail, one.remedy)
+        table.add_row(one.name, Text(one.state, style=MARKS[one.state]), one.detail, one.remedy)
     return table
 
 

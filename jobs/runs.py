@@ -11,6 +11,7 @@ from typing import Any
 
 import tyro
 from rich.table import Table
+from rich.text import Text
 
 from jobs.run.command import parse, tables
 from jobs.run.folder import RunFolder
@@ -145,7 +146,7 @@ def table_of(states: Sequence[RunState], metrics: Sequence[str], now: float) -> 
         colour = COLOURS.get(one.state, "default")
         table.add_row(
             one.run,
-            f"[{colour}]{one.state}[/]",
+            Text(one.state, style=colour),
             f"{one.step:,}" + (f" / {one.steps:,}" if one.steps else ""),
             "" if one.images_per_second is None else f"{one.images_per_second:,.1f}",
             *(f"{one.metrics[name]:.4g}" if name in one.metrics else "" for name in metrics),

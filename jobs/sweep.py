@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import tyro
+from rich.text import Text
 
 from jobs.evaluation import linear, protocols
 from jobs.evaluation.backbones import ModelConfig
@@ -191,7 +192,7 @@ def work(config: SweepConfig, planned: Sequence[Member], settings: Mapping[str, 
                 continue
             left = seconds_left(planned, results)
             after = f" (about {span(left)} for all that is left)" if left else ""
-            console.print(f"[bold]{number}/{len(planned)} {member.name}[/bold]{after}", highlight=False)
+            console.print(Text.assemble((f"{number}/{len(planned)} {member.name}", "bold"), after))
             try:
                 if complete(member, config.out / member.name):
                     score(config.out / member.name, settings)

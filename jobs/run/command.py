@@ -34,8 +34,9 @@ class _Output(Console):
 
 # Progress and notes go to stderr, so that what a job prints as its result can be piped.
 # A log file has no width of its own, and 80 columns would cut the bars.
-console = _Output(stderr=True, soft_wrap=True, width=None if sys.stderr.isatty() else 120)
-tables = _Output(width=None if sys.stdout.isatty() else 120)
+# Names of folders and classes may hold [brackets]: no text is taken for markup, and what has a style is a Text.
+console = _Output(stderr=True, soft_wrap=True, markup=False, emoji=False, width=None if sys.stderr.isatty() else 120)
+tables = _Output(markup=False, emoji=False, width=None if sys.stdout.isatty() else 120)
 
 
 def parse(config: type[Config], argv: Sequence[str], prog: str, default: Config | None = None) -> Config:
@@ -137,7 +138,7 @@ class Bar:
 def progress(description: str, total: float | None, unit: str, completed: int = 0) -> Iterator[Bar]:
     """A progress bar on stderr with count, rate in `unit` per second and time left."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         _Rate(unit),
@@ -155,7 +156,7 @@ def speaks() -> bool:
 def warn(message: str) -> None:
     """A line on stderr that something was left out or changed, while the job goes on."""
     if speaks():
-        console.print(f"[yellow]warning:[/yellow] {message}", highlight=False)
+        console.print(Text.assemble(("warning:", "yellow"), f" {message}"))
 
 
 def warn_unlabelled(images: int, reasons: Mapping[str, int]) -> None:
