@@ -101,6 +101,9 @@ def open_imagefolder(path: str, options: Options, run: Runner) -> Source:
         raise InputError(
             f"imagefolder:{path}: there are no class folders in it; pass folder:{path} for images without classes"
         )
+    for name in classes:
+        if any("\udc80" <= sign <= "\udcff" for sign in name):  # Python's stand-ins for such bytes
+            raise InputError(f"imagefolder:{path}: the name of class {name!r} is no UTF-8; rename the folder")
     numbers = {name: number for number, name in enumerate(classes)}
     labelled = [(name, size, numbers[name.split("/", 1)[0]] if "/" in name else -1) for name, size in files]
     return Source(classes, file_parts(f"imagefolder:{path}", path, labelled, options, "in no class folder"))
@@ -122,7 +125,7 @@ def file_parts(
     # The order of a hash, not a shuffle: it depends on names alone, and a file more leaves the others' order as it is.
     files.sort(
         key=lambda file: (
-            file[0] if options.keep_order else hashlib.blake2b(file[0].encode(), digest_size=16).hexdigest()
+            file[0] if options.keep_order else hashlib.blake2b(os.fsencode(file[0]), digest_size=16).hexdigest()
         )
     )
     size = options.part_size

@@ -132,6 +132,13 @@ def test_labels_beside_names_with_dots_and_reasons_for_those_that_are_none(tmp_p
         }
 
 
+def test_names_that_are_no_utf8(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("caf\udce9.jpg", photo(0)), ("caf\udce9.cls", b"1"), ("b.jpg", b"no image")])
+    _, indexed = both_ways(tmp_path)
+    assert images(tmp_path) == {photo(0): 1}
+    assert indexed.shard_columns(0).key == ["caf\\udce9"]
+
+
 def test_the_image_with_a_bare_extension_is_taken(tmp_path: Path) -> None:
     beside = [
         ("0.depth.png", photo(7, "PNG")),
