@@ -237,7 +237,7 @@ def class_number(label: Any, table: Table, numbers: dict[str, int]) -> int:
     """The number of a row's class in the source, −1 where it has none."""
     value = None if label is None else label.as_py()
     if table.text:
-        return numbers.get(value, -1)
+        return -1 if value is None else numbers[value]
     if value is None or value != value or value < 0:  # NaN is unlike itself
         return -1
     number = int(value)
