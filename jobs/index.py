@@ -73,9 +73,11 @@ def run(config: IndexConfig) -> Manifest:
 def read_classes(path: Path) -> tuple[str, ...]:
     """Reads class names, one per line."""
     try:
-        return tuple(path.read_text().splitlines())
+        return tuple(path.read_text(encoding="utf-8-sig").splitlines())
     except OSError as error:
         raise InputError(f"--classes {path}: cannot be read ({error.strerror}); name a text file") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"--classes {path}: is no UTF-8 (byte {error.start}); save it as UTF-8") from error
 
 
 def main(argv: list[str]) -> None:

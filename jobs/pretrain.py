@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import tyro
 
-from jobs.run.config import PretrainConfig, load_config
+from jobs.run.config import DataConfig, MonitorConfig, PretrainConfig, load_config
 from jobs.run.failure import RankLostError
 from jobs.run.folder import RunFolder
 from jobs.run.presets import PRESETS, preset
@@ -20,6 +20,9 @@ from jobs.studies.plan import differences
 from jobs.training.ending import record_failure
 from jobs.training.loop import train
 from shards.errors import InputError
+from shards.files import local_path
+
+Part = TypeVar("Part", DataConfig, MonitorConfig)
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,13 @@ class PretrainArguments:
 
 
 def pretrain(config: PretrainConfig, run: Path, *, resume: bool = False, overwrite: bool = False) -> str:
-    """Trains into a run folder; returns `finished` or `interrupted`. A resumed run keeps its own configuration.
+    """Trains into a run folder; returns `finished` or `interrupted`. A resumed run keeps its own configuration, but for
+    where `config` says that its shards lie now.
 
     Raises:
         InputError: a folder, value or file that does not fit.
     """
+    config = absolute(config)
     folder = RunFolder(run)
     ranks = open_world(config.device, last_words=lambda why: record_failure(folder, RankLostError(why)))
     with ranks as world, ExitStack() as stack:
@@ -50,7 +55,28 @@ def pretrain(config: PretrainConfig, run: Path, *, resume: bool = False, overwri
             folder.check(resume=resume, overwrite=overwrite)
             stack.enter_context(folder.locked())
         world.barrier()
-        return train(load_config(folder.config) if resume else config, folder, world, resume=resume)
+        if resume:
+            config = moved(load_config(folder.config), config)
+        return train(config, folder, world, resume=resume)
+
+
+def absolute(config: PretrainConfig) -> PretrainConfig:
+    """The configuration with paths that hold in any working directory."""
+
+    def fixed(part: Part, *names: str) -> Part:
+        paths = {name: local_path(text) for name in names if (text := getattr(part, name))}
+        return replace(part, **{name: str(path.absolute()) for name, path in paths.items() if path is not None})
+
+    data = fixed(config.data, "real", "synthetic", "cache")
+    return replace(config, data=data, monitor=fixed(config.monitor, "knn_train", "knn_test"))
+
+
+def moved(own: PretrainConfig, given: PretrainConfig) -> PretrainConfig:
+    """A run's own configuration with the shards at the addresses that are given, where any are."""
+    data = replace(
+        own.data, real=given.data.real or own.data.real, synthetic=given.data.synthetic or own.data.synthetic
+    )
+    return replace(own, data=data)
 
 
 def check_kept(given: PretrainConfig, default: PretrainConfig, own: PretrainConfig) -> None:
@@ -65,7 +91,8 @@ def check_kept(given: PretrainConfig, default: PretrainConfig, own: PretrainConf
             f"preset: this one trains {asked}, but the run was begun with {begun}, and a resumed run keeps its "
             f"configuration; give its preset, or begin anew with --overwrite or another --run"
         )
-    for name in sorted({*differences(given, default)} & {*differences(given, own)}):
+    changed = {*differences(given, default)} & {*differences(given, own)}
+    for name in sorted(changed - {"data.real", "data.synthetic"}):  # shards may have moved
         value = reduce(getattr, name.split("."), given)
         raise InputError(
             f"{name}: {value} is not what the run was begun with, and a resumed run keeps its configuration; leave it "
@@ -87,7 +114,7 @@ def main(argv: Sequence[str]) -> None:
     default = PretrainArguments(tyro.MISSING, config=preset(name))
     arguments = parse(PretrainArguments, flags, f"hardviews pretrain {name}", default)
     if arguments.resume and (kept := RunFolder(arguments.run).config).is_file():
-        check_kept(arguments.config, default.config, load_config(kept))
+        check_kept(absolute(arguments.config), default.config, load_config(kept))
     state = pretrain(arguments.config, arguments.run, resume=arguments.resume, overwrite=arguments.overwrite)
     if state == "interrupted":
         raise SystemExit(130)

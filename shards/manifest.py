@@ -303,7 +303,8 @@ def format_columns(
     columns |= {name: pa.array(np.asarray(arrays[name], kind)) for name, kind in TYPES.items()}
     if seed is not None:
         columns["seed"] = pa.array(np.asarray(seed, np.int64))
-    table = pa.table(columns).replace_schema_metadata({"hardviews": json.dumps(note, ensure_ascii=False)})
+    text = json.dumps(note, ensure_ascii=False).encode(errors="backslashreplace")  # file names that are no UTF-8
+    table = pa.table(columns).replace_schema_metadata({"hardviews": text})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)

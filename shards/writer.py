@@ -206,7 +206,7 @@ def write_columns(
     arrays["size"] = [row.members[0][2] for row in rows]
     seeds = [row.seed for row in rows if row.seed is not None]
     assert len(seeds) in (0, len(rows)), "either all samples of a shard have a seed or none"
-    columns = format_columns([row.key for row in rows], arrays, seeds or None, note)
+    columns = format_columns([utf8(row.key).decode() for row in rows], arrays, seeds or None, note)
     write_whole(folder / columns_name(name), columns)
     return result_of(name, len(rows), note, columns)
 
@@ -221,7 +221,12 @@ def format_index(samples: Iterable[tuple[str, Sequence[tuple[str, int, int]]]]) 
         return f"{kind} {offset} {size} {name}"
 
     lines = [" ".join(fields(key, *member) for member in members) for key, members in samples]
-    return "\n".join([f"v1.2 {len(lines)}", *lines, ""]).encode()
+    return utf8("\n".join([f"v1.2 {len(lines)}", *lines, ""]))
+
+
+def utf8(text: str) -> bytes:
+    """The text in UTF-8, with escapes for bytes of file names that are none."""
+    return text.encode(errors="backslashreplace")
 
 
 def result_of(name: str, count: int, note: Mapping[str, Any], columns: bytes) -> ShardResult:
@@ -328,7 +333,7 @@ def finish(
     ordered = sorted(results, key=lambda result: result.entry.name)
     rejected = [one for result in ordered for one in result.rejected]
     lines = [json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in rejected]
-    write_whole(folder / QUARANTINE_NAME, "".join(lines).encode())
+    write_whole(folder / QUARANTINE_NAME, utf8("".join(lines)))
     labels = sum((Counter(result.labels) for result in ordered), Counter[int]())
     if not labels:
         where = folder / QUARANTINE_NAME

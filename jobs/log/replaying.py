@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jobs.log.reader import Log, Rows, open_log
 from jobs.run.config import PretrainConfig, load_config
-from jobs.run.data import open_data, run_policy
+from jobs.run.data import check_shards, open_data, run_policy
 from jobs.run.folder import RunFolder
 from jobs.run.world import pick_device
 from pipelines.batch import Recipe
@@ -79,7 +79,7 @@ def replay_step(
     except InputError as error:
         raise InputError(f"{error}; if the shards have moved, name where with --real or --synthetic") from error
     try:
-        check_unchanged(log, data.manifests)
+        check_shards(log.facts["shards"], data.manifests, "--real or --synthetic")
         return replay_rows(config, rows, log.scored, data.manifests, data.reader, device)
     finally:
         data.reader.close()
@@ -103,26 +103,6 @@ def step_rows(log: Log, step: int, images: Sequence[int] | None) -> Rows:
     if outside := [image for image in images if not 0 <= image < len(rows)]:
         raise InputError(f"image: {outside[0]} is not in step {step}, which has images 0 to {len(rows) - 1}")
     return rows[np.array(images)]
-
-
-def check_unchanged(log: Log, manifests: Sequence[Manifest]) -> None:
-    """Compares the shards with those that the log was written from.
-
-    Raises:
-        InputError: they differ.
-    """
-    logged = [(shards["source"], shards["fingerprint"]) for shards in log.facts["shards"]]
-    found = [(manifest.source, manifest.fingerprint) for manifest in manifests]
-    if len(logged) != len(found):
-        raise InputError(
-            f"shards: the log was written from {len(logged)} data sets, here are {len(found)}; name the same"
-        )
-    for (source, then), (_, now), manifest in zip(logged, found, manifests, strict=True):
-        if then != now:
-            raise InputError(
-                f"shards: {manifest.root} has changed since the log was written ({source} shards {then[:12]}, "
-                f"now {now[:12]}); restore it, or name where the old ones lie with --real or --synthetic"
-            )
 
 
 def replay_rows(

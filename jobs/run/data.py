@@ -1,6 +1,6 @@
 """From the shard addresses of a configuration to manifests, the order of samples, and a stream of views."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -139,6 +139,29 @@ def check_labels(config: PretrainConfig, data: Data) -> None:
 def scored_views(config: PretrainConfig) -> Selection:
     """How the views that selection scores differ from those that train."""
     return Selection(config.selection.resolution, config.selection.static_colour)
+
+
+def check_shards(logged: Sequence[Mapping[str, str]], manifests: Sequence[Manifest], flags: str) -> None:
+    """Whether the shards are those that a log was written from, wherever they lie now.
+
+    Args:
+        logged: of each source, `source` and `fingerprint`.
+        flags: by which a user can name where they lie.
+
+    Raises:
+        InputError: they differ.
+    """
+    if len(logged) != len(manifests):
+        raise InputError(
+            f"shards: the log was written from {len(logged)} data sets, here are {len(manifests)}; name the same"
+        )
+    for then, manifest in zip(logged, manifests, strict=True):
+        if then["fingerprint"] != manifest.fingerprint:
+            raise InputError(
+                f"shards: {manifest.root} has changed since the log was written ({then['source']} shards "
+                f"{then['fingerprint'][:12]}, now {manifest.fingerprint[:12]}); restore it, or name where the old ones "
+                f"lie with {flags}"
+            )
 
 
 def check_batch(config: PretrainConfig, world: World) -> None:

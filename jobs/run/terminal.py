@@ -34,9 +34,9 @@ class _Output(Console):
 
 # Progress and notes go to stderr, so that what a job prints as its result can be piped.
 # A log file has no width of its own, and 80 columns would cut the bars.
-# No markup: brackets in a path, a class name or a remedy such as '.[ray]' are text.
-console = _Output(markup=False, stderr=True, soft_wrap=True, width=None if sys.stderr.isatty() else 120)
-tables = _Output(markup=False, width=None if sys.stdout.isatty() else 120)
+# Names of folders and classes may hold [brackets]: no text is taken for markup, and what has a style is a Text.
+console = _Output(stderr=True, soft_wrap=True, markup=False, emoji=False, width=None if sys.stderr.isatty() else 120)
+tables = _Output(markup=False, emoji=False, width=None if sys.stdout.isatty() else 120)
 
 
 def parse(config: type[Config], argv: Sequence[str], prog: str, default: Config | None = None) -> Config:

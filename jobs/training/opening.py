@@ -11,6 +11,7 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from jobs.log.reader import open_log
 from jobs.log.writer import AugmentationLog, truncate_log
 from jobs.run import checkpoint
 from jobs.run.arithmetic import arithmetic_of, use_arithmetic
@@ -20,6 +21,7 @@ from jobs.run.data import (
     check_batch,
     check_crops,
     check_labels,
+    check_shards,
     open_data,
     open_stream,
     run_length,
@@ -98,13 +100,15 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
         InputError: shards, sizes or values that do not fit; no intact checkpoint to resume from.
     """
     saved = checkpoint.load_newest(folder.checkpoints) if resume else None
-    if saved is not None and saved["config"] != to_plain(config):
+    if saved is not None and without_addresses(saved["config"]) != without_addresses(to_plain(config)):
         raise InputError(f"run: {folder.path / 'config.json'} is not what the checkpoint was trained with; restore it")
     step = saved["step"] if saved else 0
     arithmetic = arithmetic_of(config.precision, world.device)
     use_arithmetic(arithmetic)
     data = open_data(config)
     stack.callback(data.reader.close)
+    if saved is not None and folder.log.exists():
+        check_shards(open_log(folder.log).facts["shards"], data.manifests, "--data.real and --data.synthetic")
     length = run_length(config, data.order)
     check_batch(config, world)
     check_loggers(config.monitor.loggers)
@@ -237,6 +241,11 @@ def compile_encoders(config: PretrainConfig, objective: Objective, device: torch
         for encoder in (objective.online, objective.target):
             if encoder is not None:
                 encoder.backbone.compile(dynamic=False)
+
+
+def without_addresses(plain: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without where the shards lie: they may move while a run is stopped."""
+    return {**plain, "data": {**plain["data"], "real": "", "synthetic": ""}}
 
 
 def fingerprints(data: Data) -> list[dict[str, Any]]:

@@ -10,6 +10,9 @@ IMAGE_EXTENSIONS = frozenset(
     {"jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "avif", "img"}
     | {"heic", "heif", "jxl", "jp2"}  # not read, but named for what they are
 )
+LARGEST_CLASS = (
+    1_000_000  # class numbers end here: what is larger is an id, and the manifest has a name for each number
+)
 READ_AHEAD = 64  # remote files fetched at a time, rows of Parquet decoded at a time
 Runner = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
 

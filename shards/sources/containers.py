@@ -114,6 +114,9 @@ def containers_at(address: str, path: str, suffix: str) -> list[Container]:
         found = {base: system.info(base)} if system.exists(base) else {}
     if not found:
         raise InputError(f"{address}: there are no {suffix} files there; name a folder, a file, or a pattern with *")
+    for name, info in found.items():
+        if info["type"] == "other":
+            raise InputError(f"{name}: no regular file (a named pipe, socket or device); remove it or name others")
     above = system.unstrip_protocol(root)
     names = sorted((name.removeprefix(root).lstrip("/"), int(info["size"] or 0)) for name, info in found.items())
     return [Container(above, name, size) for name, size in names]

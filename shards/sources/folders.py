@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from shards.errors import InputError
 from shards.files import filesystem, join, local_path
 from shards.retry import retry
 from shards.sources.base import READ_AHEAD, Options, Record, Runner, Source, cut_short, digest
+
+IRREGULAR = -1  # size of what must not be opened: reading a named pipe waits for ever
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,10 @@ class FilePart:
             system, base = filesystem(self.root)
             yield from self._fetched(system, base)
             return
-        for name, _, label in self.files:
+        for name, size, label in self.files:
+            if size == IRREGULAR:
+                yield Record(name, label, b"", "no regular file (a named pipe, socket or device)")
+                continue
             try:
                 yield Record(name, label, (folder / name).read_bytes(), unlabelled=self._why(label))
             except OSError as error:
@@ -95,6 +101,9 @@ def open_imagefolder(path: str, options: Options, run: Runner) -> Source:
         raise InputError(
             f"imagefolder:{path}: there are no class folders in it; pass folder:{path} for images without classes"
         )
+    for name in classes:
+        if any("\udc80" <= sign <= "\udcff" for sign in name):  # Python's stand-ins for such bytes
+            raise InputError(f"imagefolder:{path}: the name of class {name!r} is no UTF-8; rename the folder")
     numbers = {name: number for number, name in enumerate(classes)}
     labelled = [(name, size, numbers[name.split("/", 1)[0]] if "/" in name else -1) for name, size in files]
     return Source(classes, file_parts(f"imagefolder:{path}", path, labelled, options, "in no class folder"))
@@ -116,7 +125,7 @@ def file_parts(
     # The order of a hash, not a shuffle: it depends on names alone, and a file more leaves the others' order as it is.
     files.sort(
         key=lambda file: (
-            file[0] if options.keep_order else hashlib.blake2b(file[0].encode(), digest_size=16).hexdigest()
+            file[0] if options.keep_order else hashlib.blake2b(os.fsencode(file[0]), digest_size=16).hexdigest()
         )
     )
     size = options.part_size
@@ -158,7 +167,7 @@ def walk(
             files.append((name, 0))  # a dangling link: reading it gives the reason
             continue
         if not entry.is_dir():
-            files.append((name, status.st_size))
+            files.append((name, status.st_size if stat.S_ISREG(status.st_mode) else IRREGULAR))
         elif identity(status) not in above:
             folders.append(name)
             walk(root, f"{name}/", above | {identity(status)}, folders, files)

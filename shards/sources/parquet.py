@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from shards.errors import InputError
 from shards.retry import retry
-from shards.sources.base import IMAGE_EXTENSIONS, READ_AHEAD, Options, Record, Runner, Source
+from shards.sources.base import IMAGE_EXTENSIONS, LARGEST_CLASS, READ_AHEAD, Options, Record, Runner, Source
 from shards.sources.containers import Container, container_parts, containers_at, opened
 
 NUMBERED = re.compile(r"(?:^|/)([\w.]+)-\d+-of-\d+[^/]*$")  # train-00000-of-00012.parquet, as `datasets` names splits
@@ -237,18 +237,24 @@ def class_number(label: Any, table: Table, numbers: dict[str, int]) -> int:
     """The number of a row's class in the source, −1 where it has none."""
     value = None if label is None else label.as_py()
     if table.text:
-        return -1 if value is None else numbers.get(value, -1)
+        return -1 if value is None else numbers[value]
     if value is None or value != value or value < 0:  # NaN is unlike itself
         return -1
     number = int(value)
     if table.own:
         return numbers[table.own[number]] if number < len(table.own) else -1
-    return number if number < 1 << 31 else -1
+    return number if number < LARGEST_CLASS else -1
 
 
 def parquet_record(name: str, image: Any, label: int, column: str | None) -> Record:
     """One row; `image` is bytes or a struct of bytes and path."""
-    why = "" if label >= 0 else f"no class in column {column}" if column else "no column of labels"
+    why = (
+        ""
+        if label >= 0
+        else f"no class, or a number from {LARGEST_CLASS} on, in column {column}"
+        if column
+        else "no column of labels"
+    )
     content = image.get("bytes") if isinstance(image, dict) else image
     if not isinstance(content, bytes):
         return Record(name, label, b"", "no bytes in this row (paths to other files are not followed)")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from shards.errors import InputError
 from shards.retry import retry
-from shards.sources.base import IMAGE_EXTENSIONS, Options, Record, Runner, Source
+from shards.sources.base import IMAGE_EXTENSIONS, LARGEST_CLASS, Options, Record, Runner, Source
 from shards.sources.containers import Container, container_parts, containers_at, opened, read_at
 
 LONGEST_CHAIN = 40  # links that lead to links
@@ -268,10 +268,11 @@ def label_of(group: Group, image: Member, file: Any) -> tuple[int, str]:
     if member is None:
         return -1, "no .cls file (labels in .json are not read)" if "json" in places else "no .cls file"
     label = parse_label(content_of(member, file))
-    return label, "" if label >= 0 else "what the .cls file holds is no class number"
+    return label, "" if label >= 0 else f"what the .cls file holds is no class number below {LARGEST_CLASS}"
 
 
 def parse_label(text: bytes) -> int:
-    """Content of a `.cls` file → class index, −1 where it is no number."""
+    """Content of a `.cls` file → class index, −1 where it is none."""
     text = text.strip()
-    return int(text) if text.isdigit() and len(text) < 10 else -1
+    label = int(text) if text.isdigit() and len(text) < 10 else -1
+    return label if label < LARGEST_CLASS else -1

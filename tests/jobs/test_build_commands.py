@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from jobs.cli import run
+from jobs.index import read_classes
 
 
 @pytest.fixture
@@ -88,6 +89,11 @@ def test_index(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture) -> N
     assert (code, "8 images in 1 shards" in notes) == (0, True)
     _, printed, _ = outcome(capsys, "info", out)
     assert "Ameise" in printed
+    (tmp_path / "classes.txt").write_bytes(b"\xef\xbb\xbfcat\r\ndog\r\n")  # a BOM
+    assert read_classes(tmp_path / "classes.txt") == ("cat", "dog")
+    (tmp_path / "classes.txt").write_bytes(b"caf\xe9\n")
+    code, _, notes = outcome(capsys, "index", out, "--classes", tmp_path / "classes.txt")
+    assert (code, "classes.txt: is no UTF-8 (byte 3)" in notes) == (2, True)
     code, _, notes = outcome(capsys, "index", out, "--classes", tmp_path / "none.txt")
     assert (code, "--classes" in notes) == (2, True)
 

@@ -1,6 +1,7 @@
 """Pretraining end to end on a small data set: what it leaves behind, resume to the bit, ranks, health, mistakes."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs_of_training import rows, weights
+from runs_of_training import rows, same_run, weights
 
 from jobs import cli
 from jobs.build import BuildConfig
@@ -301,6 +302,31 @@ def test_a_mistake_leaves_no_folder_behind_and_costs_no_old_run(
     with pytest.raises(InputError):
         pretrain(mistaken, tmp_path / "run", overwrite=True)
     np.testing.assert_array_equal(rows(tmp_path / "run")["ids_B"], before["ids_B"])
+
+
+def test_a_run_goes_on_with_its_own_shards_wherever_they_lie(
+    tiny: PretrainConfig, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(digits)
+    config = replace(tiny, data=replace(tiny.data, real="train", synthetic="test"))
+    pretrain(config, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").glob("step-00000006.*"):
+        path.unlink()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    def resume(**places: str) -> str:
+        given = replace(tiny, data=replace(tiny.data, **{"real": "", "synthetic": "", **places}))
+        return pretrain(given, tmp_path / "run", resume=True)
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"test has changed since .* with --data\.real and --data\.synthetic"):
+        resume(real=str(digits / "test"))
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    shutil.copytree(digits / "train", tmp_path / "moved")
+    assert resume(real="moved") == "finished"
+    same_run(tmp_path / "whole", tmp_path / "run")
+    assert load_config(tmp_path / "run" / "config.json").data.real == str(tmp_path / "moved")
 
 
 def test_a_scripted_overlap_reaches_the_draws() -> None:

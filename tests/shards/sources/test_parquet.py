@@ -75,6 +75,7 @@ def test_one_split_is_taken_by_name(tmp_path: Path, name: str) -> None:
         ({"label": pa.array(["dog", "cat", None]).dictionary_encode()}, ["dog", "cat", None]),
         ({"label": pa.array([1.0, None, float("nan")])}, ["1", None, None]),
         ({"cls": [2, 0, -1]}, ["2", "0", None]),
+        ({"label": [1, 0, 1_500_000_001]}, ["1", "0", None]),
         ({"caption": ["a dog", "a cat", "a cow"]}, [None, None, None]),
     ],
 )

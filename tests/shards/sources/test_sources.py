@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from pathlib import Path
 
 import fsspec
@@ -148,6 +149,31 @@ def test_hidden_files_links_in_circles_and_empty_classes(tmp_path: Path) -> None
     assert manifest.classes == ("aardvark", *CLASSES)
     assert manifest.class_counts.tolist() == [0, 2, 1, 1]
     assert manifest.unlabelled == 1
+
+
+def test_named_pipes_are_named_and_not_waited_for(tmp_path: Path) -> None:
+    images = imagefolder(tmp_path / "images", 3)
+    os.mkfifo(images / "ant" / "pipe.jpg")
+    manifest = build_at(f"imagefolder:{images}", tmp_path / "out")
+    assert len(manifest) == 3
+    left_out = json.loads((tmp_path / "out" / "quarantine.jsonl").read_text())
+    assert left_out["origin"] == "ant/pipe.jpg" and "named pipe" in left_out["reason"]
+    os.mkfifo(tmp_path / "pipe.tar")
+    with pytest.raises(InputError, match=r"pipe\.tar: no regular file"):
+        open_source(f"tars:{tmp_path}", Options(10), LOCAL)
+
+
+@pytest.mark.parametrize("keep_order", [False, True])
+def test_names_that_are_no_utf8_are_taken_or_named(tmp_path: Path, keep_order: bool) -> None:
+    images = imagefolder(tmp_path / "images", 3)
+    for name, content in ((b"caf\xe9.jpg", photo(7)), (b"bad\xe9.jpg", b"no image")):
+        (images / "ant" / os.fsdecode(name)).write_bytes(content)
+    manifest = build_at(f"imagefolder:{images}", tmp_path / "out", keep_order=keep_order)
+    assert photo(7) in labelled(manifest, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "quarantine.jsonl").read_text())["origin"] == os.fsdecode(b"ant/bad\xe9.jpg")
+    (images / os.fsdecode(b"caf\xe9")).mkdir()
+    with pytest.raises(InputError, match=r"the name of class .* is no UTF-8; rename the folder"):
+        open_source(f"imagefolder:{images}", Options(10), LOCAL)
 
 
 def test_odd_tars(tmp_path: Path) -> None:

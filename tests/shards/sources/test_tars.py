@@ -114,15 +114,29 @@ def test_members_apart_from_their_image_are_named(tmp_path: Path) -> None:
 
 
 def test_labels_beside_names_with_dots_and_reasons_for_those_that_are_none(tmp_path: Path) -> None:
-    members = [("a.v1.jpg", photo(0)), ("a.v1.cls", b"1"), ("b.jfif", photo(1)), ("b.cls", b"dog")]
+    members = [
+        ("a.v1.jpg", photo(0)),
+        ("a.v1.cls", b"1"),
+        ("b.jfif", photo(1)),
+        ("b.cls", b"dog"),
+        ("id.jpg", photo(3)),
+        ("id.cls", b"999999999"),
+    ]
     write_tar(tmp_path / "a.tar", [*members, ("c.jpe", photo(2)), ("c.json", b'{"label": 1}')])
     built, indexed = both_ways(tmp_path)
-    assert images(tmp_path) == {photo(0): 1, photo(1): -1, photo(2): -1}
+    assert images(tmp_path) == {photo(0): 1, photo(1): -1, photo(2): -1, photo(3): -1}
     for manifest in (built, indexed):
         assert manifest.provenance["unlabelled"] == {
-            "what the .cls file holds is no class number": 1,
+            "what the .cls file holds is no class number below 1000000": 2,
             "no .cls file (labels in .json are not read)": 1,
         }
+
+
+def test_names_that_are_no_utf8(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("caf\udce9.jpg", photo(0)), ("caf\udce9.cls", b"1"), ("b.jpg", b"no image")])
+    _, indexed = both_ways(tmp_path)
+    assert images(tmp_path) == {photo(0): 1}
+    assert indexed.shard_columns(0).key == ["caf\\udce9"]
 
 
 def test_the_image_with_a_bare_extension_is_taken(tmp_path: Path) -> None:
