@@ -211,10 +211,32 @@ def test_knn_equals_scikit_learn() -> None:
         )
         votes = judge.predict_proba(unit_test)
         best = judge.classes_[np.argsort(-votes, axis=1)]
+        best[np.sort(-votes, axis=1) == 0] = -1  # a class without a vote is no guess
         assert row["top1"] == pytest.approx((best[:, 0] == truth.numpy()).mean())
         assert row["top5"] == pytest.approx((best[:, :5] == truth.numpy()[:, None]).any(1).mean())
     assert got["k"] == 20
     assert got["top1"] == got["by_k"][1]["top1"]
+
+
+@pytest.mark.parametrize("temperature", [0.001, 0.011, 0.07, 100.0])
+def test_knn_s_guesses_are_scikit_learn_s_classes_with_a_vote(temperature: float) -> None:
+    """Also for k = 1, k above n, and classes that no training image has."""
+    rng = np.random.default_rng(1)
+    train, test = (torch.from_numpy(rng.normal(size=(n, 6))).float() for n in (40, 30))
+    labels, truth = (torch.from_numpy(rng.integers(0, 7, n)) for n in (40, 30))
+    got = knn_scores(train, labels, test, truth, [str(i) for i in range(9)], ks=(1, 3, 99), temperature=temperature)
+    unit_train, unit_test = (torch.nn.functional.normalize(x, dim=1).double().numpy() for x in (train, test))
+    for row in got["by_k"]:
+        judge = KNeighborsClassifier(
+            min(row["k"], 40), weights=lambda d: np.exp((d.min(1, keepdims=True) ** 2 - d**2) / 2 / temperature)
+        ).fit(unit_train, labels.numpy())
+        chances = judge.predict_proba(unit_test)
+        near = judge.kneighbors(unit_test, return_distance=False)
+        top1 = judge.classes_[chances.argmax(1)] == truth.numpy()
+        assert row["top1"] == pytest.approx(top1.mean())
+        if row["k"] <= 3:  # no more than five classes with a vote: top-5 are all of them
+            voted = (labels.numpy()[near] == truth.numpy()[:, None]).any(1)
+            assert row["top5"] == pytest.approx(voted.mean())
 
 
 def test_knn_leaves_unlabelled_rows_out() -> None:
