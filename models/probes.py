@@ -27,7 +27,8 @@ def weighted_knn(
     temperature: float = 0.07,
 ) -> dict[int, Tensor]:
     """k → votes [q, C], by weighted kNN (Wu et al. 2018, section 3.4; DINO): each of the k training images most similar
-    by cosine votes for its class with weight exp(similarity / temperature).
+    by cosine votes for its class with weight exp(similarity / temperature), here divided by the largest weight among
+    a test image's neighbours, so that no temperature overflows. Classes that none of the k votes for have −1.
 
     Features need not be normalised; labels lie in 0 … C − 1. A k above n counts as n.
     """
@@ -36,10 +37,15 @@ def weighted_knn(
     votes: dict[int, list[Tensor]] = {k: [] for k in ks}
     for part_cD in test_qD.split(max(1, CHUNK_ELEMENTS // len(train_nD))):
         top = (part_cD @ train_nD.T).topk(deepest, dim=1)
-        weights, chosen = (top.values / temperature).exp(), labels_n[top.indices]
+        chosen = labels_n[top.indices]
+        weights = ((top.values.double() - top.values[:, :1].double()) / temperature).exp()
         for k in ks:
-            table = torch.zeros(len(part_cD), classes, device=part_cD.device)
-            votes[k].append(table.scatter_add_(1, chosen[:, :k], weights[:, :k]))
+            table, voted = (
+                torch.zeros(len(part_cD), classes, device=part_cD.device, dtype=d) for d in (torch.float64, torch.bool)
+            )
+            table.scatter_add_(1, chosen[:, :k], weights[:, :k])
+            voted.scatter_(1, chosen[:, :k], True)
+            votes[k].append(table.masked_fill_(~voted, -1))
     return {k: torch.cat(parts) for k, parts in votes.items()}
 
 

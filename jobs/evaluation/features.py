@@ -4,12 +4,16 @@ Suffixes: n images, B of a batch, D width.
 """
 
 import hashlib
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import safetensors.torch
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from jobs.evaluation.frozen import Frozen
@@ -19,8 +23,18 @@ from jobs.run.terminal import progress, warn
 from jobs.run.world import World
 from shards.errors import InputError
 
+Part = TypeVar("Part")
+
 # Crops below this side (pixels) keep the whole centre square: cutting 1/8 off a 32-pixel image costs accuracy.
 SMALL = 96
+
+
+class Features(NamedTuple):
+    """Features float32 [n, D] of the n images that could be read, their labels and rows in the image set, int64 [n]."""
+
+    features_nD: Tensor
+    labels_n: Tensor
+    rows_n: Tensor
 
 
 def default_crop(size: int) -> float:
@@ -38,8 +52,8 @@ def extract_features(
     world: World | None = None,
     cache: Path | None = None,
     advance: Callable[[int], object] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Features float32 [n, D] and labels int64 [n] of an image set, in its order, on the CPU.
+) -> Features:
+    """Features of an image set, in its order, on the CPU.
 
     Images that cannot be read are left out and named in a warning. `world` splits the work over ranks, each of which
     gets all rows. With `cache`, a folder, features of the same weights, images and transform are read from there.
@@ -51,21 +65,19 @@ def extract_features(
     opened = open_images(images) if isinstance(images, str | Path) else images
     place = None if cache is None else cache / f"{_key(frozen, opened)}.safetensors"
     try:
-        found = _stored(place)
+        found = _stored(place, len(opened.labels))
         if found is not None and advance:
             advance(len(opened.labels))
         if found is None:
             found = _run(frozen, opened, np.arange(len(opened.labels)), device, batch, world, advance)
             if place is not None and (world is None or world.leads):
-                place.parent.mkdir(parents=True, exist_ok=True)
-                partial = place.with_suffix(".partial")
-                safetensors.torch.save_file({"features": found[0], "rows": found[1]}, partial)
-                partial.replace(place)
+                _keep(place, *found)
+        features_nD, rows_n, broken = found
+        warn_broken(opened, broken)
     finally:
         if opened is not images:
             opened.close()
-    features_nD, rows_n = found
-    return features_nD, torch.from_numpy(opened.labels)[rows_n]
+    return Features(features_nD, torch.from_numpy(opened.labels)[rows_n], rows_n)
 
 
 def _key(frozen: Frozen, images: ImageSet) -> str:
@@ -73,11 +85,39 @@ def _key(frozen: Frozen, images: ImageSet) -> str:
     return hashlib.sha256(facts.encode()).hexdigest()[:32]
 
 
-def _stored(place: Path | None) -> tuple[Tensor, Tensor] | None:
+# Features, their rows, and why other rows have none.
+Found = tuple[Tensor, Tensor, dict[int, str]]
+
+
+def _stored(place: Path | None, images: int) -> Found | None:
+    """What is kept; None where nothing is, or, with a warning, where the file is damaged."""
     if place is None or not place.is_file():
         return None
-    held = safetensors.torch.load_file(place)
-    return held["features"], held["rows"]
+    try:
+        with safe_open(place, "pt") as held:
+            features_nD, rows_n = held.get_tensor("features"), held.get_tensor("rows")
+            broken = {int(row): reason for row, reason in json.loads((held.metadata() or {})["broken"]).items()}
+        rows = {*rows_n.tolist(), *broken}
+        if len(rows_n) != len(features_nD) or rows != set(range(images)) or not len(rows_n):
+            raise ValueError("its rows are not those of the images")
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        warn(f"{place} is damaged ({error}); its features are computed again")
+        return None
+    return features_nD, rows_n, broken
+
+
+def _keep(place: Path, features_nD: Tensor, rows_n: Tensor, broken: dict[int, str]) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = place.with_name(f".{place.name}.{os.getpid()}")
+    content = {"features": features_nD.contiguous(), "rows": rows_n.contiguous()}
+    try:
+        with temporary.open("wb") as file:
+            file.write(safetensors.torch.save(content, {"broken": json.dumps(broken)}))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(place)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @torch.inference_mode()
@@ -89,7 +129,7 @@ def _run(
     batch: int,
     world: World | None,
     advance: Callable[[int], object] | None,
-) -> tuple[Tensor, Tensor]:
+) -> Found:
     """Features of `rows` and the rows that could be read, sorted by row, gathered from all ranks."""
     mine = rows if world is None else rows[world.rank :: world.size]
     loader = Loader(images, frozen.size, batch, frozen.mean, frozen.std)
@@ -108,25 +148,27 @@ def _run(
     finally:
         loader.close()
         model.train(training)
-    _warn_broken(images, broken)
+    for others in gather(broken, world):
+        broken |= others
     parts = gather((torch.cat(features), torch.cat(kept)) if features else None, world)
     if not parts:
+        warn_broken(images, broken)
         raise InputError(f"images: no image of {images.name} could be read; `hardviews verify` says why")
     features_nD, rows_n = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     order = rows_n.argsort()
-    return features_nD[order], rows_n[order]
+    return features_nD[order], rows_n[order], dict(sorted(broken.items()))
 
 
-def gather(part: tuple[Tensor, Tensor] | None, world: World | None) -> list[tuple[Tensor, Tensor]]:
+def gather(part: Part | None, world: World | None) -> list[Part]:
     """What every rank holds, in the order of ranks; ranks without anything are left out."""
     if world is None or world.size == 1:
         return [part] if part is not None else []
-    held: list[tuple[Tensor, Tensor] | None] = [None] * world.size
+    held: list[Part | None] = [None] * world.size
     torch.distributed.all_gather_object(held, part)
     return [p for p in held if p is not None]
 
 
-def _warn_broken(images: ImageSet, broken: dict[int, str]) -> None:
+def warn_broken(images: ImageSet, broken: dict[int, str]) -> None:
     for row, reason in list(broken.items())[:5]:
         warn(f"{images.where(row)} is left out: {reason}")
     if len(broken) > 5:
@@ -135,7 +177,7 @@ def _warn_broken(images: ImageSet, broken: dict[int, str]) -> None:
 
 def features_of(
     frozen: Frozen, images: ImageSet, role: str, device: torch.device, batch: int, world: World, cache: Path | None
-) -> tuple[Tensor, Tensor]:
+) -> Features:
     """`extract_features` with a progress bar on the leading rank."""
     if not world.leads:
         return extract_features(frozen, images, frozen.size, device, batch, world=world, cache=cache)

@@ -14,12 +14,13 @@ from timm.optim import param_groups_layer_decay  # pyright: ignore[reportPrivate
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from jobs.evaluation.features import default_crop, gather
+from jobs.evaluation.features import default_crop, gather, warn_broken
 from jobs.evaluation.frozen import Frozen, Pool, pooled, timm_module
 from jobs.evaluation.images import ImageSet
 from jobs.evaluation.loading import Loader, centre_crop, crop_and_flip
 from jobs.run.optim import warmup_cosine
 from jobs.run.world import World
+from shards.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -137,16 +138,24 @@ def predict(
     """The five best classes, best first, of the images that can be read, on every rank."""
     model.eval()
     loader = Loader(images, frozen.size, batch, frozen.mean, frozen.std)
-    guesses, kept = [], []
+    guesses, kept, broken = [], [], {}
     try:
         mine = rows[world.rank :: world.size]
         for got in loader.batches(mine, centre_crop(default_crop(frozen.size)), world.device):
+            broken |= got.broken
+            if not len(got.rows):
+                continue
             logits = model(got.crops_B3SS)
             guesses.append(logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu())
             kept.append(torch.from_numpy(got.rows))
     finally:
         loader.close()
+    for others in gather(broken, world):
+        broken |= others
+    warn_broken(images, broken)
     parts = gather((torch.cat(guesses), torch.cat(kept)) if guesses else None, world)
+    if not parts:
+        raise InputError(f"test: no image of {images.name} could be read; `hardviews verify` says why")
     guesses_q, rows_q = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     order = rows_q.argsort()
     return guesses_q[order].numpy(), rows_q[order].numpy()

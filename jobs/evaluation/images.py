@@ -1,6 +1,7 @@
 """Labelled images for evaluation, from shards or from an ImageFolder, behind one small interface."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -8,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from shards.errors import InputError
+from shards.images import BadImageError, Rules, prepare
 from shards.manifest import open_manifest
 from shards.reader import SampleError, SampleReader
 
@@ -26,7 +28,7 @@ class ImageSet(Protocol):
     identity: str
 
     def read(self, rows: Sequence[int]) -> list[np.ndarray | str]:
-        """Encoded bytes, uint8 1-D, or why an image cannot be read."""
+        """Encoded bytes, uint8 1-D, that every decoder shows alike, or why an image cannot be used."""
         ...
 
     def where(self, row: int) -> str:
@@ -37,7 +39,10 @@ class ImageSet(Protocol):
 
 
 class FolderImages:
-    """An ImageFolder: one folder per class, sorted by name; images directly in the root have no label."""
+    """An ImageFolder: one folder per class, sorted by name; images directly in the root have no label.
+
+    Each image is looked at as `hardviews build` does: broken ones are found, and all are shown as viewers show them.
+    """
 
     def __init__(self, root: Path) -> None:
         files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
@@ -51,23 +56,35 @@ class FolderImages:
         self.labels = np.array([index[parent] for parent in parents], dtype=np.int64)
         self.name = "/".join(root.resolve().parts[-2:])
         self.files = files
-        facts = "\n".join(f"{p.relative_to(root)} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files)
-        self.identity = hashlib.sha256(facts.encode()).hexdigest()
+        digest = hashlib.sha256(b"as built")  # features of images that were looked at in another way don't count
+        for path in files:
+            facts = path.stat()
+            # A file that takes another's place may have its size and time, but not when its entry was changed.
+            stamp = f" {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns} {facts.st_ino}\n"
+            digest.update(os.fsencode(path.relative_to(root)) + stamp.encode())
+        self.identity = digest.hexdigest()
 
     def read(self, rows: Sequence[int]) -> list[np.ndarray | str]:
         return [_file_bytes(self.files[row]) for row in rows]
 
     def where(self, row: int) -> str:
-        return str(self.files[row])
+        return printable(self.files[row])
 
     def close(self) -> None:
         """Nothing is held open."""
 
 
+def printable(path: Path) -> str:
+    """The path as text for any terminal and file: bytes that are not UTF-8 are escaped."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
 def _file_bytes(path: Path) -> np.ndarray | str:
     try:
-        return np.fromfile(path, dtype=np.uint8)
+        return np.frombuffer(prepare(path.read_bytes(), Rules()).content, dtype=np.uint8)
     except OSError as error:
+        return error.strerror or type(error).__name__
+    except BadImageError as error:
         return str(error)
 
 

@@ -44,7 +44,8 @@ def knn_scores(
     by_k, summary = [], {}
     votes = weighted_knn(train_nD, train_labels_n, test_qD, len(classes), tuple(ks), temperature)
     for k in ks:
-        guesses_qT = votes[k].topk(min(5, len(classes)), dim=1).indices.cpu().numpy()
+        best = votes[k].topk(min(5, len(classes)), dim=1)
+        guesses_qT = best.indices.masked_fill(best.values < 0, -1).cpu().numpy()  # without a vote there is no guess
         row = {"k": k, "top1": top_accuracy(guesses_qT, labels_q, 1)}
         if len(classes) > 5:
             row["top5"] = top_accuracy(guesses_qT, labels_q, 5)

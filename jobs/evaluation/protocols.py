@@ -18,7 +18,7 @@ from torch import Tensor
 
 from jobs.evaluation import linear
 from jobs.evaluation.backbones import ModelConfig, load_frozen
-from jobs.evaluation.features import features_of
+from jobs.evaluation.features import Features, features_of
 from jobs.evaluation.finetune import FinetuneConfig, finetune
 from jobs.evaluation.frozen import Frozen
 from jobs.evaluation.images import ImageSet, align_labels, label_table, open_images
@@ -112,7 +112,7 @@ class Scene:
     world: World
     cache: Path | None
 
-    def features(self, images: ImageSet, batch: int) -> tuple[Tensor, Tensor]:
+    def features(self, images: ImageSet, batch: int) -> Features:
         role = "training images" if images is self.train else "test images"
         return features_of(self.frozen, images, role, self.world.device, batch, self.world, self.cache)
 
@@ -198,8 +198,8 @@ def evaluate_knn(config: KnnConfig) -> dict[str, Any]:
     """Weighted kNN; the headline is k = 20."""
 
     def measure(scene: Scene) -> dict[str, Any]:
-        train_nD, train_labels_n = scene.features(scene.train, config.forward_batch)
-        test_qD, test_labels_q = scene.features(scene.test, config.forward_batch)
+        train_nD, train_labels_n, _ = scene.features(scene.train, config.forward_batch)
+        test_qD, test_labels_q, _ = scene.features(scene.test, config.forward_batch)
         table = torch.from_numpy(label_table(scene.train, scene.test))
 
         def once(rows: np.ndarray, seed: int) -> dict[str, Any]:
@@ -220,22 +220,22 @@ def evaluate_linear(config: LinearProbeConfig) -> dict[str, Any]:
     """Linear probes; the headline is the learning rate that does best, on held-out images if there are any."""
 
     def measure(scene: Scene) -> dict[str, Any]:
-        test_qD, own_q = scene.features(scene.test, config.forward_batch)
+        test_qD, own_q, _ = scene.features(scene.test, config.forward_batch)
         labels_q = torch.from_numpy(label_table(scene.train, scene.test))[own_q]
         keep = labels_q >= 0
-        train_nD, train_labels_n = scene.features(scene.train, config.forward_batch)
+        train = scene.features(scene.train, config.forward_batch)
 
         def once(rows: np.ndarray, seed: int) -> dict[str, Any]:
-            rows, held = _hold_out(rows, scene.train.labels, config.validation, seed)
-            return _probe(config, scene, train_nD, train_labels_n, rows, held, test_qD[keep], labels_q[keep], seed)
+            rows, held = _hold_out(rows, train.labels_n.numpy(), config.validation, seed)
+            return _probe(config, scene, train, rows, held, test_qD[keep], labels_q[keep], seed)
 
-        return _repeat(config, train_labels_n.numpy(), once)
+        return _repeat(config, train.labels_n.numpy(), once)
 
     return _evaluate("linear", config, measure)
 
 
 def _hold_out(rows: np.ndarray, labels_n: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to train on and, stratified, rows to pick the learning rate on (none for share 0)."""
+    """Rows of `labels_n` to train on and, stratified, rows to pick the learning rate on (none for share 0)."""
     if share == 0:
         return rows, rows[:0]
     held = rows[subset(labels_n[rows], share=share, seed=seed)]
@@ -243,17 +243,19 @@ def _hold_out(rows: np.ndarray, labels_n: np.ndarray, share: float, seed: int) -
 
 
 def _probe(
-    config: LinearProbeConfig, scene: Scene, train_nD: Tensor, labels_n: Tensor, rows: np.ndarray, held: np.ndarray,
+    config: LinearProbeConfig, scene: Scene, train: Features, rows: np.ndarray, held: np.ndarray,
     test_qD: Tensor, labels_q: Tensor, seed: int,
 ) -> dict[str, Any]:  # fmt: skip
+    """`rows` and `held` count the rows of `train`, which are not those of the images where some cannot be read."""
     device, classes = scene.world.device, scene.train.classes
+    train_nD, labels_n, images_n = train
     picked = torch.from_numpy(rows)
     features, labels = train_nD[picked].to(device), labels_n[picked].to(device)
     bank = linear.LinearBank(config.sgd, *linear.statistics(features), len(classes))
     batches, steps = linear.cached_batches(features, labels, config.sgd.batch, seed, scene.world)
     with ExitStack() as stack:
         if config.augment:
-            batches = _augmented(stack, config, scene, rows, seed)
+            batches = _augmented(stack, config, scene, images_n[picked].numpy(), seed)
         bar = stack.enter_context(progress("linear probe", config.sgd.epochs, "epochs")) if scene.world.leads else None
         linear.train(bank, config.sgd.epochs, steps, batches, scene.world, bar.advance if bar else None)
     guesses_RqT = bank.predict(test_qD.to(device)).cpu()
@@ -273,7 +275,7 @@ def _probe(
 
 
 def _augmented(stack: ExitStack, config: LinearProbeConfig, scene: Scene, rows: np.ndarray, seed: int) -> linear.Epoch:
-    """Epochs of features of random crops; one forward pass serves all learning rates."""
+    """Epochs of features of random crops of the images `rows`; one forward pass serves all learning rates."""
     world, frozen = scene.world, scene.frozen
     per_rank = max(config.sgd.batch // world.size, 1)
     loader = Loader(scene.train, frozen.size, per_rank, frozen.mean, frozen.std)
@@ -318,12 +320,12 @@ def evaluate_retrieval(config: RetrievalConfig) -> dict[str, Any]:
     """RankMe of the training features, which need no label, and mean average precision where there are labels."""
 
     def measure(scene: Scene) -> dict[str, Any]:
-        train_nD, train_labels_n = scene.features(scene.train, config.forward_batch)
+        train_nD, train_labels_n, _ = scene.features(scene.train, config.forward_batch)
         scores = {"rankme": float(rankme(train_nD))}
         shared = set(scene.train.classes) & set(scene.test.classes)
         if not shared:
             return {"scores": scores, "note": "no labels in common, so no mean average precision"}
-        test_qD, own_q = scene.features(scene.test, config.forward_batch)
+        test_qD, own_q, _ = scene.features(scene.test, config.forward_batch)
         labels_q = torch.from_numpy(label_table(scene.train, scene.test))[own_q]
         known = labels_q >= 0
         gallery = train_labels_n >= 0

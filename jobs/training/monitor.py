@@ -286,8 +286,8 @@ def held_out_knn(backbone: nn.Module, train: str, test: str, config: PretrainCon
     known, held_out = open_images(train), open_images(test)
     try:
         table = torch.from_numpy(label_table(known, held_out))  # a held-out image's own label → the training label
-        train_nD, labels_n = extract_features(backbone, known, size, world.device, batch)
-        test_qD, own_q = extract_features(backbone, held_out, size, world.device, batch)
+        train_nD, labels_n, _ = extract_features(backbone, known, size, world.device, batch)
+        test_qD, own_q, _ = extract_features(backbone, held_out, size, world.device, batch)
         return float(knn_scores(train_nD, labels_n, test_qD, table[own_q], known.classes)["top1"])
     finally:
         known.close()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -74,7 +75,7 @@ def test_crops_and_flips_are_pure_and_change_with_the_epoch() -> None:
 
 def test_features_are_the_model_s_on_normalised_crops_in_any_batch(test: Path) -> None:
     model = backbone_at(2)
-    features, labels = extract_features(model, test, 16, torch.device("cpu"), batch=7)
+    features, labels, _ = extract_features(model, test, 16, torch.device("cpu"), batch=7)
     files = sorted(test.rglob("*.png"))
     assert labels.tolist() == [sorted({f.parent.name for f in files}).index(f.parent.name) for f in files]
     for row in (0, 5, 23):
@@ -88,14 +89,14 @@ def test_features_are_the_model_s_on_normalised_crops_in_any_batch(test: Path) -
         with torch.no_grad():
             expected = model(x.permute(2, 0, 1)[None])[0]
         assert (features[row] - expected).abs().max() < 0.05 * expected.std()
-    again, _ = extract_features(model, test, 16, torch.device("cpu"), batch=64)
+    again, _, _ = extract_features(model, test, 16, torch.device("cpu"), batch=64)
     torch.testing.assert_close(again, features, rtol=1e-4, atol=1e-5)
 
 
 def test_shards_and_folder_give_the_same_features(test: Path, tmp_path: Path) -> None:
     build(BuildConfig(f"imagefolder:{test}", tmp_path / "shards"))
-    from_folder, labels = extract_features(backbone_at(2), test, 16, torch.device("cpu"))
-    from_shards, shard_labels = extract_features(backbone_at(2), tmp_path / "shards", 16, torch.device("cpu"))
+    from_folder, labels, _ = extract_features(backbone_at(2), test, 16, torch.device("cpu"))
+    from_shards, shard_labels, _ = extract_features(backbone_at(2), tmp_path / "shards", 16, torch.device("cpu"))
     order, shard_order = from_folder[:, 0].argsort(), from_shards[:, 0].argsort()
     torch.testing.assert_close(from_folder[order], from_shards[shard_order])
     assert (labels[order] == shard_labels[shard_order]).all()
@@ -103,10 +104,10 @@ def test_shards_and_folder_give_the_same_features(test: Path, tmp_path: Path) ->
 
 def test_features_are_kept_and_follow_weights_and_images(test: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    first, _ = extract_features(backbone_at(2), test, 16, torch.device("cpu"), cache=cache)
+    first, _, _ = extract_features(backbone_at(2), test, 16, torch.device("cpu"), cache=cache)
     (kept,) = cache.iterdir()
     seen: list[int] = []
-    again, _ = extract_features(backbone_at(2), test, 16, torch.device("cpu"), cache=cache, advance=seen.append)
+    again, _, _ = extract_features(backbone_at(2), test, 16, torch.device("cpu"), cache=cache, advance=seen.append)
     assert (again == first).all()
     assert seen == [24]
     extract_features(backbone_at(4), test, 16, torch.device("cpu"), cache=cache)
@@ -117,13 +118,75 @@ def test_features_are_kept_and_follow_weights_and_images(test: Path, tmp_path: P
 def test_unreadable_images_are_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = image_folder(tmp_path / "images", 2, classes=2)
     (folder / "amber" / "000.png").write_bytes(b"no image")
-    _, labels = extract_features(backbone_at(2), folder, 16, torch.device("cpu"), batch=2)
-    assert labels.tolist() == [0, 1, 1]
-    assert "000.png is left out" in capsys.readouterr().err.replace("\n", "")
+    for _ in range(2):  # the second time from kept features
+        _, labels, rows = extract_features(
+            backbone_at(2), folder, 16, torch.device("cpu"), batch=2, cache=tmp_path / "kept"
+        )
+        assert labels.tolist() == [0, 1, 1]
+        assert rows.tolist() == [1, 2, 3]
+        assert "000.png is left out" in capsys.readouterr().err.replace("\n", "")
     for file in folder.rglob("*.png"):
         file.write_bytes(b"no image")
     with pytest.raises(InputError, match="no image of"):
         extract_features(backbone_at(2), folder, 16, torch.device("cpu"))
+
+
+def test_damaged_features_are_computed_again(test: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = tmp_path / "cache"
+    first = extract_features(backbone_at(2), test, 16, torch.device("cpu"), cache=cache).features_nD
+    (kept,) = cache.iterdir()
+    whole = kept.read_bytes()
+    for content in (whole[:1000], b"", b"\xff" * len(whole)):
+        kept.write_bytes(content)
+        again = extract_features(backbone_at(2), test, 16, torch.device("cpu"), cache=cache).features_nD
+        assert (again == first).all()
+        assert "is damaged" in capsys.readouterr().err.replace("\n", " ")
+        assert list(cache.iterdir()) == [kept]
+        assert kept.read_bytes() == whole
+
+
+def test_images_replaced_under_equal_names_sizes_and_times_are_others(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "images", 2, classes=2)
+    (path, other) = sorted((folder / "amber").iterdir())
+    path.write_bytes(path.read_bytes().ljust(4000, b"\0"))
+    before, times = open_images(folder).identity, path.stat()
+    new = other.read_bytes().ljust(4000, b"\0")
+    (folder / "new").write_bytes(new)
+    (folder / "new").replace(path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert open_images(folder).identity != before
+
+
+def test_names_that_are_not_utf8_can_be_read_and_named(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "images", 1, classes=2)
+    (folder / "amber" / "000.png").rename(folder / "amber" / os.fsdecode(b"caf\xe9.png"))
+    images = open_images(folder)
+    assert isinstance(images.read([0])[0], np.ndarray)
+    assert images.where(0).endswith(r"caf\xe9.png")
+
+
+def test_rows_of_a_probe_are_those_of_its_images(run: RunFolder, train: Path, test: Path, tmp_path: Path) -> None:
+    """An unlabelled and an unreadable image move the rows of all features after them."""
+    folder = tmp_path / "train"
+    shutil.copytree(train, folder)
+    files = sorted(folder.rglob("*.png"))
+    files[0].write_bytes(b"")
+    shutil.copy(files[1], folder / "b.png")
+    seen: list[int] = []
+    real = Loader.batches
+
+    def spy(self: Loader, rows: np.ndarray, *rest: object) -> object:
+        seen.extend(rows.tolist())
+        return real(self, rows, *rest)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jobs.evaluation.protocols.Loader.batches", spy)
+        common = ["--epochs", "1", "--batch", "16", "--validation", "0.25", "--no-cache"]
+        evaluate.main(["linear", *flags(run, folder, test), *common])
+    labels = open_images(folder).labels
+    trained = seen[len(labels) + len(open_images(test).labels) :]
+    assert len(trained) == len(set(trained)) == 35  # 47 readable ones with labels less a quarter of each class
+    assert (labels[trained] >= 0).all() and 0 not in trained
 
 
 def test_labels_are_matched_by_class_name(train: Path, tmp_path: Path) -> None:
@@ -148,10 +211,32 @@ def test_knn_equals_scikit_learn() -> None:
         )
         votes = judge.predict_proba(unit_test)
         best = judge.classes_[np.argsort(-votes, axis=1)]
+        best[np.sort(-votes, axis=1) == 0] = -1  # a class without a vote is no guess
         assert row["top1"] == pytest.approx((best[:, 0] == truth.numpy()).mean())
         assert row["top5"] == pytest.approx((best[:, :5] == truth.numpy()[:, None]).any(1).mean())
     assert got["k"] == 20
     assert got["top1"] == got["by_k"][1]["top1"]
+
+
+@pytest.mark.parametrize("temperature", [0.001, 0.011, 0.07, 100.0])
+def test_knn_s_guesses_are_scikit_learn_s_classes_with_a_vote(temperature: float) -> None:
+    """Also for k = 1, k above n, and classes that no training image has."""
+    rng = np.random.default_rng(1)
+    train, test = (torch.from_numpy(rng.normal(size=(n, 6))).float() for n in (40, 30))
+    labels, truth = (torch.from_numpy(rng.integers(0, 7, n)) for n in (40, 30))
+    got = knn_scores(train, labels, test, truth, [str(i) for i in range(9)], ks=(1, 3, 99), temperature=temperature)
+    unit_train, unit_test = (torch.nn.functional.normalize(x, dim=1).double().numpy() for x in (train, test))
+    for row in got["by_k"]:
+        judge = KNeighborsClassifier(
+            min(row["k"], 40), weights=lambda d: np.exp((d.min(1, keepdims=True) ** 2 - d**2) / 2 / temperature)
+        ).fit(unit_train, labels.numpy())
+        chances = judge.predict_proba(unit_test)
+        near = judge.kneighbors(unit_test, return_distance=False)
+        top1 = judge.classes_[chances.argmax(1)] == truth.numpy()
+        assert row["top1"] == pytest.approx(top1.mean())
+        if row["k"] <= 3:  # no more than five classes with a vote: top-5 are all of them
+            voted = (labels.numpy()[near] == truth.numpy()[:, None]).any(1)
+            assert row["top5"] == pytest.approx(voted.mean())
 
 
 def test_knn_leaves_unlabelled_rows_out() -> None:
