@@ -40,8 +40,9 @@ def compare(paths: Sequence[str], metrics: Sequence[str] = ()) -> dict[str, Any]
     """Numbers of several runs.
 
     Returns:
-        `runs`: names; `metrics`: by name, per run the last and the best value and the best one's step (None where it
-        was not logged); `scores`: evaluations by name, per run; `settings`: those that differ, per run.
+        `runs`: names; `verdicts`: as judged while they trained, None where nothing was; `metrics`: by name, per run
+        the last and the best value and the best one's step (None where it was not logged); `scores`: evaluations by
+        name, per run; `settings`: those that differ, per run.
 
     Raises:
         InputError: fewer than two runs, a folder that is none, or a metric that no run logged.
@@ -54,6 +55,7 @@ def compare(paths: Sequence[str], metrics: Sequence[str] = ()) -> dict[str, Any]
     scored = [{name: top1 for name, top1, _ in best_scores(run)} for run in runs]
     return {
         "runs": names_of(runs),
+        "verdicts": [run.state.get("verdict") for run in runs],
         "metrics": {name: [summary(run, name) for run in runs] for name in chosen_metrics(runs, metrics)},
         "scores": {name: [one.get(name) for one in scored] for name in dict.fromkeys(n for one in scored for n in one)},
         "settings": {
@@ -98,6 +100,8 @@ def summary(run: RunData, name: str) -> dict[str, float] | None:
 def tables_of(content: dict[str, Any]) -> list[Table]:
     """The comparison as tables: numbers, then settings that differ."""
     numbers = Table("", *content["runs"], title="last value (best, at step)")
+    if any(content["verdicts"]):
+        numbers.add_row("verdict", *(verdict or "–" for verdict in content["verdicts"]))
     for name, cells in content["metrics"].items():
         texts = (f"{c['last']:.4g} ({c['best']:.4g}, {c['best_step']:,})" if c else "–" for c in cells)
         numbers.add_row(name, *texts)

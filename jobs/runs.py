@@ -54,6 +54,8 @@ class RunState:
     """Last finite value of each metric."""
     reason: str | None = None
     """Why it failed."""
+    verdict: str | None = None
+    """learning, not-learning-yet, not-learning, collapsed or diverging, as judged while it trained."""
 
 
 def find_runs(folder: Path) -> Iterator[RunFolder]:
@@ -111,6 +113,7 @@ def read_state(run: RunFolder, root: Path, metrics: Sequence[str], now: float) -
         updated=updated,
         metrics={name: values[name] for name in metrics if name in values},
         reason=said.get("reason"),
+        verdict=said.get("verdict"),
     )
 
 
@@ -139,7 +142,7 @@ def ago(seconds: float) -> str:
 
 def table_of(states: Sequence[RunState], metrics: Sequence[str], now: float) -> Table:
     """The list as a table."""
-    table = Table("run", "state")
+    table = Table("run", "state", "verdict")
     for head in ("step", "images/s", *metrics, "last sign"):
         table.add_column(head, justify="right")
     for one in states:
@@ -147,6 +150,7 @@ def table_of(states: Sequence[RunState], metrics: Sequence[str], now: float) -> 
         table.add_row(
             one.run,
             Text(one.state, style=colour),
+            one.verdict or "",
             f"{one.step:,}" + (f" / {one.steps:,}" if one.steps else ""),
             "" if one.images_per_second is None else f"{one.images_per_second:,.1f}",
             *(f"{one.metrics[name]:.4g}" if name in one.metrics else "" for name in metrics),

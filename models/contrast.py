@@ -61,11 +61,14 @@ def same_class(labels_B: Tensor | None, negative_labels_K: Tensor | None) -> Ten
     return (labels_B[:, None] == negative_labels_K) & (labels_B[:, None] >= 0)
 
 
-def learn(tasks: Sequence[Contrast]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum of the tasks' losses, and the means of their metrics; see `info_nce`."""
+def learn(tasks: Sequence[Contrast], scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum of the tasks' losses times `scale`, and the means of their metrics; see `info_nce`. `loss_real` is scaled and
+    summed as the loss."""
     found = [info_nce(t.q_BD, t.k_BD, t.negatives_KD, t.temperature, t.synthetic, t.barred_BK) for t in tasks]
     metrics = {name: torch.stack([parts[name] for _, parts in found]).mean() for name in found[0][1]}
-    return torch.stack([loss for loss, _ in found]).sum(), metrics
+    if "loss_real" in metrics:
+        metrics["loss_real"] = scale * len(tasks) * metrics["loss_real"]
+    return scale * torch.stack([loss for loss, _ in found]).sum(), metrics
 
 
 def chance(negatives: int, synthetic: NegativesConfig | None = None, left_out: int = 0) -> float:
@@ -88,7 +91,8 @@ def info_nce(
     `q_BD`, `k_BD` and `negatives_KD` are unit rows in fp32; the gradient goes to all that have a graph. With
     `synthetic`, its negatives are appended; they are constants, whatever they are made from. `barred_BK` marks
     negatives that are left out, and from which no synthetic ones are made.
-    Metrics: `proxy` and, with synthetic negatives, `proxy_synthetic`: share of keys ranked above all negatives.
+    Metrics: `proxy` and, with synthetic negatives, `proxy_synthetic`: share of keys ranked above all negatives; and
+    `loss_real`, the loss against the real negatives alone.
     """
     with torch.autocast(q_BD.device.type, enabled=False):
         return _info_nce(q_BD, k_BD, negatives_KD, temperature, synthetic, barred_BK)
@@ -114,9 +118,11 @@ def _info_nce(
         parts.append(without(made_BL, None if barred_BK is None else barred_BK.all(1, keepdim=True)))
         ranked_B1 = ranked_B1 & (positive_B1 > parts[2].max(1, keepdim=True).values)
         metrics["proxy_synthetic"] = ranked_B1.float().mean()
-    logits = torch.cat(parts, 1) / temperature
     target_B = torch.zeros(len(q_BD), dtype=torch.int64, device=q_BD.device)
-    return F.cross_entropy(logits, target_B), metrics
+    if synthetic is not None:
+        with torch.no_grad():
+            metrics["loss_real"] = F.cross_entropy(torch.cat(parts[:2], 1) / temperature, target_B)
+    return F.cross_entropy(torch.cat(parts, 1) / temperature, target_B), metrics
 
 
 def without(similarity: Tensor, barred: Tensor | None) -> Tensor:

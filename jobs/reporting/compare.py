@@ -24,6 +24,7 @@ def comparison(runs: Sequence[RunData]) -> Markup:
         _, speed = run.series("train/images_per_second")
         rows.append([
             run.name,
+            run.state.get("verdict", ""),
             max((line.get("step", 0) for line in run.metrics), default=0),
             _cell(run.last("train/loss"), lambda x: number(x, 4)),
             _cell(run.last("knn/top1"), percent),
@@ -33,6 +34,7 @@ def comparison(runs: Sequence[RunData]) -> Markup:
         ])  # fmt: skip
     heads = [
         "Run",
+        "Verdict",
         "Steps",
         "Loss",
         "kNN",

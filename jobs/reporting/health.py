@@ -23,9 +23,18 @@ class Check:
 
 def checks(run: RunData) -> list[Check]:
     """Every sign that the run's files allow."""
-    found = [_state(run), _loss(run), _knn(run), *_collapse(run), _gradients(run), _quarantine(run)]
+    found = [_verdict(run), _state(run), _loss(run), _knn(run), *_collapse(run), _gradients(run), _quarantine(run)]
     found += [Check("Files", "bad", problem) for problem in run.problems]
     return [check for check in found if check is not None]
+
+
+def _verdict(run: RunData) -> Check | None:
+    """The verdict that was given while training; it stands on top, because the other signs prove no learning."""
+    name = run.state.get("verdict")
+    if name is None:
+        return None
+    marks: dict[str, State] = {"learning": "good", "not-learning-yet": "warn"}
+    return Check("Verdict", marks.get(name, "bad"), f"{name}: {run.state.get('verdict_reason', '')}")
 
 
 def _state(run: RunData) -> Check | None:
@@ -44,7 +53,9 @@ def _loss(run: RunData) -> Check | None:
     broken = int((~np.isfinite(loss)).sum())
     if broken:
         return Check("Loss", "bad", f"{broken} of {len(loss)} values are not finite")
-    return Check("Loss", "good", f"finite at all {number(len(loss))} logged steps")
+    _, chance = run.series("train/chance")
+    beside = f", chance {number(float(chance[-1]))}" if len(chance) else ""
+    return Check("Loss", "good", f"{number(float(loss[0]))} → {number(float(loss[-1]))}{beside}")
 
 
 def _knn(run: RunData) -> Check | None:

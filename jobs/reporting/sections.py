@@ -142,7 +142,11 @@ def _curve(run: RunData, name: str, title: str, note: str) -> Markup | None:
     shape = percent if _is_share(name) else number
     broken = int((~np.isfinite(y)).sum())
     note = f"{note}; {broken} values are not finite" if broken else note
-    return charts.line_chart(title, [Series(name, x, smoothed, faint=raw)], x_label="step", note=note, shape=shape)
+    lines = [Series(name, x, smoothed, faint=raw)]
+    at, chance = run.series("train/chance")
+    if name == "train/loss" and len(chance):  # it steps where synthetic negatives begin and end
+        lines.append(Series("chance", at, chance, colour=1, dashed=True))
+    return charts.line_chart(title, lines, x_label="step", note=note, shape=shape)
 
 
 def _gradients(run: RunData) -> Markup | None:

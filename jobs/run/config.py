@@ -186,6 +186,8 @@ class MonitorConfig:
     """Held-out shards or ImageFolder that the kNN evaluation is scored on."""
     max_bad_steps: int = 20
     """Steps in a row with a non-finite loss or gradient after which the run stops; such steps are skipped."""
+    stop_not_learning: int = 0
+    """End the run at the first line of metrics from this step on at which its verdict is not `learning`; 0 = never."""
     loggers: tuple[str, ...] = ("json", "tensorboard")
     """Where metrics go: json, tensorboard, wandb, mlflow."""
 
@@ -193,7 +195,7 @@ class MonitorConfig:
         for name in ("every", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"monitor.{name}: {getattr(self, name)} must be at least 1")
-        for name in ("health_every", "bank", "knn_every"):
+        for name in ("health_every", "bank", "knn_every", "stop_not_learning"):
             if getattr(self, name) < 0:
                 raise InputError(f"monitor.{name}: {getattr(self, name)} must be 0 or above")
         if unknown := set(self.loggers) - set(LOGGERS):

@@ -8,11 +8,12 @@ from contextlib import ExitStack, contextmanager
 from jobs.run.config import PretrainConfig
 from jobs.run.failure import TrainingFailedError
 from jobs.run.folder import RunFolder
-from jobs.run.terminal import Bar, progress, warn
+from jobs.run.terminal import Bar, console, progress, warn
 from jobs.run.world import World
 from jobs.training.ending import explained, record_failure
 from jobs.training.opening import Training, open_training, save
 from jobs.training.step import train_step
+from jobs.training.verdict import Verdict
 
 
 def train(config: PretrainConfig, folder: RunFolder, world: World, *, resume: bool = False) -> str:
@@ -60,10 +61,13 @@ def loop(t: Training, stop: threading.Event, bar: Bar) -> str:
             batch = next(t.stream)
         result = train_step(t, batch, stop.is_set)
         with t.timer.phase("monitors", host=True):
+            before = t.monitor.verdict
             t.monitor.after_step(t.step, batch, result)
         if t.saver is not None:
             t.saver.surface()
         bar.advance(1, note=t.monitor.note)
+        say_verdict(t, before)
+        check_learning(t)
         if result.stopping or t.step % t.config.checkpoint.every == 0 or t.step == t.length.steps:
             save(t)
             note_state(t, "running")
@@ -74,11 +78,38 @@ def loop(t: Training, stop: threading.Event, bar: Bar) -> str:
     return "finished"
 
 
+def say_verdict(t: Training, before: Verdict | None) -> None:
+    """Shows and records the verdict where it has changed."""
+    verdict = t.monitor.verdict
+    if verdict is None or (before is not None and before.name == verdict.name):
+        return
+    if t.world.leads and verdict.name == "learning":
+        console.print(f"step {t.step}: learning ({verdict.reason})", highlight=False)
+    elif t.world.leads and verdict.name != "not-learning-yet":
+        warn(f"step {t.step}: {verdict.name} ({verdict.reason}); {verdict.advice}")
+    note_state(t, "running")
+
+
+def check_learning(t: Training) -> None:
+    """
+    Raises:
+        TrainingFailedError: the run has not learned within `monitor.stop_not_learning` steps.
+    """
+    limit, verdict = t.config.monitor.stop_not_learning, t.monitor.verdict
+    if limit and t.step >= limit and verdict is not None and verdict.name != "learning":
+        raise TrainingFailedError(
+            f"monitor.stop_not_learning: {verdict.name} at step {t.step} ({verdict.reason}); {verdict.advice}"
+        )
+
+
 def note_state(t: Training, state: str) -> None:
     """Records how the run stands."""
     if t.world.leads:
         speed = t.monitor.images_per_second
-        t.folder.write_state(state, step=t.step, steps=t.length.steps, images_per_second=speed)
+        facts: dict[str, object] = {"step": t.step, "steps": t.length.steps, "images_per_second": speed}
+        if (verdict := t.monitor.verdict) is not None:
+            facts |= {"verdict": verdict.name, "verdict_reason": verdict.reason, "verdict_figures": verdict.figures}
+        t.folder.write_state(state, **facts)
 
 
 @contextmanager

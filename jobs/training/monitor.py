@@ -32,6 +32,7 @@ from jobs.run.world import World
 from jobs.training.health import FiniteGuard, forward_flops, peak_flops
 from jobs.training.memory_bank import MemoryBank
 from jobs.training.timing import StepTimer
+from jobs.training.verdict import Signs, Verdict, judge
 from models.distributed import gather
 from models.objectives import Length, Objective
 from models.probes import by_source, contrast_report, feature_std, positives_report, rankme
@@ -85,6 +86,9 @@ class Monitor:
     """For the progress line."""
     images_per_second: float | None = None
     newest_knn: float | None = None
+    verdict: Verdict | None = None
+    """How the run stands, since the first line of metrics."""
+    signs: Signs = field(default_factory=Signs)
     _flops: float | None = None
     _sums: dict[str, tuple[Total, Total]] = field(default_factory=dict)
 
@@ -108,6 +112,8 @@ class Monitor:
             self._write(step)
         if self.watches(step):
             self._write_health(step, batch, result.layer_norms)
+        if due:
+            self.verdict = judge(self.signs, step, self.length.steps)
         if last or (settings.knn_every and step % settings.knn_every == 0):
             self.evaluate(step)
 
@@ -122,12 +128,14 @@ class Monitor:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on with."""
-        return {"bank": self.bank.state_dict() if self.bank else {}, "newest_knn": self.newest_knn}
+        bank = self.bank.state_dict() if self.bank else {}
+        return {"bank": bank, "newest_knn": self.newest_knn, "signs": self.signs.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.bank is not None:
             self.bank.load_state_dict(state["bank"])
         self.newest_knn = state["newest_knn"]
+        self.signs.load_state_dict(state["signs"])
 
     def _add(self, name: str, total: Total, count: Total) -> None:
         before, counted = self._sums.get(name, (0.0, 0.0))
@@ -164,6 +172,8 @@ class Monitor:
         scalars["system/memory_gb"] = memory_gb(self.world.device)
         scalars["system/mfu"] = self._utilisation(scalars["train/images_per_second"])
         self.images_per_second = scalars["train/images_per_second"]
+        chance = self.objective.chance(self.config.batch // self.config.accumulate, real=True)
+        self.signs.take_loss(scalars.get("train/loss_real", scalars["train/loss"]), chance)
         self.note = note(scalars)
         if self.loggers is not None:
             self.loggers.log(step, scalars)
@@ -186,6 +196,7 @@ class Monitor:
                 scalars |= prefixed("contrast", means)
         objective.positives.clear()
         objective.contrasts.clear()
+        self.signs.take_health(scalars.get("health/uniformity"), scalars.get("health/rankme"))
         if self.loggers is not None:
             self.loggers.log(step, scalars)
             write_curves(self.curves, step, curves)

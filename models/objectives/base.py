@@ -159,8 +159,9 @@ class Objective(nn.Module):
             ValueError: the objective wants more images at once.
         """
 
-    def chance(self, images: int) -> float | None:
-        """The loss of the coming step, of `images` images of all ranks at once, where embeddings tell nothing apart.
+    def chance(self, images: int, *, real: bool = False) -> float | None:
+        """The loss of the coming step, of `images` images of all ranks at once, where embeddings tell nothing apart;
+        with `real`, against the real negatives alone.
         None where the loss itself cannot tell: without negatives or clusters, embeddings that are all alike have the
         lowest loss of all."""
         return None

@@ -145,7 +145,7 @@ class DINO(Objective):
         self.register_buffer("centre_K", torch.zeros(config.outputs))
         self._pending: list[Tensor] = []
 
-    def chance(self, images: int) -> float:
+    def chance(self, images: int, *, real: bool = False) -> float:
         return math.log(self.config.outputs)
 
     def warmed(self, temperature: float) -> float:

@@ -135,9 +135,9 @@ class IBOT(DINO):
         """Never: the loss wants patch tokens too, which scoring does not keep."""
         return False
 
-    def chance(self, images: int) -> float:
+    def chance(self, images: int, *, real: bool = False) -> float:
         """On average over masks: a view without any adds nothing to the patches' part."""
-        return super().chance(images) * (1 + self.config.patch_weight * self.config.mask_probability)
+        return super().chance(images, real=real) * (1 + self.config.patch_weight * self.config.mask_probability)
 
     def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
         mask_VHW = self.masks(chosen.crops[0])

@@ -70,9 +70,9 @@ class MoBY(MomentumObjective):
         self.queue1, self.queue2 = Queue(config.queue, config.width), Queue(config.queue, config.width)
         self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def chance(self, images: int) -> float:
+    def chance(self, images: int, *, real: bool = False) -> float:
         negatives = self.config.negatives
-        synthetic = negatives if negatives.active(self.epoch, self.length.epochs) else None
+        synthetic = negatives if not real and negatives.active(self.epoch, self.length.epochs) else None
         return 2 * chance(self.config.queue, synthetic)
 
     def pair_table(self, features: Features, selection: SelectionConfig) -> Tensor:

@@ -61,9 +61,10 @@ class MoCoV3(MomentumObjective):
     def check_batch(self, images: int) -> None:
         check_others(self.config.negatives, images, 1)
 
-    def chance(self, images: int) -> float:
+    def chance(self, images: int, *, real: bool = False) -> float:
         config = self.config
-        synthetic = config.negatives if config.negatives.active(self.epoch, self.length.epochs) else None
+        active = not real and config.negatives.active(self.epoch, self.length.epochs)
+        synthetic = config.negatives if active else None
         return 4 * config.temperature * chance(images, synthetic, left_out=1)
 
     def pair_table(self, features: Features, selection: SelectionConfig) -> Tensor:
@@ -74,8 +75,7 @@ class MoCoV3(MomentumObjective):
         q1, q2, k1, k2 = self.embeddings(chosen)
         tasks = [self._task(q1, k2, labels_B), self._task(q2, k1, labels_B)]
         self.contrasts = [task.detached() for task in tasks] if self.watching else []
-        loss, metrics = learn(tasks)
-        return 2 * self.config.temperature * loss, metrics
+        return learn(tasks, 2 * self.config.temperature)
 
     def _task(self, q_BD: Tensor, k_BD: Tensor, labels_B: Tensor | None) -> Contrast:
         config, sets = self.config, [gather(k_BD)]

@@ -58,9 +58,10 @@ class SimCLR(Objective):
     def check_batch(self, images: int) -> None:
         check_others(self.config.negatives, images, 2)
 
-    def chance(self, images: int) -> float:
+    def chance(self, images: int, *, real: bool = False) -> float:
         config = self.config
-        synthetic = config.negatives if config.negatives.active(self.epoch, self.length.epochs) else None
+        active = not real and config.negatives.active(self.epoch, self.length.epochs)
+        synthetic = config.negatives if active else None
         return chance(2 * images, synthetic, left_out=2)
 
     def pair_table(self, features: Features, selection: SelectionConfig) -> Tensor:
@@ -76,8 +77,8 @@ class SimCLR(Objective):
         self.contrasts = [task.detached() for task in tasks] if self.watching else []
         self.keep_positives((z1, z2), (z2, z1))
         self.seen_features_BD = features1.detach()
-        loss, metrics = learn(tasks)
-        return loss / 2, metrics | {"cosine": (z1 * z2).sum(1).mean().detach()}
+        loss, metrics = learn(tasks, 1 / 2)
+        return loss, metrics | {"cosine": (z1 * z2).sum(1).mean().detach()}
 
     def _task(self, z_BD: Tensor, other_BD: Tensor, sets: list[Tensor], labels_B: Tensor | None) -> Contrast:
         config = self.config

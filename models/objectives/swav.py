@@ -74,7 +74,7 @@ class SwAV(Objective):
         )
         self.prototypes_KD = nn.Parameter(unit(torch.randn(config.prototypes, config.width)))
 
-    def chance(self, images: int) -> float:
+    def chance(self, images: int, *, real: bool = False) -> float:
         return math.log(self.config.prototypes)
 
     def scores(self, z_BD: Tensor) -> Tensor:
