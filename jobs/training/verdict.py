@@ -1,7 +1,7 @@
 """Whether a run learns, judged while it trains by its loss beside chance and by the spread of its embeddings.
 
-A loss that falls proves nothing: it falls while queues fill, and where all embeddings become one. A loss below chance by
-embeddings that are spread shows that the run learns.
+A loss that falls proves nothing: it falls while queues fill, and where all embeddings become one. A loss below chance
+by embeddings that are spread shows that the run learns.
 """
 
 import math
