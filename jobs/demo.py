@@ -11,6 +11,7 @@ import numpy as np
 from rich.table import Table
 
 from jobs.analyse import analyse
+from jobs.benches.digits import split_folder, write_digits
 from jobs.build import BuildConfig
 from jobs.build import run as build
 from jobs.evaluation.backbones import ModelConfig
@@ -22,7 +23,6 @@ from jobs.generate import run as generate
 from jobs.pretrain import pretrain
 from jobs.report import write_report
 from jobs.run.config import CheckpointConfig, DataConfig, MonitorConfig, PretrainConfig, ViewsConfig, load_config
-from jobs.run.digits import split_folder, write_digits
 from jobs.run.folder import RunFolder, write_json
 from jobs.run.metrics import read_metrics
 from jobs.run.presets import RANDOM_PAIR, preset

@@ -23,14 +23,15 @@ import numpy as np
 import torch
 from rich.table import Table
 
+from jobs.benches.digits import write_digits
 from jobs.run.config import CheckpointConfig, DataConfig, MonitorConfig, PretrainConfig
-from jobs.run.digits import write_digits
 from jobs.run.folder import RunFolder
 from jobs.run.presets import preset
 from jobs.run.process import keep_freed_memory
 from jobs.run.terminal import parse, progress, tables
 from jobs.run.world import World, pick_device
-from jobs.training.opening import Training, open_training, save
+from jobs.training.opening import open_training
+from jobs.training.state import Training, save
 from jobs.training.step import train_step
 from pipelines.batch import ViewBatch
 from shards.build import build, plan

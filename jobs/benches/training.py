@@ -26,7 +26,8 @@ from jobs.run.process import keep_freed_memory
 from jobs.run.terminal import Bar, parse, progress, tables
 from jobs.run.world import World, pick_device
 from jobs.training.health import forward_flops, peak_flops
-from jobs.training.opening import Training, open_training
+from jobs.training.opening import open_training
+from jobs.training.state import Training
 from jobs.training.step import train_step
 from models.backbones import BackboneConfig
 from models.negatives import NegativesConfig

@@ -11,7 +11,8 @@ from jobs.run.folder import RunFolder
 from jobs.run.terminal import Bar, console, progress, warn
 from jobs.run.world import World
 from jobs.training.ending import explained, record_failure
-from jobs.training.opening import Training, open_training, save
+from jobs.training.opening import open_training
+from jobs.training.state import Training, save
 from jobs.training.step import train_step
 from jobs.training.verdict import Verdict
 

@@ -1,10 +1,9 @@
-"""A run in memory: what belongs to it, how it is opened, saved and taken up again."""
+"""Builds a run, from nothing or from its newest checkpoint."""
 
 import inspect
 import json
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from timm.models.resnet import ResNet
@@ -37,10 +36,10 @@ from jobs.training.health import FiniteGuard
 from jobs.training.memory_bank import open_bank
 from jobs.training.monitor import Monitor, check_held_out
 from jobs.training.saving import CheckpointWriter
+from jobs.training.state import Stateful, Training
 from jobs.training.timing import StepTimer
 from models.objectives import Length, Objective, build_objective
 from models.objectives.base import Chosen, Encoder, has_batchnorm
-from pipelines.stream import ViewStream
 from shards.errors import InputError
 from shards.reader import SampleError
 
@@ -54,43 +53,6 @@ class LossModule(nn.Module):
 
     def forward(self, chosen: Chosen, labels_B: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         return self.objective.loss(chosen, labels_B)
-
-
-class Stateful(Protocol):
-    """Whatever has a state that checkpoints hold."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
-
-
-@dataclass
-class Training:
-    """A run in memory. `step` counts finished steps; the stream stands at step × batch."""
-
-    config: PretrainConfig
-    folder: RunFolder
-    world: World
-    data: Data
-    length: Length
-    objective: Objective
-    learner: nn.Module
-    optimizer: torch.optim.Optimizer
-    schedule: Schedule
-    stream: ViewStream
-    log: AugmentationLog
-    monitor: Monitor
-    timer: StepTimer
-    guard: FiniteGuard
-    saver: CheckpointWriter | None
-    """On the leading rank."""
-    kept: dict[str, Stateful]
-    """What a checkpoint holds beside step and configuration, and a resumed run takes back."""
-    step: int = 0
-
-    @property
-    def learned(self) -> list[nn.Parameter]:
-        """Parameters that the optimizer changes."""
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
 
 def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack: ExitStack, resume: bool) -> Training:
@@ -258,18 +220,3 @@ def quarantine(t: Training, error: SampleError) -> None:
     line = {"step": t.step, "shard": error.shard, "key": error.key, "reason": error.reason}
     with t.folder.quarantine.open("a") as file:
         file.write(json.dumps(line) + "\n")
-
-
-def save(t: Training) -> None:
-    """Commits the log on every rank; then a checkpoint is taken on the leading one, and written as training goes on.
-
-    Raises:
-        OSError: a disk that is full; the checkpoints before stay usable.
-    """
-    with t.timer.phase("log", host=True):
-        t.log.commit()
-    t.world.barrier()
-    if t.saver is not None:
-        content = {"config": to_plain(t.config), **{name: part.state_dict() for name, part in t.kept.items()}}
-        with t.timer.phase("checkpoint", host=True):
-            t.saver.save(t.step, content, t.monitor.newest_knn)

@@ -18,7 +18,7 @@ from jobs.run.arithmetic import arithmetic_of
 from jobs.run.optim import set_step
 from jobs.training.health import clip_and_norm, gradient_norms
 from jobs.training.monitor import StepResult
-from jobs.training.opening import Training
+from jobs.training.state import Training
 from models.objectives.base import Scores
 from models.selection import same_policy, select
 from pipelines.batch import ViewBatch

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from jobs.benches.digits import write_digits
 from jobs.build import BuildConfig
 from jobs.build import run as build
 from jobs.run.config import CheckpointConfig, DataConfig, MonitorConfig, PretrainConfig, ViewsConfig
-from jobs.run.digits import write_digits
 from jobs.run.optim import OptimizerConfig
 from models.backbones import BackboneConfig
 from models.negatives import NegativesConfig

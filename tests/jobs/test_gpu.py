@@ -16,7 +16,8 @@ from jobs.run.config import PretrainConfig
 from jobs.run.folder import RunFolder
 from jobs.run.metrics import read_metrics
 from jobs.run.world import World
-from jobs.training.opening import open_training, save
+from jobs.training.opening import open_training
+from jobs.training.state import save
 from jobs.training.step import train_step
 
 pytestmark = [

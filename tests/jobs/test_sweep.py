@@ -247,7 +247,10 @@ def test_the_small_study_runs_all_its_arms(digits, tmp_path):
         ),
         ({"axis": ("backbone.name=vit_foo",)}, r"backbone.name: timm has no model 'vit_foo'"),
         ({"axis": ("selection.resolution=9",)}, r"selection.resolution: crops of 9 pixels are not tiled"),
-        ({"axis": ("selection.precision=fp8",)}, r"selection.precision: 'fp8' is not known; choose one of same, auto, bf16"),
+        (
+            {"axis": ("selection.precision=fp8",)},
+            r"selection.precision: 'fp8' is not known; choose one of same, auto, bf16",
+        ),
     ],
 )
 def test_mistakes_are_said_before_the_first_run(changes, message, digits, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from jobs.run.digits import held_out_rows, split_folder, write_digits
+from jobs.benches.digits import held_out_rows, split_folder, write_digits
 from shards.errors import InputError
 
 
