@@ -28,6 +28,7 @@ from jobs.run.metrics import read_metrics
 from jobs.run.presets import RANDOM_PAIR, preset
 from jobs.run.terminal import console, parse, tables
 from jobs.studies.plan import differences
+from jobs.training.verdict import ADVICE
 from models.backbones import BackboneConfig
 from models.negatives import NONE
 from models.objectives import MoBYConfig
@@ -271,7 +272,7 @@ def measure(out: Path, configs: dict[str, PretrainConfig]) -> dict[str, Any]:
     metrics = {name: read_metrics(folder.metrics) for name, folder in folders.items()}
     results["loss"] = {name: losses(metrics[name], config) for name, config in configs.items()}
     # The run's own judgement of whether it learns, where it made one.
-    results["verdict"] = {name: folder.read_state().get("verdict") for name, folder in folders.items()}
+    results["verdict"] = {name: folder.read_state()["verdict"] for name, folder in folders.items()}
     results["arms"] = {
         name: {"steps": config.steps, "seconds": training_seconds(metrics[name])} for name, config in configs.items()
     }
@@ -297,15 +298,14 @@ def training_seconds(metrics: Sequence[dict[str, Any]]) -> float:
 
 def table(results: dict[str, Any]) -> Table:
     """The closing table."""
-    judged = any(results["verdict"].values())
-    grid = Table("", "kNN", "linear", "steps", "training", "loss (chance)", *(["verdict"] if judged else []))
+    grid = Table("", "kNN", "linear", "steps", "training", "loss (chance)", "verdict")
     for name in results["knn"]:
         cells = [NAMES[name], f"{results['knn'][name]:.1%}", f"{results['linear'][name]:.1%}"]
         if name in results["arms"]:
             arm, loss = results["arms"][name], results["loss"][name]
             cells += [f"{arm['steps']:,}", f"{arm['seconds']:.0f} s"]
             cells += [f"{loss['start']:.1f} → {loss['end']:.1f} ({loss['chance']:.1f})"]
-            cells += [results["verdict"][name] or ""] if judged else []
+            cells.append(results["verdict"][name])
         grid.add_row(*cells)
     return grid
 
@@ -325,6 +325,9 @@ def in_words(results: dict[str, Any], analysis: dict[str, Any]) -> list[str]:
     ]
     if knn["raw"] > max(knn[name] for name in arms):
         lines.append("Raw pixels are better still: these images differ in single pixels, and the runs are short.")
+    for name, verdict in results["verdict"].items():
+        if advice := ADVICE.get(verdict):
+            lines.append(f"The run with {NAMES[name]} is {verdict}: {advice}.")
     return lines
 
 

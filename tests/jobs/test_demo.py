@@ -70,7 +70,7 @@ def test_figures_of_every_arm_are_written(out: Path) -> None:
     assert {name: arm["steps"] for name, arm in results["arms"].items()} == ARMS
     for loss in results["loss"].values():
         assert loss["chance"] == pytest.approx(2 * np.log(1025)) and loss["start"] > 0 and loss["end"] > 0
-    assert results["verdict"].keys() == ARMS.keys()
+    assert results["verdict"].keys() == ARMS.keys() and None not in results["verdict"].values()
     page = (out / "report.html").read_text()
     assert "3 runs side by side" in page and all(f">{name}<" in page for name in ARMS)
 
@@ -159,9 +159,12 @@ def test_the_words_follow_the_figures() -> None:
     arms = {"random": {"steps": 10, "seconds": 5.0}, "hard": {"steps": 10, "seconds": 9.0}}
     knn = {"raw": 0.9, "random": 0.7, "hard": 0.75, "random_same_time": 0.8}
     results = {"knn": knn, "arms": arms | {"random_same_time": {"steps": 20, "seconds": 10.0}}}
+    results["verdict"] = dict.fromkeys(results["arms"], "learning") | {"hard": "collapsed"}
     said = demo.in_words(results, {"lowest_iou_share": 0.4, "chance": 1 / 6})
     assert "5.0 points above random pairs (kNN). A step costs 1.8 plain ones" in said[2]
     assert "they are 5.0 points below random pairs" in said[2] and "Raw pixels are better still" in said[3]
+    assert said[4].startswith("The run with hard views, as many steps is collapsed: choose the hardest")
+    results["verdict"]["hard"] = "learning"
     results["knn"] = knn | {"raw": 0.5}
     assert len(demo.in_words(results, {"lowest_iou_share": 0.4, "chance": 1 / 6})) == 3
 

@@ -249,7 +249,7 @@ def test_the_small_study_runs_all_its_arms(digits, tmp_path):
         ({"axis": ("selection.resolution=9",)}, r"selection.resolution: crops of 9 pixels are not tiled"),
         (
             {"axis": ("selection.precision=fp8",)},
-            r"selection.precision: 'fp8' is not known; choose one of same, auto, bf16",
+            r"selection.precision: 'fp8' is not known; choose one of same, auto",
         ),
     ],
 )
