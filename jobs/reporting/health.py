@@ -55,7 +55,8 @@ def _loss(run: RunData) -> Check | None:
         return Check("Loss", "bad", f"{broken} of {len(loss)} values are not finite")
     _, chance = run.series("train/chance")
     beside = f", chance {number(float(chance[-1]))}" if len(chance) else ""
-    return Check("Loss", "good", f"{number(float(loss[0]))} → {number(float(loss[-1]))}{beside}")
+    state: State = "warn" if len(chance) and loss[-1] >= chance[-1] else "good"
+    return Check("Loss", state, f"{number(float(loss[0]))} → {number(float(loss[-1]))}{beside}")
 
 
 def _knn(run: RunData) -> Check | None:
