@@ -10,6 +10,7 @@ Shape suffixes: B images of this rank, D width, P pairs.
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 from collections.abc import Sequence
@@ -113,9 +114,14 @@ class Monitor:
         if self.watches(step):
             self._write_health(step, batch, result.layer_norms)
         if due:
-            self.verdict = judge(self.signs, step, self.length.steps)
+            self.judge(step)
         if last or (settings.knn_every and step % settings.knn_every == 0):
             self.evaluate(step)
+
+    def judge(self, step: int) -> None:
+        """Judges the run after step number `step`, where a line of metrics was written."""
+        if self.signs.lost or math.isfinite(self.signs.loss):
+            self.verdict = judge(self.signs, step, self.length.steps)
 
     def evaluate(self, step: int) -> None:
         """kNN top-1 of the held-out images, on the leading rank, where the configuration names some."""

@@ -92,6 +92,7 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
     if saved is not None:
         for name, part in kept.items():
             part.load_state_dict(saved[name])
+        monitor.judge(step)
     saver = None
     if world.leads:
         if saved is None:
