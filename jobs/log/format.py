@@ -39,7 +39,7 @@ class Column:
     dtype: type[np.generic]
     axis: Axis
     field: str
-    """Its array's name in `log_reader.Rows`; view parameters are fields of `Rows.params`."""
+    """Its array's name in `jobs.log.reader.Rows`; view parameters are fields of `Rows.params`."""
     meaning: str
     unit: str = ""
 

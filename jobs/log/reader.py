@@ -20,7 +20,7 @@ from pipelines.params import FIELDS, ViewParams
 
 @dataclass(frozen=True)
 class Rows:
-    """Log rows, one per image and step, in the order of their global positions. `log_format.COLUMNS` explains them."""
+    """Log rows, one per image and step, in the order of their positions. `jobs.log.format.COLUMNS` explains them."""
 
     position_B: NDArray[np.int64]
     step_B: NDArray[np.int64]

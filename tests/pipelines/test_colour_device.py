@@ -1,4 +1,4 @@
-"""Colour in torch on CPU tensors; how near it is to torchvision is in test_photometric.py, the GPU in test_gpu.py."""
+"""Colour in torch on CPU tensors; how near it is to torchvision is in test_colour_host.py, the GPU in test_gpu.py."""
 
 import numpy as np
 import pytest

@@ -1,6 +1,6 @@
 """The pipeline on a CUDA device: every colour operation, and both backends against each other. Run by `make gpu-check`.
 
-What can run without such a device runs in the other tests: the torch colour path on CPU tensors (test_photometric.py)
+What can run without such a device runs in the other tests: the torch colour path on CPU tensors (test_colour_device.py)
 and DALI's graph on its CPU operators (test_decode.py, test_stream.py).
 """
 
