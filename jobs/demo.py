@@ -122,9 +122,9 @@ def demo(config: DemoConfig) -> Path:
     heading(2, "a synthetic clone from a diffusion model")
     cloned = make_clone(config, real, setting)
     configs = {name: arm_config(config, arm, setting, cloned) for name, arm in arms.items()}
-    for number, (name, wanted) in enumerate(configs.items(), 3):
-        heading(number, f"pretraining: {NAMES[name]}, {wanted.steps} steps")
-        train_arm(wanted, out / name)
+    for number, (name, arm_settings) in enumerate(configs.items(), 3):
+        heading(number, f"pretraining: {NAMES[name]}, {arm_settings.steps} steps")
+        train_arm(arm_settings, out / name)
     heading(6, "kNN and linear accuracy, analysis of the choices, report")
     results = measure(out, configs)
     export(out / "hard")

@@ -90,13 +90,13 @@ def check_samples(task: ShardCheck, file: Any, readable: bool) -> list[Damage]:
 
 def members_by_image(index: bytes) -> dict[int, list[tuple[str, int, int]]]:
     """Offset of any file of a sample → extension, offset and size of all its files, from DALI's index."""
-    found = {}
+    by_offset = {}
     for line in index.decode().splitlines()[1:]:
         words = line.split()
         quads = zip(words[::4], words[1::4], words[2::4], strict=True)
         members = [(extension, int(offset), int(size)) for extension, offset, size in quads]
-        found |= {offset: members for _, offset, _ in members}
-    return found
+        by_offset |= {offset: members for _, offset, _ in members}
+    return by_offset
 
 
 def sample_damage(columns: Columns, row: int, members: list[tuple[str, int, int]], file: Any) -> str:

@@ -117,32 +117,32 @@ def replay_rows(
     batch = replay(
         reader,
         recipe,
-        rows.ids_B,
+        rows.sample_B,
         rows.sizes_B2,
         rows.params,
         device=pick_device(config.device if device == "auto" else device),
         colour=config.views.colour,
         compiled=config.compile != "off",
     )
-    drawn_B = same_draws(recipe, rows.ids_B, rows.epochs_B, rows.sizes_B2, rows.position_B, rows.params)
+    drawn_B = same_draws(recipe, rows.sample_B, rows.epoch_B, rows.sizes_B2, rows.position_B, rows.params)
     return Replayed(
         rows=rows,
         scored=scored,
-        names=tuple(" ".join(reader.name(int(sample))) for sample in rows.ids_B),
+        names=tuple(" ".join(reader.name(int(sample))) for sample in rows.sample_B),
         classes=tuple(
             manifests[source].classes[label] if label >= 0 else ""
-            for source, label in zip(rows.sources_B.tolist(), rows.labels_B.tolist(), strict=True)
+            for source, label in zip(rows.source_B.tolist(), rows.label_B.tolist(), strict=True)
         ),
-        originals=originals(reader, rows.ids_B),
+        originals=originals(reader, rows.sample_B),
         crops=batch.crops,
         redrawn_B=drawn_B,
     )
 
 
-def originals(reader: SampleReader, ids_B: NDArray[np.int64]) -> tuple[NDArray[np.uint8], ...]:
+def originals(reader: SampleReader, sample_B: NDArray[np.int64]) -> tuple[NDArray[np.uint8], ...]:
     """uint8 [height, width, 3] of samples that are known to be readable."""
-    decoder = open_decoder(len(ids_B))
-    data = [item for item in reader.read(ids_B) if isinstance(item, np.ndarray)]
+    decoder = open_decoder(len(sample_B))
+    data = [item for item in reader.read(sample_B) if isinstance(item, np.ndarray)]
     return tuple(image.numpy().copy() for image in decoder.decode(data) if isinstance(image, Tensor))
 
 

@@ -12,7 +12,7 @@ from jobs.run.arithmetic import arithmetic_of
 from jobs.run.config import DataConfig, PretrainConfig
 from jobs.run.world import World
 from models.objectives import Length
-from pipelines.batch import Recipe, Selection
+from pipelines.batch import Recipe, ScoringViews
 from pipelines.policies import Policy, build_policy
 from pipelines.stream import ViewStream
 from shards.cache import ShardCache
@@ -135,9 +135,9 @@ def check_labels(config: PretrainConfig, data: Data) -> None:
         )
 
 
-def scored_views(config: PretrainConfig) -> Selection:
+def scored_views(config: PretrainConfig) -> ScoringViews:
     """How the views that selection scores differ from those that train."""
-    return Selection(config.selection.resolution, config.selection.static_colour)
+    return ScoringViews(config.selection.resolution, config.selection.static_colour)
 
 
 def check_shards(logged: Sequence[Mapping[str, str]], manifests: Sequence[Manifest], flags: str) -> None:

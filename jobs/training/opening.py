@@ -81,7 +81,7 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
     compile_encoders(config, objective, world.device)
     learner: nn.Module = LossModule(objective)
     if world.size > 1:
-        learner = averaged(learner, world.device)
+        learner = data_parallel(learner, world.device)
     optimizer = build_optimizer(config.optimizer, objective)
     schedule = Schedule(config.optimizer, config.batch, length.steps, length.steps_per_epoch)
     guard = FiniteGuard(config.monitor.max_bad_steps)
@@ -171,7 +171,7 @@ def make_objective(config: PretrainConfig, length: Length, device: torch.device)
     return objective
 
 
-def averaged(learner: nn.Module, device: torch.device) -> DistributedDataParallel:
+def data_parallel(learner: nn.Module, device: torch.device) -> DistributedDataParallel:
     """The learner with gradients averaged over ranks. Its buffers are left alone: queues and statistics are equal on
     all ranks by what is gathered into them."""
     known = inspect.signature(DistributedDataParallel).parameters

@@ -62,10 +62,10 @@ def train_step(t: Training, batch: ViewBatch, asked_to_stop: Callable[[], bool] 
         with t.timer.phase("selection"), autocast(t):
             choice = choose(t, part)
             chosen = t.objective.take(part.crops, choice.choice_B, choice.scores)
-        with synchronised(t.learner, part is parts[-1]):
+        with gradient_sync(t.learner, part is parts[-1]):
             with t.timer.phase("forward"), autocast(t):
-                loss, metrics = t.learner(chosen, on_device(t, part.labels_B.astype(np.int64)))
-            chance = t.objective.chance(len(part.labels_B) * t.world.size)
+                loss, metrics = t.learner(chosen, on_device(t, part.label_B.astype(np.int64)))
+            chance = t.objective.chance(len(part.label_B) * t.world.size)
             if chance is not None:
                 metrics["chance"] = torch.tensor(chance)
             with t.timer.phase("backward"):
@@ -85,10 +85,12 @@ def train_step(t: Training, batch: ViewBatch, asked_to_stop: Callable[[], bool] 
         norm = clip_and_norm(t.learned, clip.clip_norm, by_tensor=clip.clip_by == "tensor")
         asked = torch.full_like(norm, float(asked_to_stop()))
         means = t.world.mean(torch.stack([torch.stack(losses).mean(), norm, asked]))
-        (loss, norm, asked), *found = on_host(means, *joined(choices))  # the one time that a step waits for the device
+        (loss, norm, asked), *recorded = on_host(
+            means, *joined(choices)
+        )  # the one time that a step waits for the device
         update(t, float(loss), bool(np.isfinite(loss) and np.isfinite(norm)))
     with t.timer.phase("log", host=True):
-        choice_B, losses_BP = record(t, batch, *found)
+        choice_B, losses_BP = record(t, batch, *recorded)
         stopping = bool(asked > 0)
         result = StepResult(float(loss), float(norm), choice_B, losses_BP, metrics, layer_norms, stopping)
     t.step += 1
@@ -102,7 +104,7 @@ def choose(t: Training, batch: ViewBatch) -> Choice:
     barred_P = same_policy(selection.views, device) if selection.cross_policy and selection.views > 2 else None
 
     def drawn(purpose: Purpose, count: int) -> np.ndarray:
-        return uniform(t.config.seed, batch.epochs_B, batch.ids_B, [0], purpose, count)[:, 0]
+        return uniform(t.config.seed, batch.epoch_B, batch.sample_B, [0], purpose, count)[:, 0]
 
     def random_pairs() -> Tensor:
         return select(on_device(t, drawn(Purpose.CHOICE, len(pairs(selection.views)))), "random", barred_P)
@@ -193,10 +195,10 @@ def on_host(*tensors: Tensor | None) -> list[Any]:
 def autocast(t: Training) -> AbstractContextManager[Any]:
     """bf16 arithmetic where the configuration asks for it, and by default on CUDA."""
     device = t.world.device
-    wanted = arithmetic_of(t.config.precision, device) == "bf16"
-    return torch.autocast(device.type, torch.bfloat16) if wanted else nullcontext()
+    is_bf16 = arithmetic_of(t.config.precision, device) == "bf16"
+    return torch.autocast(device.type, torch.bfloat16) if is_bf16 else nullcontext()
 
 
-def synchronised(learner: nn.Module, last: bool) -> AbstractContextManager[Any]:
+def gradient_sync(learner: nn.Module, last: bool) -> AbstractContextManager[Any]:
     """Gradients are averaged over ranks in the last part of a step only."""
     return nullcontext() if last or not isinstance(learner, DistributedDataParallel) else learner.no_sync()

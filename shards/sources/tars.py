@@ -31,8 +31,8 @@ class Tar(Container):
 def open_tars(path: str, options: Options, run: Runner) -> Source:
     """WebDataset tars; the label is that of the `.cls` file."""
     address = f"tars:{path}"
-    found = containers_at(address, path, ".tar")
-    tars = [Tar(one.root, one.name, one.size, options.image) for one in found]
+    containers = containers_at(address, path, ".tar")
+    tars = [Tar(one.root, one.name, one.size, options.image) for one in containers]
     return Source((), container_parts(address, tars, dict(run(count_tar, tars)), read_tar, options.part_size))
 
 
@@ -116,9 +116,9 @@ def headers(file: Any) -> Iterator[tarfile.TarInfo | str]:
 def after_zeros(file: Any, offset: int) -> int:
     """The offset of the first block from `offset` on that is not all zeros, −1 where there is none."""
     while block := read_at(file, offset, LOOK_AHEAD):
-        found = len(block) - len(block.lstrip(b"\0"))
-        if found < len(block):
-            return offset + found - found % tarfile.BLOCKSIZE
+        padding = len(block) - len(block.lstrip(b"\0"))
+        if padding < len(block):
+            return offset + padding - padding % tarfile.BLOCKSIZE
         offset += len(block)
     return -1
 
@@ -210,15 +210,15 @@ def read_tar(container: Tar, start: int, stop: int) -> Iterator[Record]:
                 yield tar_record(container.name, group, file, container.image)
 
 
-def tar_record(tar: str, group: Group | str, file: Any, wanted: str | None) -> Record:
+def tar_record(tar: str, group: Group | str, file: Any, asked: str | None) -> Record:
     """One sample of the tar that is open as `file`."""
     if isinstance(group, str):
         return Record(tar, -1, b"", group)
     name = f"{tar}/{group.key}"
-    image = image_member(tar, group, wanted)
+    image = image_member(tar, group, asked)
     if image is None:
         kinds = ", ".join(member.extension for member in group.members)
-        return Record(name, -1, b"", f"no {wanted or 'image'} among its files ({kinds})")
+        return Record(name, -1, b"", f"no {asked or 'image'} among its files ({kinds})")
     if image.problem:
         return Record(f"{name}.{image.extension}", -1, b"", image.problem)
     content = content_of(image, file)
@@ -228,15 +228,15 @@ def tar_record(tar: str, group: Group | str, file: Any, wanted: str | None) -> R
     return Record(name, label, content, unlabelled=why)
 
 
-def image_member(tar: str, group: Group, wanted: str | None) -> Member | None:
+def image_member(tar: str, group: Group, asked: str | None) -> Member | None:
     """The image of a sample: the wanted one, else the only one with a bare extension (`jpg` beside `seg.png`), else the
     only one.
 
     Raises:
         InputError: several fit alike.
     """
-    if wanted is not None:
-        return next((member for member in group.members if member.extension.lower() == wanted.lower()), None)
+    if asked is not None:
+        return next((member for member in group.members if member.extension.lower() == asked.lower()), None)
     images = [member for member in group.members if is_image(member.extension)]
     fitting = [member for member in images if "." not in member.extension] or images
     if len(fitting) > 1:

@@ -89,7 +89,7 @@ def test_views_are_those_of_training_bit_for_bit(which: str, request: pytest.Fix
     run, batches = request.getfixturevalue(which)
     for step in (0, 3):
         replayed = replay_step(run, step)
-        assert np.array_equal(replayed.rows.ids_B, batches[step].ids_B)
+        assert np.array_equal(replayed.rows.sample_B, batches[step].sample_B)
         assert replayed.redrawn_B.all()
         for again, then in zip(replayed.crops, batches[step].crops, strict=True):
             assert torch.equal(again, then)
@@ -97,7 +97,7 @@ def test_views_are_those_of_training_bit_for_bit(which: str, request: pytest.Fix
     assert torch.equal(one.crops[0][0], batches[2].crops[0][4])
     assert [view.shape for view in one.views(0)][:3] == [(24, 24, 3)] * 3
     size = tuple(batches[2].sizes_B2[4])
-    assert one.originals[0].shape == (*size, 3) and one.classes[0] == ("cat", "dog")[batches[2].labels_B[4]]
+    assert one.originals[0].shape == (*size, 3) and one.classes[0] == ("cat", "dog")[batches[2].label_B[4]]
 
 
 @pytest.mark.parametrize("which", ["single", "multi"])

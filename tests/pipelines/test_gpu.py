@@ -221,5 +221,5 @@ def test_damage_is_replaced_on_the_device(tmp_path: Path) -> None:
         batch = next(stream)
     assert batch.crops[0].is_cuda
     assert np.isfinite(batch.crops[0].float().cpu().numpy()).all()
-    assert 1 not in batch.ids_B  # what a scan is worth that ends early, decoders judge differently
+    assert 1 not in batch.sample_B  # what a scan is worth that ends early, decoders judge differently
     assert any(error.key == "0001" for error in batch.replaced)
