@@ -27,6 +27,7 @@ from jobs.run.metrics import read_metrics
 from jobs.run.presets import RANDOM_PAIR, preset
 from jobs.run.terminal import console, parse, tables
 from jobs.studies.plan import differences
+from jobs.studies.ready import DIGIT_VIEWS
 from jobs.training.verdict import ADVICE
 from models.backbones import BackboneConfig
 from models.negatives import NONE
@@ -46,10 +47,6 @@ HARD = SelectionConfig(views=4, rule="hardest")
 # A step with hard views scores four views before it trains on two: about the time of two plain ones. The number is
 # fixed, so that what is learned does not depend on the machine.
 SAME_TIME = 2
-# No mirror image of a digit is a digit, and there are no colours to change or to take away.
-DIGIT_VIEWS = ViewsConfig(
-    "small", crop_scale=(0.5, 1.0), flip=0, brightness=0.3, contrast=0.3, saturation=0, hue=0, gray=0
-)
 GRAY_VIEWS = ViewsConfig("small", saturation=0, hue=0, gray=0)
 COLOUR_VIEWS = ViewsConfig("small")
 NAMES = {

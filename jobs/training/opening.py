@@ -40,6 +40,8 @@ from jobs.training.state import Stateful, Training
 from jobs.training.timing import StepTimer
 from models.objectives import Length, Objective, build_objective
 from models.objectives.base import Chosen, Encoder, has_batchnorm
+from models.prediction import Prediction
+from pipelines.params import PAIR_COLUMNS
 from shards.errors import InputError
 from shards.reader import SampleError
 
@@ -89,6 +91,9 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
     bank = open_bank(config, data, objective, world.device)
     monitor = Monitor(config, world, objective, length, schedule, guard, timer, data.sources, folder.curves, bank)
     kept: dict[str, Stateful] = {"objective": objective, "optimizer": optimizer, "monitor": monitor, "guard": guard}
+    prediction = Prediction(len(PAIR_COLUMNS)).to(world.device) if config.selection.predicts else None
+    if prediction is not None:
+        kept["prediction"] = prediction
     if saved is not None:
         for name, part in kept.items():
             part.load_state_dict(saved[name])
@@ -141,6 +146,7 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
         monitor,
         timer,
         guard,
+        prediction,
         saver,
         kept,
         step,
