@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -238,6 +239,14 @@ def finish(rows: BatchPlan, tensors: Sequence[Tensor]) -> ViewBatch:
         replaced=tuple(rows.replaced),
         selection_crops=tuple(tensors[groups:]) or None,
     )
+
+
+def wait_for(stream: torch.cuda.Stream) -> None:
+    """Sleeps until the stream has done what it was given: a batch is whole when its promise is kept, and whoever takes
+    it needs no stream of the producer's."""
+    done = torch.cuda.Event(blocking=True)
+    done.record(stream)
+    done.synchronize()
 
 
 def _facts(reader: Reader, ids: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

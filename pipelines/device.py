@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.batch import COLOURS, STAGES, BatchPlan, Reader, Recipe, ViewBatch, finish
+from pipelines.batch import COLOURS, STAGES, BatchPlan, Reader, Recipe, ViewBatch, finish, wait_for
 from pipelines.clock import Clock
 from pipelines.colour_device import fused_on_device
 from pipelines.decode import BrokenImagesError, DaliViews
@@ -95,10 +95,7 @@ class DeviceProducer:
                 tensors = self._coloured(rows, dict(zip((o.key for o in self._cropped), crops, strict=True)))
             if self._stream:
                 with self.clock("colour"):
-                    # The batch is whole when the promise is kept: whoever takes it needs no stream of ours.
-                    done = torch.cuda.Event(blocking=True)
-                    done.record()
-                    done.synchronize()
+                    wait_for(self._stream)
         rows.replaced = replacer.errors
         return finish(rows, tensors)
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.batch import COLOURS, STAGES, BatchPlan, Output, Reader, Recipe, ViewBatch, finish
+from pipelines.batch import COLOURS, STAGES, BatchPlan, Output, Reader, Recipe, ViewBatch, finish, wait_for
 from pipelines.buffers import Buffers
 from pipelines.clock import Clock
 from pipelines.colour_host import fused
@@ -53,7 +54,8 @@ class HostProducer:
         self._colour = host_colour(colour)
         self._chunk = max(1, min(CHUNK, -(-batch // threads)))
         self._decoder = decoder
-        self._buffers = Buffers()
+        self._buffers = Buffers(pinned=device.type == "cuda")
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._local = threading.local()
         self._pool = ThreadPoolExecutor(threads + SPARE, thread_name_prefix="hardviews-views")
 
@@ -149,8 +151,12 @@ class HostProducer:
             tensor[torch.from_numpy(index_R)] = target
 
     def _send(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        with self.clock("copy"):
-            return [tensor.to(self._device, self._dtype) for tensor in tensors]
+        """The batch on the device, in its dtype; on a GPU the copies run beside the training step."""
+        with self.clock("copy"), torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            sent = [tensor.to(self._device, non_blocking=True).to(self._dtype) for tensor in tensors]
+            if self._stream:
+                wait_for(self._stream)
+            return sent
 
     def _my_decoder(self) -> Decoder:
         """This thread's decoder: one thread each scales better than one decoder with many."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jobs.log.reader import Log, Rows, open_log
 from jobs.run.config import PretrainConfig, load_config
-from jobs.run.data import check_shards, open_data, run_policy
+from jobs.run.data import check_shards, open_data, run_policy, view_dtype
 from jobs.run.folder import RunFolder
 from jobs.run.world import pick_device
 from pipelines.batch import Recipe
@@ -39,7 +39,7 @@ class Replayed:
     originals: tuple[NDArray[np.uint8], ...]
     """uint8 [height, width, 3] of each image."""
     crops: tuple[Tensor, ...]
-    """[B, n, 3, S, S] per group of views, bit for bit what training saw on this backend."""
+    """[B, n, 3, S, S] per group of views, bit for bit what training saw on this device, in its dtype."""
     redrawn_B: NDArray[np.bool_]
     """Whether this program, with the run's configuration, draws the logged parameters again."""
 
@@ -80,7 +80,9 @@ def replay_step(
         raise InputError(f"{error}; if the shards have moved, name where with --real or --synthetic") from error
     try:
         check_shards(log.facts["shards"], data.manifests, "--real or --synthetic")
-        return replay_rows(config, rows, log.scored, data.manifests, data.reader, device)
+        place = pick_device(config.device if device == "auto" else device)
+        dtype = view_dtype(log.facts.get("precision", "fp32"), place)
+        return replay_rows(config, rows, log.scored, data.manifests, data.reader, place, dtype)
     finally:
         data.reader.close()
 
@@ -106,7 +108,13 @@ def step_rows(log: Log, step: int, images: Sequence[int] | None) -> Rows:
 
 
 def replay_rows(
-    config: PretrainConfig, rows: Rows, scored: int, manifests: Sequence[Manifest], reader: SampleReader, device: str
+    config: PretrainConfig,
+    rows: Rows,
+    scored: int,
+    manifests: Sequence[Manifest],
+    reader: SampleReader,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Replayed:
     """The pixels of logged rows.
 
@@ -120,7 +128,8 @@ def replay_rows(
         rows.sample_B,
         rows.sizes_B2,
         rows.params,
-        device=pick_device(config.device if device == "auto" else device),
+        device=device,
+        dtype=dtype,
         colour=config.views.colour,
         compiled=config.compile != "off",
     )

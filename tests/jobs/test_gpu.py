@@ -107,10 +107,11 @@ def test_a_step_waits_for_the_device_once(
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_views_are_replayed_to_the_bit(on_gpu: PretrainConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_views_are_replayed_to_the_bit(on_gpu: PretrainConfig, tmp_path: Path, precision: str) -> None:
     with ExitStack() as stack:
         folder = RunFolder(tmp_path / "run")
-        config = replace(on_gpu, compile="on", precision="fp32")
+        config = replace(on_gpu, compile="on", precision=precision)
         t = open_training(config, folder, World(0, 1, torch.device("cuda", 0)), stack, False)
         batch = next(t.stream)
         seen = batch.crops[0].clone()
