@@ -98,7 +98,9 @@ SAME_TIME = {240: 390, 480: 780, 960: 1560}
 
 def cost_arms() -> dict[str, Changes]:
     """Every rule at every length, and random pairs with as many steps as the hardest pair's time allows."""
-    arms = {f"{rule}-{steps}": {**changes, "steps": steps} for steps in SAME_TIME for rule, changes in RULES.items()}
+    arms: dict[str, Changes] = {
+        f"{rule}-{steps}": {**changes, "steps": steps} for steps in SAME_TIME for rule, changes in RULES.items()
+    }
     return arms | {f"random-{steps}": {**PLAIN, "steps": steps} for steps in SAME_TIME.values()}
 
 
