@@ -133,6 +133,35 @@ def objective_arms() -> dict[str, Changes]:
     return arms
 
 
+def claims() -> PretrainConfig:
+    """The digits for twice as many steps."""
+    return replace(digits(), steps=480)
+
+
+def claims_arms() -> dict[str, Changes]:
+    """What the papers claim a gain or a loss of: hard views, synthetic negatives, both; the encoder that scores; the
+    easiest pairs; negatives of other classes alone; the number of views; the share of synthetic negatives."""
+
+    def objective(negatives: NegativesConfig, oracle: bool = False) -> Changes:
+        config = replace(MOBY_SMALL, negatives=negatives, oracle=oracle)
+        return {"objective": to_plain(PretrainConfig(objective=config))["objective"]}
+
+    moby, synby, target = objective(NONE), objective(SYNBY), {"selection.encoder": "target"}
+    return {
+        "moby": {**moby, **PLAIN},
+        "synby": {**synby, **PLAIN},
+        "moby-hard": {**moby, **HARD},
+        "synby-hard": {**synby, **HARD},
+        "easiest": {**moby, **HARD, "selection.rule": "easiest"},
+        "mochi": {**objective(MOCHI), **PLAIN},
+        "mochi-oracle": {**objective(MOCHI, oracle=True), **PLAIN},
+        "moby-hard-target": {**moby, **HARD, **target},
+        "synby-hard-target": {**synby, **HARD, **target},
+        "moby-hard-8": {**moby, **HARD, "selection.views": 8},
+        "synby-half": {**objective(replace(SYNBY, share=0.5)), **PLAIN},
+    }
+
+
 # Rules of choice by what a user pays for them: the forward passes that score the views.
 RULES: dict[str, Changes] = {
     "random": PLAIN,
@@ -164,6 +193,7 @@ STUDIES = {
     "cifar10-study": Study(cifar10, CIFAR10_ARMS, seeds=3, probe_epochs=30),
     "cifar10-study-small": Study(cifar10_small, CIFAR10_ARMS, seeds=2, probe_epochs=10),
     "objectives-small": Study(digits, objective_arms(), seeds=3, probe_epochs=50),
+    "claims-small": Study(claims, claims_arms(), seeds=3, probe_epochs=50),
     "cost-small": Study(digits, cost_arms(), seeds=3, probe_epochs=50),
 }
 
