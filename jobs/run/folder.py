@@ -50,6 +50,11 @@ class RunFolder:
         return self.path / "quarantine.jsonl"
 
     @property
+    def failure(self) -> Path:
+        """Tracebacks of the program's own faults."""
+        return self.path / "failure.txt"
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 
