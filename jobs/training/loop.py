@@ -59,7 +59,7 @@ def run(config: PretrainConfig, folder: RunFolder, world: World, signals: ExitSt
         t = open_training(config, folder, world, stack, resume)
         stop = signals.enter_context(stop_signals())
         bar = stack.enter_context(step_bar(t))
-        if t.step == 0:
+        if not resume:
             t.monitor.evaluate(t.step)
             save(t)
         state = loop(t, stop, bar)

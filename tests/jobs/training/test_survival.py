@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from runs_of_training import WORKER, finish, ranks, rows, same_rows, same_run, start, torchrun, two_ranks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from jobs import cli
 from jobs.pretrain import pretrain
@@ -161,6 +162,23 @@ def test_what_goes_wrong_before_a_run_begins_changes_nothing_of_the_one_it_would
 def test_want_of_memory_is_one_line_with_a_remedy(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(TrainingFailedError, match=r"^run: out of memory .*--batch.*--accumulate"), explained(tmp_path):
         raise error
+
+
+def test_a_run_resumed_from_its_first_checkpoint_repeats_no_line(
+    tiny: PretrainConfig, tmp_path: Path, digits: Path
+) -> None:
+    held_out = replace(
+        tiny.monitor, knn_train=str(digits / "train"), knn_test=str(digits / "test"), loggers=("json", "tensorboard")
+    )
+    config, folder = replace(tiny, steps=2, monitor=held_out), RunFolder(tmp_path / "run")
+    pretrain(config, folder.path)
+    for path in folder.checkpoints.glob("step-00000002.*"):
+        path.unlink()
+    assert pretrain(config, folder.path, resume=True) == "finished"
+    events = EventAccumulator(str(folder.tensorboard)).Reload()
+    for name, steps in (("knn/top1", [0, 2]), ("train/loss", [2])):
+        assert [line["step"] for line in read_metrics(folder.metrics) if name in line] == steps
+        assert [event.step for event in events.Scalars(name)] == steps
 
 
 def test_a_checkpoint_holds_what_a_resumed_run_takes_back_and_nothing_else(
