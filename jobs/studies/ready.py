@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from jobs.run.config import CheckpointConfig, MonitorConfig, PretrainConfig, ViewsConfig, to_plain
 from jobs.run.presets import PRESETS, RANDOM_PAIR, VIT_TINY_32, preset, small, synby
@@ -89,13 +90,13 @@ def digits() -> PretrainConfig:
 
 
 # Synthetic negatives are mixed from embeddings, which a run of some hundred steps has in its second half.
-LATE = {"start_epoch": 120.0, "last_epochs_without": 60.0, "of_epochs": 300.0}
+LATE: dict[str, Any] = {"start_epoch": 120.0, "last_epochs_without": 60.0, "of_epochs": 300.0}
 SYNBY = NegativesConfig(64, **dict.fromkeys(KINDS, 32), **LATE)
 MOCHI = replace(NONE, hardest=64, mixing=64, interpolation=32, **LATE)
 # Heads for a backbone of width 64; targets that follow within some twenty steps; temperatures as published.
-HEADS = {"hidden": 512, "width": 128}
+HEADS: dict[str, Any] = {"hidden": 512, "width": 128}
 MOBY_SMALL = MoBYConfig(NONE, queue=1024, momentum=0.95, **HEADS)
-SELF_DISTILLED = {"outputs": 512, "hidden": 256, "bottleneck": 64, "momentum": 0.95}
+SELF_DISTILLED: dict[str, Any] = {"outputs": 512, "hidden": 256, "bottleneck": 64, "momentum": 0.95}
 OBJECTIVES_SMALL: dict[str, ObjectiveConfig] = {
     "moby": MOBY_SMALL,
     "synby": replace(MOBY_SMALL, negatives=SYNBY),
