@@ -143,10 +143,14 @@ def _curve(run: RunData, name: str, title: str, note: str) -> Markup | None:
     broken = int((~np.isfinite(y)).sum())
     note = f"{note}; {broken} values are not finite" if broken else note
     lines = [Series(name, x, smoothed, faint=raw)]
+    marks = run.synthetic_span() if name == "train/loss" else []
     at, chance = run.series("train/chance")
     if name == "train/loss" and len(chance):  # it steps where synthetic negatives begin and end
         lines.append(Series("chance", at, chance, colour=1, dashed=True))
-    return charts.line_chart(title, lines, x_label="step", note=note, shape=shape)
+    if marks:
+        at, real = run.real_loss()
+        lines.append(Series("against real negatives alone", at, charts.smooth(real), colour=2))
+    return charts.line_chart(title, lines, x_label="step", note=note, shape=shape, marks=marks)
 
 
 def _gradients(run: RunData) -> Markup | None:

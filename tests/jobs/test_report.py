@@ -64,6 +64,24 @@ def test_report_shows_the_run_s_numbers(tmp_path: Path) -> None:
     assert "The longest phase of a step is “forward” with 70 %" in text
 
 
+def test_the_loss_is_drawn_beside_chance_and_marked_where_synthetic_negatives_are(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name) for name in ("one", "two")]
+    for run in runs:
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for row, line in enumerate(lines):
+            line["train/chance"] = 9.5 if 10 <= row < 30 else 8.5
+            if 10 <= row < 30:
+                line["train/loss_real"] = line["train/loss"] - 1
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (run / "state.json").write_text(json.dumps({"state": "finished", "verdict_figures": {"chance": 8.5}}))
+    text = report.write_report(runs, tmp_path / "report.html").read_text()
+    assert text.count("synthetic negatives begin: step 90") == text.count("synthetic negatives end: step 290") == 2
+    assert text.count('class="reference dotted"') == 4 and ">against real negatives alone<" in text
+    assert ">chance<" in text and "chance 8.5" in text  # the latter in the comparison
+    assert read_run(runs[0]).real_loss()[1][10] == lines[10]["train/loss"] - 1 == lines[10]["train/loss_real"]
+    assert read_run(make_run(tmp_path / "plain")).synthetic_span() == []
+
+
 def test_several_runs_get_tabs_and_a_comparison(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "one"), make_run(tmp_path / "two", seed=1)]
     reader = read(report.write_report(runs, tmp_path / "report.html").read_text())
