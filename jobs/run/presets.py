@@ -29,7 +29,7 @@ RESNET_50 = BackboneConfig("resnet50")
 # MoCo v3's ViT-S has 12 heads, its patch projection and positions are fixed (sections 4.2 and 5 there), and its initial
 # weights are the code's.
 VIT_S_FIXED = BackboneConfig("vit_small_patch16_224", heads=12, fixed_patch=True, sincos=True, init="moco_v3")
-VIT_S = BackboneConfig("vit_small_patch16_224", drop_path=0.1)
+VIT_S = BackboneConfig("vit_small_patch16_224", drop_path=0.1, positions="plain")
 # For 32×32 images: 16 tokens, 0.8 M parameters.
 VIT_TINY_32 = BackboneConfig("vit_tiny_patch16_224", 32, patch_size=8, width=128, depth=4, heads=4, pool="avg")
 
