@@ -127,9 +127,9 @@ def cached_weights(name: str) -> str | None:
 
     cfg = timm.get_pretrained_cfg(name)
     for file in ("model.safetensors", "pytorch_model.bin"):
-        found = try_to_load_from_cache(cfg.hf_hub_id, file) if cfg is not None and cfg.hf_hub_id else None
-        if isinstance(found, str):
-            return found
+        cached = try_to_load_from_cache(cfg.hf_hub_id, file) if cfg is not None and cfg.hf_hub_id else None
+        if isinstance(cached, str):
+            return cached
     return None
 
 

@@ -11,7 +11,7 @@ from jobs.run.failure import TrainingFailedError
 from jobs.run.folder import RunFolder
 from jobs.run.terminal import Bar, console, progress, warn
 from jobs.run.world import World
-from jobs.training.ending import explained, record_failure
+from jobs.training.ending import as_training_failure, record_failure
 from jobs.training.opening import open_training
 from jobs.training.state import Training, save
 from jobs.training.step import train_step
@@ -36,7 +36,7 @@ def train(config: PretrainConfig, folder: RunFolder, world: World, *, resume: bo
     before = written(folder)
     with ExitStack() as signals:  # are heard until all else is closed
         try:
-            with explained(folder.path):
+            with as_training_failure(folder.path):
                 return run(config, folder, world, signals, resume)
         except BaseException as error:
             # Before it has begun, a run that is not resumed has no state; there may be that of a run to be replaced.
@@ -44,7 +44,7 @@ def train(config: PretrainConfig, folder: RunFolder, world: World, *, resume: bo
             if written(folder) != before or (resume and not mistake):
                 record_failure(folder, error)
             if world.size > 1:
-                let_speak()
+                ignore_termination()
             raise
 
 
@@ -155,7 +155,7 @@ def stop_signals() -> Iterator[threading.Event]:
                 signal.signal(number, handler)
 
 
-def let_speak() -> None:
+def ignore_termination() -> None:
     """Ignores SIGTERM from now on: torchrun ends a job's processes as soon as one is gone, and the others still have
     to say why they end. Those that cannot, it kills after its --shutdown-timeout."""
     if threading.current_thread() is threading.main_thread():

@@ -28,7 +28,7 @@ from jobs.run.failure import RankLostError, TrainingFailedError
 from jobs.run.folder import RunFolder
 from jobs.run.metrics import read_metrics
 from jobs.training import loop as trainer
-from jobs.training.ending import explained, record_failure
+from jobs.training.ending import as_training_failure, record_failure
 from shards.errors import InputError
 
 
@@ -160,7 +160,10 @@ def test_what_goes_wrong_before_a_run_begins_changes_nothing_of_the_one_it_would
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
 def test_want_of_memory_is_one_line_with_a_remedy(tmp_path: Path, error: Exception) -> None:
-    with pytest.raises(TrainingFailedError, match=r"^run: out of memory .*--batch.*--accumulate"), explained(tmp_path):
+    with (
+        pytest.raises(TrainingFailedError, match=r"^run: out of memory .*--batch.*--accumulate"),
+        as_training_failure(tmp_path),
+    ):
         raise error
 
 
@@ -448,10 +451,10 @@ def test_the_process_that_fails_first_says_why(tmp_path: Path) -> None:
 def test_what_a_broken_connection_means_is_said(tmp_path: Path, words: str) -> None:
     with (
         pytest.raises(RankLostError, match=r"another process of this job is gone \([CR][a-z ]+\);"),
-        explained(tmp_path),
+        as_training_failure(tmp_path),
     ):
         raise RuntimeError(f"{words}. This is typically caused by\nsomething")
-    with pytest.raises(RuntimeError, match="shapes differ"), explained(tmp_path):
+    with pytest.raises(RuntimeError, match="shapes differ"), as_training_failure(tmp_path):
         raise RuntimeError("shapes differ")
 
 
