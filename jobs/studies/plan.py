@@ -12,7 +12,7 @@ from typing import Any
 from jobs.run.config import PretrainConfig, from_plain, to_plain
 from shards.errors import InputError
 
-Changes = Mapping[str, Any]  # dotted field → value
+Changes = Mapping[str, Any]  # dotted field → value; `objective` → a whole objective in its plain form
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def changed(config: PretrainConfig, changes: Changes) -> PretrainConfig:
             near = near or difflib.get_close_matches(dotted, known, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
             raise InputError(f"{dotted}: the configuration has no such field; {hint}")
-        if isinstance(place[last], dict):
+        if isinstance(place[last], dict) and not isinstance(value, Mapping):
             raise InputError(f"{dotted}: has fields of its own; name one, such as {dotted}.{next(iter(place[last]))}")
         place[last] = value
     return from_plain(plain)

@@ -3,13 +3,24 @@
 import difflib
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
-from jobs.run.config import CheckpointConfig, MonitorConfig, PretrainConfig, ViewsConfig
+from jobs.run.config import CheckpointConfig, MonitorConfig, PretrainConfig, ViewsConfig, to_plain
 from jobs.run.presets import PRESETS, RANDOM_PAIR, VIT_TINY_32, preset, small, synby
 from jobs.studies.plan import Changes, Study, arms_of
 from models.backbones import BackboneConfig
-from models.negatives import KINDS, NONE
-from models.objectives import MoBYConfig
+from models.negatives import KINDS, NONE, NegativesConfig
+from models.objectives import (
+    BYOLConfig,
+    DINOConfig,
+    IBOTConfig,
+    MoBYConfig,
+    MoCoV3Config,
+    ObjectiveConfig,
+    SimCLRConfig,
+    SimSiamConfig,
+    SwAVConfig,
+)
 from shards.errors import InputError
 
 # No mirror image of a digit is a digit, and there are no colours to change or to take away.
@@ -62,8 +73,8 @@ def cifar10_small() -> PretrainConfig:
 
 
 def digits() -> PretrainConfig:
-    """What the demo trains on its digits with random pairs, without its synthetic images: MoBY, a ViT of 16 tokens and
-    0.8 M parameters, 240 steps of 128 images."""
+    """MoBY with random pairs on the demo's digits and views, without its synthetic images, on a ViT of 16 tokens and
+    0.1 M parameters: 240 steps of 128 images."""
     base = preset("synby-vit-tiny")
     assert isinstance(base.objective, MoBYConfig)
     return replace(
@@ -71,10 +82,85 @@ def digits() -> PretrainConfig:
         views=DIGIT_VIEWS,
         selection=RANDOM_PAIR,
         objective=replace(base.objective, negatives=NONE),
+        backbone=replace(base.backbone, width=64, depth=2, heads=2),
         monitor=MonitorConfig(every=20, health_every=40, bank=0, loggers=("json",)),
-        checkpoint=CheckpointConfig(every=120, keep=1),
+        checkpoint=CheckpointConfig(every=240, keep=1),
         steps=240,
     )
+
+
+# Synthetic negatives are mixed from embeddings, which a run of some hundred steps has in its second half.
+LATE: dict[str, Any] = {"start_epoch": 120.0, "last_epochs_without": 60.0, "of_epochs": 300.0}
+SYNBY = NegativesConfig(64, **dict.fromkeys(KINDS, 32), **LATE)
+MOCHI = replace(NONE, hardest=64, mixing=64, interpolation=32, **LATE)
+# Heads for a backbone of width 64; targets that follow within some twenty steps; temperatures as published.
+HEADS: dict[str, Any] = {"hidden": 512, "width": 128}
+MOBY_SMALL = MoBYConfig(NONE, queue=1024, momentum=0.95, **HEADS)
+SELF_DISTILLED: dict[str, Any] = {"outputs": 512, "hidden": 256, "bottleneck": 64, "momentum": 0.95}
+OBJECTIVES_SMALL: dict[str, ObjectiveConfig] = {
+    "moby": MOBY_SMALL,
+    "synby": replace(MOBY_SMALL, negatives=SYNBY),
+    "mochi": replace(MOBY_SMALL, negatives=MOCHI),
+    "moco-v3": MoCoV3Config(momentum=0.95, **HEADS),
+    "simclr": SimCLRConfig(**HEADS),
+    "simsiam": SimSiamConfig(width=512, bottleneck=128),
+    "byol": BYOLConfig(momentum=0.95, **HEADS),
+    "swav": SwAVConfig(prototypes=100, **HEADS),
+    "dino": DINOConfig(**SELF_DISTILLED, local_views=2),
+    "ibot": IBOTConfig(**SELF_DISTILLED, local_views=0, norm_last_layer=False, warmup_teacher_epochs=0),
+}
+# Local crops of two by two patches. DINO's own blur and solarization are for 224 pixels.
+MULTI_CROP: Changes = {
+    "views.policy": "dino",
+    "views.local_size": 16,
+    "views.blur": 0.0,
+    "views.solarize": 0.0,
+    "views.local_views": 2,
+}
+
+
+# What an objective needs beside its own fields: DINO local crops, iBOT a class token.
+BESIDE: dict[str, Changes] = {"dino": MULTI_CROP, "ibot": {"backbone.pool": "token"}}
+
+
+def objective_arms() -> dict[str, Changes]:
+    """Every objective with random pairs and with hard views."""
+    arms: dict[str, Changes] = {}
+    for name, objective in OBJECTIVES_SMALL.items():
+        plain = to_plain(PretrainConfig(objective=objective))["objective"]
+        own = {"objective": plain, **BESIDE.get(name, {})}
+        more = {"views.local_views": 4} if name == "dino" else {}  # hard multi-crop chooses among twice as many
+        arms |= {f"{name}-random": {**own, **PLAIN}, f"{name}-hard": {**own, **HARD, **more}}
+    return arms
+
+
+def claims() -> PretrainConfig:
+    """The digits for twice as many steps."""
+    return replace(digits(), steps=480)
+
+
+def claims_arms() -> dict[str, Changes]:
+    """What the papers claim a gain or a loss of: hard views, synthetic negatives, both; the encoder that scores; the
+    easiest pairs; negatives of other classes alone; the number of views; the share of synthetic negatives."""
+
+    def objective(negatives: NegativesConfig, oracle: bool = False) -> Changes:
+        config = replace(MOBY_SMALL, negatives=negatives, oracle=oracle)
+        return {"objective": to_plain(PretrainConfig(objective=config))["objective"]}
+
+    moby, synby, target = objective(NONE), objective(SYNBY), {"selection.encoder": "target"}
+    return {
+        "moby": {**moby, **PLAIN},
+        "synby": {**synby, **PLAIN},
+        "moby-hard": {**moby, **HARD},
+        "synby-hard": {**synby, **HARD},
+        "easiest": {**moby, **HARD, "selection.rule": "easiest"},
+        "mochi": {**objective(MOCHI), **PLAIN},
+        "mochi-oracle": {**objective(MOCHI, oracle=True), **PLAIN},
+        "moby-hard-target": {**moby, **HARD, **target},
+        "synby-hard-target": {**synby, **HARD, **target},
+        "moby-hard-8": {**moby, **HARD, "selection.views": 8},
+        "synby-half": {**objective(replace(SYNBY, share=0.5)), **PLAIN},
+    }
 
 
 # Rules of choice by what a user pays for them: the forward passes that score the views.
@@ -107,6 +193,8 @@ def cost_arms() -> dict[str, Changes]:
 STUDIES = {
     "cifar10-study": Study(cifar10, CIFAR10_ARMS, seeds=3, probe_epochs=30),
     "cifar10-study-small": Study(cifar10_small, CIFAR10_ARMS, seeds=2, probe_epochs=10),
+    "objectives-small": Study(digits, objective_arms(), seeds=3, probe_epochs=50),
+    "claims-small": Study(claims, claims_arms(), seeds=3, probe_epochs=50),
     "cost-small": Study(digits, cost_arms(), seeds=3, probe_epochs=50),
 }
 

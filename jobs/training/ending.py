@@ -92,13 +92,14 @@ def disk_full(error: BaseException, folder: Path) -> str | None:
 
 def memory_full(error: BaseException) -> str | None:
     """What to say where memory, the device's or this machine's, does not suffice; None for any other error."""
-    said = str(error).split("\n", 1)[0]
+    message = str(error).split("\n", 1)[0]
     full = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    if not full and not (isinstance(error, RuntimeError) and "can't allocate memory" in said):
+    if not full and not (isinstance(error, RuntimeError) and "can't allocate memory" in message):
         return None
+    place = " ".join(message.split())[:200] or "of this machine"
     return (
-        f"run: out of memory ({' '.join(said.split())[:200] or 'of this machine'}); begin anew with a smaller --batch, "
-        f"a larger --accumulate or --checkpoint-activations"
+        f"run: out of memory ({place}); begin anew with a smaller --batch, a larger --accumulate or "
+        f"--checkpoint-activations"
     )
 
 

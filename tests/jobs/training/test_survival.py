@@ -160,10 +160,8 @@ def test_what_goes_wrong_before_a_run_begins_changes_nothing_of_the_one_it_would
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
 def test_want_of_memory_is_one_line_with_a_remedy(tmp_path: Path, error: Exception) -> None:
-    with (
-        pytest.raises(TrainingFailedError, match=r"^run: out of memory .*--batch.*--accumulate"),
-        as_training_failure(tmp_path),
-    ):
+    one_line = r"^run: out of memory .*--batch.*--accumulate"
+    with pytest.raises(TrainingFailedError, match=one_line), as_training_failure(tmp_path):
         raise error
 
 
