@@ -153,11 +153,16 @@ class Objective(nn.Module):
             check_layer(self.online.backbone, selection.layer)
 
     def check_batch(self, images: int) -> None:
-        """Checks before training whether `images` images of all ranks are enough; by default any number is.
+        """Checks before training whether `images` images of all ranks are enough.
 
         Raises:
-            ValueError: the objective wants more images at once.
+            ValueError: BatchNorm, which has no statistics of one image, or the objective wants more images at once.
         """
+        if images < 2 and any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self.modules()):
+            raise ValueError(
+                "batch: BatchNorm needs two images or more at once, and batch / accumulate is 1; give a larger batch "
+                "or a smaller accumulate"
+            )
 
     def chance(self, images: int, *, real: bool = False) -> float | None:
         """The loss of the coming step, of `images` images of all ranks at once, where embeddings tell nothing apart;
