@@ -68,7 +68,8 @@ def absolute(config: PretrainConfig) -> PretrainConfig:
         return replace(part, **{name: str(path.absolute()) for name, path in paths.items() if path is not None})
 
     data = fixed(config.data, "real", "synthetic", "cache")
-    return replace(config, data=data, monitor=fixed(config.monitor, "knn_train", "knn_test"))
+    init = str(Path(config.init).absolute()) if config.init and Path(config.init).exists() else config.init
+    return replace(config, init=init, data=data, monitor=fixed(config.monitor, "knn_train", "knn_test"))
 
 
 def moved(own: PretrainConfig, given: PretrainConfig) -> PretrainConfig:

@@ -3,6 +3,7 @@
 import inspect
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from jobs.run.folder import RunFolder, keep_lines
 from jobs.run.metrics import Loggers, check_loggers
 from jobs.run.optim import Schedule, build_optimizer
 from jobs.run.terminal import warn
+from jobs.run.weights import open_weights, start
 from jobs.run.world import World
 from jobs.training.health import FiniteGuard
 from jobs.training.memory_bank import open_bank
@@ -62,6 +64,7 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
         InputError: shards, sizes or values that do not fit; no intact checkpoint to resume from.
     """
     saved = checkpoint.load_newest(folder.checkpoints) if resume else None
+    weights = open_weights(config) if config.init and saved is None else None
     if saved is not None and without_addresses(saved["config"]) != without_addresses(to_plain(config)):
         raise InputError(f"run: {folder.path / 'config.json'} is not what the checkpoint was trained with; restore it")
     step = saved["step"] if saved else 0
@@ -78,6 +81,9 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
         check_held_out(config.monitor.knn_train, config.monitor.knn_test)
     check_labels(config, data)
     objective = make_objective(config, length, world.device)
+    if weights is not None:
+        start(objective, weights, config)
+        config = replace(config, origin=weights.origin)
     compile_encoders(config, objective, world.device)
     learner: nn.Module = LossModule(objective)
     if world.size > 1:
