@@ -93,7 +93,7 @@ def _read(log: Log, window: tuple[int, int], pairs: int, seed: int) -> tuple[Cho
     with progress("analyse", log.count(window), "images") as bar:
         for rows in log.chunks(steps=window):
             by_rule = (rows.choice_B >= 0) & ~rows.at_random_B
-            has_losses = np.isfinite(rows.losses_BP).all(1)
+            has_losses = np.isfinite(rows.loss_BP).all(1)
             scored.add(rows[np.flatnonzero(by_rule & has_losses)])
             unscored.add(rows[np.flatnonzero(by_rule & ~has_losses)])
             at_random.add(rows[np.flatnonzero(rows.at_random_B)])
@@ -177,8 +177,8 @@ def _explained(sample: Rows | None, pairs: int, seed: int, notes: list[str]) -> 
         )
         return {}
     full = len(data.loss_R) >= FULL_PAIRS
-    found = importance(data, *((12, 12) if full else (8, 8)), seed=seed)
-    details = asdict(found)
+    result = importance(data, *((12, 12) if full else (8, 8)), seed=seed)
+    details = asdict(result)
     details |= {"published": PUBLISHED, "traps": list(TRAPS), "over_training_share": _time_share(data)}
     explained: dict[str, Any] = {"importance": details["loss"], "importance_details": details}
     chosen = sample[np.flatnonzero((sample.choice_B >= 0) & ~sample.at_random_B)]

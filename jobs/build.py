@@ -36,7 +36,14 @@ class BuildConfig:
     """Which file of a tar's samples (its extension, jpg or seg.png) or which column of Parquet is the image, where
     several could be."""
     label: str | None = None
-    """Which column of Parquet is the label, where several could be."""
+    """Which column of Parquet, or of --labels, is the label, where several could be."""
+    label_from: str | None = None
+    """Where the labels of a tar's samples stand: cls (their .cls file, the default), json:FIELD (a field of their .json
+    file), or folder (the folder they lie in, or the tar where it has none). Labels are class numbers; where any is
+    text, they are names, and the classes are these in sorted order."""
+    labels: str | None = None
+    """File of labels for folder: and tars: (CSV, TSV or Parquet): a column with the images' names or keys, and one
+    with their labels, class numbers or names."""
     split: str | None = None
     """Which split of Parquet to take, such as train, where there are several."""
     check: Literal["full", "header"] = "full"
@@ -72,6 +79,8 @@ def run(config: BuildConfig) -> Manifest:
         keep_order=config.keep_order,
         image=config.image,
         label=config.label,
+        label_from=config.label_from,
+        labels=config.labels,
         split=config.split,
     )
     left_out = 0

@@ -70,19 +70,19 @@ def names_of(runs: Sequence[RunData]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
 
 
-def chosen_metrics(runs: Sequence[RunData], wanted: Sequence[str]) -> list[str]:
+def chosen_metrics(runs: Sequence[RunData], asked: Sequence[str]) -> list[str]:
     """The wanted metrics, by default the usual ones that any run logged.
 
     Raises:
         InputError: one that no run logged.
     """
     known = list(dict.fromkeys(name for run in runs for name in run.names()))
-    for name in wanted:
+    for name in asked:
         if name not in known:
             raise InputError(
                 f"metrics: {name} was logged by none of the runs; known ones: {', '.join(known) or 'none'}"
             )
-    return list(wanted) or [name for name in USUAL if name in known]
+    return list(asked) or [name for name in USUAL if name in known]
 
 
 def summary(run: RunData, name: str) -> dict[str, float] | None:

@@ -27,6 +27,7 @@ from jobs.run.metrics import read_metrics
 from jobs.run.presets import RANDOM_PAIR, preset
 from jobs.run.terminal import console, parse, tables
 from jobs.studies.plan import differences
+from jobs.studies.ready import DIGIT_VIEWS
 from jobs.training.verdict import ADVICE
 from models.backbones import BackboneConfig
 from models.negatives import NONE
@@ -46,10 +47,6 @@ HARD = SelectionConfig(views=4, rule="hardest")
 # A step with hard views scores four views before it trains on two: about the time of two plain ones. The number is
 # fixed, so that what is learned does not depend on the machine.
 SAME_TIME = 2
-# No mirror image of a digit is a digit, and there are no colours to change or to take away.
-DIGIT_VIEWS = ViewsConfig(
-    "small", crop_scale=(0.5, 1.0), flip=0, brightness=0.3, contrast=0.3, saturation=0, hue=0, gray=0
-)
 GRAY_VIEWS = ViewsConfig("small", saturation=0, hue=0, gray=0)
 COLOUR_VIEWS = ViewsConfig("small")
 NAMES = {
@@ -122,9 +119,9 @@ def demo(config: DemoConfig) -> Path:
     heading(2, "a synthetic clone from a diffusion model")
     cloned = make_clone(config, real, setting)
     configs = {name: arm_config(config, arm, setting, cloned) for name, arm in arms.items()}
-    for number, (name, wanted) in enumerate(configs.items(), 3):
-        heading(number, f"pretraining: {NAMES[name]}, {wanted.steps} steps")
-        train_arm(wanted, out / name)
+    for number, (name, arm_settings) in enumerate(configs.items(), 3):
+        heading(number, f"pretraining: {NAMES[name]}, {arm_settings.steps} steps")
+        train_arm(arm_settings, out / name)
     heading(6, "kNN and linear accuracy, analysis of the choices, report")
     results = measure(out, configs)
     export(out / "hard")

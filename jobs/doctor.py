@@ -73,14 +73,14 @@ def machine() -> Iterator[Finding]:
 
 def requirements() -> dict[str, list[str]]:
     """Names of the packages that the project asks for: by extra, and under "" those that it always needs."""
-    wanted: dict[str, list[str]] = {}
+    by_extra: dict[str, list[str]] = {}
     for line in importlib.metadata.requires("hardviews") or []:
         name = re.match(r"[\w.-]+", line)
         extra = re.search(r"extra\s*==\s*['\"](\w+)['\"]", line)
         system = re.search(r"sys_platform\s*==\s*['\"](\w+)['\"]", line)
         if name and not (system and system[1] != sys.platform):
-            wanted.setdefault(extra[1] if extra else "", []).append(name[0])
-    return wanted
+            by_extra.setdefault(extra[1] if extra else "", []).append(name[0])
+    return by_extra
 
 
 def version_of(package: str) -> str | None:
@@ -95,14 +95,14 @@ def version_of(package: str) -> str | None:
 
 def packages() -> Iterator[Finding]:
     """Versions of what is always needed, one by one, and of the extras, together."""
-    wanted = requirements()
-    for package in wanted.get("", []):
+    by_extra = requirements()
+    for package in by_extra.get("", []):
         version = version_of(package)
         without = "absent" if "dali" in package else "broken"  # Pillow decodes where DALI is not
         remedy = "" if version else f"pip install {package}"
         yield Finding(package, "ok" if version else without, version or "not installed", remedy)
     for extra, purpose in EXTRAS.items():
-        versions = {package: version_of(package) for package in wanted.get(extra, [])}
+        versions = {package: version_of(package) for package in by_extra.get(extra, [])}
         listed = ", ".join(f"{package} {version or '–'}" for package, version in versions.items())
         missing = not all(versions.values())
         remedy = f"for {purpose}, {install_extra(extra)}" if missing else ""
@@ -273,14 +273,14 @@ def crops() -> Iterator[Finding]:
     image = torch.from_numpy(smooth_picture())
     start, length = np.array([[0, 5]], np.int32), np.array([[SIDE, SIDE // 3]], np.int32)
     params = ViewParams.identity(start, start, length, length)[0]
-    found, expected = (torch.empty(2, SIDE // 2, SIDE // 2, 3, dtype=torch.uint8) for _ in range(2))
-    kernel(image, params, found)
+    compiled, expected = (torch.empty(2, SIDE // 2, SIDE // 2, 3, dtype=torch.uint8) for _ in range(2))
+    kernel(image, params, compiled)
     crop_by_torch(image, params, expected)
-    if torch.equal(found, expected):
+    if torch.equal(compiled, expected):
         yield Finding("crops", "ok", "by the compiled kernel, equal to torch's operator in every bit")
     else:
-        told = "the compiled kernel gives other pixels than torch's operator"
-        yield Finding("crops", "broken", told, INSTALL_PINNED)
+        differs = "the compiled kernel gives other pixels than torch's operator"
+        yield Finding("crops", "broken", differs, INSTALL_PINNED)
 
 
 def first_line(error: BaseException) -> str:

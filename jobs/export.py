@@ -87,7 +87,7 @@ def export(
 
         pending: list[Future[None]] = []
         for rows in log.chunks(CHUNK_ROWS, window):
-            kept = rows if source is None else rows[np.flatnonzero(rows.sources_B == log.sources.index(source))]
+            kept = rows if source is None else rows[np.flatnonzero(rows.source_B == log.sources.index(source))]
             # The next chunk is read while both tables of this one are written.
             _finish(pending)
             pending = [pool.submit(write, name, kept) for name in SCHEMAS]

@@ -133,7 +133,7 @@ def caption(replayed: Replayed, image: int) -> str:
     choice = int(rows.choice_B[image])
     if choice >= 0:
         overlap = pair_iou(rows.params[image : image + 1, : replayed.scored])[0, choice]
-        loss = rows.losses_BP[image, choice]
+        loss = rows.loss_BP[image, choice]
         how = f", loss {loss:.3f}" if np.isfinite(loss) else ", not scored"
         lines.append(f"IoU {overlap:.2f}{how}" + (", at random" if rows.at_random_B[image] else ""))
     return "\n".join(lines)

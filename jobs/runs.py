@@ -95,25 +95,25 @@ def is_finite(value: Any) -> bool:
 def read_state(run: RunFolder, root: Path, metrics: Sequence[str], now: float) -> RunState:
     """State of a run at `now` (Unix seconds)."""
     try:
-        said = run.read_state()
+        recorded = run.read_state()
     except (OSError, ValueError):
-        said = {}
+        recorded = {}
     values = last_values(run.metrics, [*metrics, SPEED])
     signs = [path.stat().st_mtime for path in (run.config, run.state, run.metrics) if path.is_file()]
-    updated = max([*signs, float(said.get("updated") or 0)])
-    state = str(said.get("state", "unknown"))
+    updated = max([*signs, float(recorded.get("updated") or 0)])
+    state = str(recorded.get("state", "unknown"))
     if state == "running" and now - updated > SILENT:
         state = "silent"
     return RunState(
         run=str(run.path.relative_to(root)) if run.path != root else run.path.resolve().name,
         state=state,
-        step=int(max(said.get("step") or 0, values.get("step", 0))),
-        steps=said.get("steps"),
-        images_per_second=values.get(SPEED, said.get("images_per_second")),
+        step=int(max(recorded.get("step") or 0, values.get("step", 0))),
+        steps=recorded.get("steps"),
+        images_per_second=values.get(SPEED, recorded.get("images_per_second")),
         updated=updated,
         metrics={name: values[name] for name in metrics if name in values},
-        reason=said.get("reason"),
-        verdict=said.get("verdict"),
+        reason=recorded.get("reason"),
+        verdict=recorded.get("verdict"),
     )
 
 

@@ -25,13 +25,16 @@ from jobs.run.data import open_data
 from jobs.run.failure import TrainingFailedError
 from jobs.run.folder import RunFolder, write_json
 from jobs.run.terminal import console, fail, parse, tables, warn
-from jobs.studies.plan import Member, Study, changed, differences, members, shared_changes, study
+from jobs.studies.plan import Member, Study, changed, differences, members, shared_changes
+from jobs.studies.ready import study
 from jobs.studies.results import RunResult, read_result, scores_file, seconds_left, span, table_of, write_results
 from jobs.studies.time_limit import TimeLimit, process_began, time_limit
 from jobs.training.ending import record_failure
 from jobs.training.opening import make_objective
 from models.objectives import Length
 from shards.errors import InputError
+
+VALIDATION = 0.2  # share of the training images that picks the probe's rate; held-out ones are for the score alone
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,8 @@ def plan(config: SweepConfig, chosen: Study) -> list[Member]:
     lengths = {name: value for name, value in lengths.items() if value is not None}
     if "epochs" in lengths:
         lengths.setdefault("steps", None)  # the study's own would override them
+    if lengths.keys() & {"epochs", "steps"} and any("steps" in changes for changes in chosen.arms.values()):
+        raise InputError(f"steps, epochs: each arm of {config.study} has a length of its own; leave them out")
     base = replace(base, **lengths)
     base = changed(base, shared_changes(config.change))
     # Scores are taken at the end; held-out images are watched while training only where a change asks for it.
@@ -136,7 +141,7 @@ def scoring(config: SweepConfig, chosen: Study) -> dict[str, Any]:
     epochs = chosen.probe_epochs if config.probe_epochs is None else config.probe_epochs
     if epochs < 0:
         raise InputError(f"probe_epochs: {epochs} must be 0 or above; 0 leaves the linear probe out")
-    return {"train": config.real, "test": config.test, "probe_epochs": epochs}
+    return {"train": config.real, "test": config.test, "probe_epochs": epochs, "validation": VALIDATION}
 
 
 def check(config: SweepConfig, planned: Sequence[Member]) -> None:
@@ -219,7 +224,7 @@ def score(folder: Path, settings: Mapping[str, Any]) -> None:
     scores = {"knn": protocols.evaluate_knn(protocols.KnnConfig(**common))["scores"]["top1"]}
     if settings["probe_epochs"]:
         sgd = linear.LinearConfig(epochs=settings["probe_epochs"])
-        probe = protocols.LinearProbeConfig(**common, sgd=sgd, augment=False)
+        probe = protocols.LinearProbeConfig(**common, sgd=sgd, augment=False, validation=settings["validation"])
         scores["linear"] = protocols.evaluate_linear(probe)["scores"]["top1"]
     content = {"settings": dict(settings), "scores": scores, "seconds": round(time.monotonic() - began, 2)}
     write_json(scores_file(folder), content)

@@ -23,21 +23,23 @@ class VerifyConfig:
 
 
 def run(config: VerifyConfig) -> list[Damage]:
-    """Everything that is damaged, in the order of the files; printed as it is found."""
+    """Everything that is damaged, in the order of the files; printed as it is broken."""
     manifest = open_manifest(config.folder)
-    found: list[Damage] = []
+    broken: list[Damage] = []
     size = sum(entry.size for entry in manifest.entries)
     with progress("verifying", size / 1e6, "MB") as bar:
         for entry, damages in verify(manifest, partial(run_tasks, "local", workers=config.workers)):
-            found += damages
-            bar.advance(entry.size / 1e6, f"{len(found)} damaged" if found else None)
-    found.sort(key=lambda damage: (damage.file, damage.key))
-    for damage in found:
+            broken += damages
+            bar.advance(entry.size / 1e6, f"{len(broken)} damaged" if broken else None)
+    broken.sort(key=lambda damage: (damage.file, damage.key))
+    for damage in broken:
         print(f"{damage.file}{f' {damage.key}' if damage.key else ''}: {damage.reason}")
-    samples = sum(bool(damage.key) for damage in found)
-    verdict = f"{len(found) - samples} files and {samples} samples are damaged" if found else "all is as it was written"
+    samples = sum(bool(damage.key) for damage in broken)
+    verdict = (
+        f"{len(broken) - samples} files and {samples} samples are damaged" if broken else "all is as it was written"
+    )
     print(f"{manifest.root}: {len(manifest.entries)} shards, {len(manifest)} images: {verdict}")
-    return found
+    return broken
 
 
 def main(argv: list[str]) -> None:

@@ -61,14 +61,14 @@ def same_class(labels_B: Tensor | None, negative_labels_K: Tensor | None) -> Ten
     return (labels_B[:, None] == negative_labels_K) & (labels_B[:, None] >= 0)
 
 
-def learn(tasks: Sequence[Contrast], scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+def contrastive_loss(tasks: Sequence[Contrast], scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
     """Sum of the tasks' losses times `scale`, and the means of their metrics; see `info_nce`. `loss_real` is scaled and
     summed as the loss."""
-    found = [info_nce(t.q_BD, t.k_BD, t.negatives_KD, t.temperature, t.synthetic, t.barred_BK) for t in tasks]
-    metrics = {name: torch.stack([parts[name] for _, parts in found]).mean() for name in found[0][1]}
+    results = [info_nce(t.q_BD, t.k_BD, t.negatives_KD, t.temperature, t.synthetic, t.barred_BK) for t in tasks]
+    metrics = {name: torch.stack([parts[name] for _, parts in results]).mean() for name in results[0][1]}
     if "loss_real" in metrics:
         metrics["loss_real"] = scale * len(tasks) * metrics["loss_real"]
-    return scale * torch.stack([loss for loss, _ in found]).sum(), metrics
+    return scale * torch.stack([loss for loss, _ in results]).sum(), metrics
 
 
 def chance(negatives: int, synthetic: NegativesConfig | None = None, left_out: int = 0) -> float:

@@ -42,7 +42,7 @@ class Correction(nn.Module):
             return target_BF.float() + with_constant(target_BF) @ self.weight_XF
 
     @torch.no_grad()
-    def learn(self, target_BF: Tensor, online_BF: Tensor, counts_B: Tensor | None = None) -> None:
+    def observe(self, target_BF: Tensor, online_BF: Tensor, counts_B: Tensor | None = None) -> None:
         """Remembers both encoders' features of the same images for `update`; with `counts_B` (bool), only of the images
         that it marks."""
         with torch.autocast(target_BF.device.type, enabled=False):
@@ -52,7 +52,7 @@ class Correction(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Adds what `learn` remembered on all ranks and solves for W; to be called after each optimizer step."""
+        """Adds what `observe` remembered on all ranks and solves for W; to be called after each optimizer step."""
         if not self._pending:
             return
         gram_XX, cross_XF = (torch.stack(parts).sum(0) for parts in zip(*self._pending, strict=True))
@@ -64,7 +64,7 @@ class Correction(nn.Module):
         self.weight_XF.copy_(torch.cholesky_solve(self.cross_XF, factor))
 
     def skip(self) -> None:
-        """Drops what `learn` remembered since the last update."""
+        """Drops what `observe` remembered since the last update."""
         self._pending.clear()
 
 

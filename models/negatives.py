@@ -293,9 +293,9 @@ def gathered(rows_KD: Tensor, of_BD: Tensor, index_BL: Tensor) -> Iterator[tuple
     size, width = _queries_at_once(rows_KD, index_BL), rows_KD.shape[1]
     memory_bLD = rows_KD.new_empty(min(size, len(of_BD)), index_BL.shape[1], width)
     for of_bD, index_bL in zip(of_BD.split(size), index_BL.split(size), strict=True):
-        found_bLD = memory_bLD[: len(of_bD)]
-        torch.index_select(rows_KD, 0, index_bL.flatten(), out=found_bLD.view(-1, width))
-        yield of_bD, found_bLD
+        gathered_bLD = memory_bLD[: len(of_bD)]
+        torch.index_select(rows_KD, 0, index_bL.flatten(), out=gathered_bLD.view(-1, width))
+        yield of_bD, gathered_bLD
 
 
 def _queries_at_once(n_KD: Tensor, index_BL: Tensor) -> int:

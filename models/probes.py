@@ -99,32 +99,32 @@ def task_statistics(task: Contrast, count: int = 1024) -> dict[str, Tensor]:
     similarity_BK = similarities(task)
     positive_B = (task.q_BD * task.k_BD).sum(1)
     ranked_B = positive_B > similarity_BK.max(1).values
-    found = {"proxy": ranked_B.float()}
+    probes = {"proxy": ranked_B.float()}
     false_BK = false_negatives(task)
     if false_BK is not None:
         nearest = similarity_BK.topk(min(count, similarity_BK.shape[1]), dim=1)
-        there_BM = nearest.values > -torch.inf
-        found["false_negatives"] = (false_BK.gather(1, nearest.indices) * there_BM).sum(1) / there_BM.sum(1)
+        finite_BM = nearest.values > -torch.inf
+        probes["false_negatives"] = (false_BK.gather(1, nearest.indices) * finite_BM).sum(1) / finite_BM.sum(1)
     if task.synthetic is not None and task.synthetic.total:
         with torch.random.fork_rng([task.q_BD.device] if task.q_BD.is_cuda else []):
             drawn = draw(task.synthetic, similarity_BK, task.q_BD.shape[1], task.barred_BK)
         all_BK = task.q_BD @ task.negatives_KD.T
         made_BL = synthetic_similarities(task.synthetic, task.q_BD, task.negatives_KD, all_BK, drawn)
         above_B = (positive_B > made_BL.max(1).values) | similarity_BK.isneginf().all(1)
-        found["proxy_synthetic"] = (ranked_B & above_B).float()
+        probes["proxy_synthetic"] = (ranked_B & above_B).float()
         if false_BK is not None:
-            found |= _false_components(task.synthetic, false_BK, drawn)
-    return found
+            probes |= _false_components(task.synthetic, false_BK, drawn)
+    return probes
 
 
 def _false_components(config: NegativesConfig, false_BK: Tensor, drawn: Draws) -> dict[str, Tensor]:
     first_BL, partner_BL = false_BK.gather(1, drawn.index_BL), false_BK.gather(1, drawn.partner_BL)
     kinds = dict(zip(KINDS, first_BL.split(list(config.counts.values()), 1), strict=True))
     one = kinds | {"mixing": torch.maximum(kinds["mixing"], partner_BL)}
-    found = {"false_components": torch.cat(list(one.values()), 1).mean(1)}
+    probes = {"false_components": torch.cat(list(one.values()), 1).mean(1)}
     if config.mixing:
-        found["false_pairs"] = torch.minimum(kinds["mixing"], partner_BL).mean(1)
-    return found
+        probes["false_pairs"] = torch.minimum(kinds["mixing"], partner_BL).mean(1)
+    return probes
 
 
 def similarities(task: Contrast) -> Tensor:
@@ -155,13 +155,13 @@ def positives_report(
 ) -> dict[str, Tensor]:
     """`alignment` of positive pairs and `uniformity` of their first members, means over `pairs`, which are embeddings
     [B, D] of the same images; over all images and for each source under `name/source`, where it has two or more."""
-    found = {}
+    probes = {}
     for suffix, own_B in by_source(sources_B, names).items():
         if own_B.sum() > 1:
             own = [(first_BD[own_B], second_BD[own_B]) for first_BD, second_BD in pairs]
-            found["alignment" + suffix] = torch.stack([alignment(*pair) for pair in own]).mean()
-            found["uniformity" + suffix] = torch.stack([uniformity(first_BD) for first_BD, _ in own]).mean()
-    return found
+            probes["alignment" + suffix] = torch.stack([alignment(*pair) for pair in own]).mean()
+            probes["uniformity" + suffix] = torch.stack([uniformity(first_BD) for first_BD, _ in own]).mean()
+    return probes
 
 
 @torch.no_grad()

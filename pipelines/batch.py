@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -60,7 +61,7 @@ class Order(Protocol):
 
 
 @dataclass(frozen=True)
-class Selection:
+class ScoringViews:
     """How the views that pairs are chosen from differ from those that train; by default not at all."""
 
     size: int | None = None
@@ -109,7 +110,7 @@ class Recipe:
 
     policy: Policy
     seed: int
-    selection: Selection = Selection()
+    selection: ScoringViews = ScoringViews()
 
     @property
     def outputs(self) -> tuple[Output, ...]:
@@ -124,55 +125,55 @@ class Recipe:
 
     def draw(
         self,
-        ids_B: NDArray[np.int64],
-        epochs_B: NDArray[np.int32],
+        sample_B: NDArray[np.int64],
+        epoch_B: NDArray[np.int32],
         sizes_B2: NDArray[np.int32],
         positions_B: NDArray[np.int64],
     ) -> tuple[ViewParams, ViewParams | None]:
         """[B, N]: the views' parameters, and those with static colour where selection has it."""
-        params = draw(self.policy, ids_B, epochs_B, self.seed, sizes_B2, positions_B)
+        params = draw(self.policy, sample_B, epoch_B, self.seed, sizes_B2, positions_B)
         if not self.selection.static_colour:
             return params, None
-        return params, static_colour(self.policy, params, ids_B, epochs_B, self.seed)
+        return params, static_colour(self.policy, params, sample_B, epoch_B, self.seed)
 
 
 @dataclass
-class Rows:
+class BatchPlan:
     """A batch before its pixels: who is in it and every parameter. A broken sample's row is drawn anew for another."""
 
     recipe: Recipe
     position: int
-    ids_B: NDArray[np.int64]
-    sources_B: NDArray[np.int16]
-    epochs_B: NDArray[np.int32]
-    labels_B: NDArray[np.int32]
+    sample_B: NDArray[np.int64]
+    source_B: NDArray[np.int16]
+    epoch_B: NDArray[np.int32]
+    label_B: NDArray[np.int32]
     sizes_B2: NDArray[np.int32]
     params: ViewParams
     static: ViewParams | None
     replaced: list[SampleError] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self.ids_B)
+        return len(self.sample_B)
 
     def substitute(self, rows: Sequence[int], ids: Sequence[int], reader: Reader) -> None:
         """Puts other samples of the same source, and so of the same epoch count, into some rows."""
         index = np.asarray(rows)
-        self.ids_B[index] = ids
-        self.labels_B[index], self.sizes_B2[index] = _facts(reader, self.ids_B[index])
-        drawn = self.recipe.draw(self.ids_B[index], self.epochs_B[index], self.sizes_B2[index], self.position + index)
+        self.sample_B[index] = ids
+        self.label_B[index], self.sizes_B2[index] = _facts(reader, self.sample_B[index])
+        drawn = self.recipe.draw(self.sample_B[index], self.epoch_B[index], self.sizes_B2[index], self.position + index)
         for old, new in zip((self.params, self.static), drawn, strict=True):
             if old is not None and new is not None:
                 for name in FIELDS:
                     getattr(old, name)[index] = getattr(new, name)
 
 
-def plan_rows(order: Order, reader: Reader, recipe: Recipe, position: int, *, count: int) -> Rows:
+def plan_batch(order: Order, reader: Reader, recipe: Recipe, position: int, *, count: int) -> BatchPlan:
     """The rows at `count` positions from `position` on, with all parameters drawn."""
     samples = order.at(position, count)
-    ids_B, sources_B, epochs_B = samples.ids.copy(), samples.sources, samples.epochs
-    labels_B, sizes_B2 = _facts(reader, ids_B)
-    params, static = recipe.draw(ids_B, epochs_B, sizes_B2, position + np.arange(count))
-    return Rows(recipe, position, ids_B, sources_B, epochs_B, labels_B, sizes_B2, params, static)
+    sample_B, source_B, epoch_B = samples.ids.copy(), samples.sources, samples.epochs
+    label_B, sizes_B2 = _facts(reader, sample_B)
+    params, static = recipe.draw(sample_B, epoch_B, sizes_B2, position + np.arange(count))
+    return BatchPlan(recipe, position, sample_B, source_B, epoch_B, label_B, sizes_B2, params, static)
 
 
 @dataclass(frozen=True)
@@ -183,10 +184,10 @@ class ViewBatch:
     """[B, n, 3, S, S] per group of views, normalised by ImageNet's mean and standard deviation, on the device."""
     params: ViewParams
     """[B, N], all groups side by side."""
-    ids_B: NDArray[np.int64]
-    sources_B: NDArray[np.int16]
-    epochs_B: NDArray[np.int32]
-    labels_B: NDArray[np.int32]
+    sample_B: NDArray[np.int64]
+    source_B: NDArray[np.int16]
+    epoch_B: NDArray[np.int32]
+    label_B: NDArray[np.int32]
     sizes_B2: NDArray[np.int32]
     """Height and width of the images, pixels."""
     position: int
@@ -197,7 +198,7 @@ class ViewBatch:
     """Like `crops`, as selection sees them; None where it sees the same."""
 
     def __len__(self) -> int:
-        return len(self.ids_B)
+        return len(self.sample_B)
 
     @property
     def scored(self) -> tuple[Tensor, ...]:
@@ -212,10 +213,10 @@ class ViewBatch:
         return ViewBatch(
             crops=tuple(crops[part] for crops in self.crops),
             params=self.params[part],
-            ids_B=self.ids_B[part],
-            sources_B=self.sources_B[part],
-            epochs_B=self.epochs_B[part],
-            labels_B=self.labels_B[part],
+            sample_B=self.sample_B[part],
+            source_B=self.source_B[part],
+            epoch_B=self.epoch_B[part],
+            label_B=self.label_B[part],
             sizes_B2=self.sizes_B2[part],
             position=self.position + start,
             replaced=(),
@@ -223,21 +224,29 @@ class ViewBatch:
         )
 
 
-def finish(rows: Rows, tensors: Sequence[Tensor]) -> ViewBatch:
+def finish(rows: BatchPlan, tensors: Sequence[Tensor]) -> ViewBatch:
     """The batch of finished rows; `tensors` in the order of the recipe's outputs."""
     groups = len(rows.recipe.policy.groups)
     return ViewBatch(
         crops=tuple(tensors[:groups]),
         params=rows.params,
-        ids_B=rows.ids_B,
-        sources_B=rows.sources_B,
-        epochs_B=rows.epochs_B,
-        labels_B=rows.labels_B,
+        sample_B=rows.sample_B,
+        source_B=rows.source_B,
+        epoch_B=rows.epoch_B,
+        label_B=rows.label_B,
         sizes_B2=rows.sizes_B2,
         position=rows.position,
         replaced=tuple(rows.replaced),
         selection_crops=tuple(tensors[groups:]) or None,
     )
+
+
+def wait_for(stream: torch.cuda.Stream) -> None:
+    """Sleeps until the stream has done what it was given: a batch is whole when its promise is kept, and whoever takes
+    it needs no stream of the producer's."""
+    done = torch.cuda.Event(blocking=True)
+    done.record(stream)
+    done.synchronize()
 
 
 def _facts(reader: Reader, ids: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

@@ -119,8 +119,8 @@ class DaliDecoder:
     def decode(self, data: Sequence[Bytes]) -> list[Tensor | str]:
         """See `Decoder.decode`."""
         whole = [row for row, item in enumerate(data) if looks_whole(item)]
-        found = dict(zip(whole, self._run([data[row] for row in whole]), strict=True))
-        return [found[row] if row in found else PillowDecoder().decode([item])[0] for row, item in enumerate(data)]
+        decoded = dict(zip(whole, self._run([data[row] for row in whole]), strict=True))
+        return [decoded[row] if row in decoded else PillowDecoder().decode([item])[0] for row, item in enumerate(data)]
 
     def _run(self, data: list[Bytes]) -> list[Tensor | str]:
         if not data:
@@ -329,6 +329,6 @@ def find_broken(run: Callable[[list[int]], object], count: int) -> dict[int, str
 
 def _reason(error: RuntimeError) -> str:
     """What DALI's error says about the image; the lines before say where in the graph, those after nothing."""
-    _, _, said = str(error).partition("encountered:")
-    lines = [line.strip(" :") for line in (said or str(error)).strip().splitlines()]
+    _, _, reason = str(error).partition("encountered:")
+    lines = [line.strip(" :") for line in (reason or str(error)).strip().splitlines()]
     return f"DALI: {lines[0]}" if lines else "DALI: cannot be decoded"

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.batch import COLOURS, STAGES, Reader, Recipe, Rows, ViewBatch, finish
+from pipelines.batch import COLOURS, STAGES, BatchPlan, Reader, Recipe, ViewBatch, finish, wait_for
 from pipelines.clock import Clock
 from pipelines.colour_device import fused_on_device
 from pipelines.decode import BrokenImagesError, DaliViews
@@ -62,7 +62,7 @@ class DeviceProducer:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pool = ThreadPoolExecutor(_LANES, thread_name_prefix="hardviews-views")
 
-    def submit(self, plan: Callable[[], Rows]) -> Future[ViewBatch]:
+    def submit(self, plan: Callable[[], BatchPlan]) -> Future[ViewBatch]:
         """Promises the batch of the rows (at most `batch`) that `plan` draws; it runs in a thread of ours."""
         return self._pool.submit(self._make, plan)
 
@@ -70,8 +70,8 @@ class DeviceProducer:
         """Drops what has not begun, waits for what has, and ends the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _read(self, plan: Callable[[], Rows]) -> tuple[Rows, Replacer, dict[int, NDArray[np.uint8]]]:
-        """Rows with their bytes; what cannot be read is replaced."""
+    def _read(self, plan: Callable[[], BatchPlan]) -> tuple[BatchPlan, Replacer, dict[int, NDArray[np.uint8]]]:
+        """The plan and the bytes of its rows; what cannot be read is replaced."""
         with self.clock("draw"):
             rows = plan()
         replacer = Replacer(self._reader, rows)
@@ -79,15 +79,15 @@ class DeviceProducer:
         self._fetch(rows, replacer, data, list(range(len(rows))))
         return rows, replacer, data
 
-    def _fetch(self, rows: Rows, replacer: Replacer, data: dict[int, NDArray[np.uint8]], todo: list[int]) -> None:
+    def _fetch(self, rows: BatchPlan, replacer: Replacer, data: dict[int, NDArray[np.uint8]], todo: list[int]) -> None:
         """Reads the rows to do into `data`, replacing samples until all can be read."""
         with self.clock("read"):
             while todo:
-                found, broken = read_rows(self._reader, rows, todo)
-                data.update(found)
+                contents, broken = read_rows(self._reader, rows, todo)
+                data.update(contents)
                 todo = replacer.replace(broken)
 
-    def _make(self, plan: Callable[[], Rows]) -> ViewBatch:
+    def _make(self, plan: Callable[[], BatchPlan]) -> ViewBatch:
         rows, replacer, data = self._read(plan)
         with torch.cuda.stream(self._stream) if self._stream else nullcontext():
             crops = self._crops(rows, replacer, data)
@@ -95,14 +95,11 @@ class DeviceProducer:
                 tensors = self._coloured(rows, dict(zip((o.key for o in self._cropped), crops, strict=True)))
             if self._stream:
                 with self.clock("colour"):
-                    # The batch is whole when the promise is kept: whoever takes it needs no stream of ours.
-                    done = torch.cuda.Event(blocking=True)
-                    done.record()
-                    done.synchronize()
+                    wait_for(self._stream)
         rows.replaced = replacer.errors
         return finish(rows, tensors)
 
-    def _crops(self, rows: Rows, replacer: Replacer, data: dict[int, NDArray[np.uint8]]) -> list[Tensor]:
+    def _crops(self, rows: BatchPlan, replacer: Replacer, data: dict[int, NDArray[np.uint8]]) -> list[Tensor]:
         """uint8 [B, n, S, S, 3] of every group; samples that cannot be decoded are replaced on the way."""
         while True:
             params = [output.params(rows.params, None) for output in self._cropped]
@@ -114,7 +111,7 @@ class DeviceProducer:
             broken = {row: undecodable(self._reader, rows, row, reason) for row, reason in reasons.items()}
             self._fetch(rows, replacer, data, replacer.replace(broken))
 
-    def _coloured(self, rows: Rows, crops: dict[tuple[int, int], Tensor]) -> list[Tensor]:
+    def _coloured(self, rows: BatchPlan, crops: dict[tuple[int, int], Tensor]) -> list[Tensor]:
         """[B, n, 3, S, S] of every output, normalised."""
         tensors = []
         for output in self._recipe.outputs:

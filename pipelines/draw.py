@@ -23,8 +23,8 @@ Ints = NDArray[np.integer]
 
 def draw(
     policy: Policy,
-    ids_B: Ints,
-    epochs_B: Ints,
+    sample_B: Ints,
+    epoch_B: Ints,
     seed: int,
     sizes_B2: Ints,
     positions_B: Ints | None = None,
@@ -32,27 +32,27 @@ def draw(
     """[B, N]: the parameters of all views of all groups, side by side.
 
     Args:
-        epochs_B: each sample's own epoch, so that a sample seen again gets other views.
+        epoch_B: each sample's own epoch, so that a sample seen again gets other views.
         sizes_B2: height and width of each image, pixels.
         positions_B: global index of each sample since the start of training; only a scripted overlap reads it.
     """
     views_N = np.arange(policy.views)
-    params = _boxes(policy, ids_B, epochs_B, seed, sizes_B2, attempt=0)
+    params = _boxes(policy, sample_B, epoch_B, seed, sizes_B2, attempt=0)
     if policy.iou.samples:
         assert positions_B is not None, "a scripted overlap depends on the position in training"
-        params = _script(params, policy, policy.iou, ids_B, epochs_B, seed, sizes_B2, positions_B)
+        params = _script(params, policy, policy.iou, sample_B, epoch_B, seed, sizes_B2, positions_B)
     flips_N = np.array([view.flip for view in policy.view_policies])
-    flip = uniform(seed, epochs_B, ids_B, views_N, Purpose.FLIP, 1)[..., 0] < flips_N
-    drawn = uniform(seed, epochs_B, ids_B, views_N, Purpose.COLOUR, 12)
+    flip = uniform(seed, epoch_B, sample_B, views_N, Purpose.FLIP, 1)[..., 0] < flips_N
+    drawn = uniform(seed, epoch_B, sample_B, views_N, Purpose.COLOUR, 12)
     return replace(params, flip=flip, **_colours(policy.view_policies, drawn))
 
 
-def static_colour(policy: Policy, params: ViewParams, ids_B: Ints, epochs_B: Ints, seed: int) -> ViewParams:
+def static_colour(policy: Policy, params: ViewParams, sample_B: Ints, epoch_B: Ints, seed: int) -> ViewParams:
     """The same crops and flips with one colour draw for all views of an image, from the first view's policy.
 
     HVP, section 6: with colour held fixed while selecting, hardness comes from the crops alone.
     """
-    drawn = uniform(seed, epochs_B, ids_B, [0], Purpose.STATIC_COLOUR, 12)
+    drawn = uniform(seed, epoch_B, sample_B, [0], Purpose.STATIC_COLOUR, 12)
     colours = _colours(policy.view_policies[:1], drawn)
     return replace(params, **{name: np.repeat(value, params.shape[1], axis=1) for name, value in colours.items()})
 
@@ -106,12 +106,12 @@ def iou_bounds(script: IouScript, positions_B: Ints) -> tuple[NDArray[np.float64
     return least_B, greatest_B
 
 
-def _boxes(policy: Policy, ids_B: Ints, epochs_B: Ints, seed: int, sizes_B2: Ints, attempt: int) -> ViewParams:
+def _boxes(policy: Policy, sample_B: Ints, epoch_B: Ints, seed: int, sizes_B2: Ints, attempt: int) -> ViewParams:
     """[B, N] crop boxes without flip or colour; each attempt has its own numbers."""
     views = policy.view_policies
-    numbers = uniform(seed, epochs_B, ids_B, np.arange(len(views)), Purpose.CROP, 4 * TRIES, block=attempt * TRIES)
+    numbers = uniform(seed, epoch_B, sample_B, np.arange(len(views)), Purpose.CROP, 4 * TRIES, block=attempt * TRIES)
     scale_N2, ratio_N2 = np.array([view.scale for view in views]), np.array([view.ratio for view in views])
-    drawn_BNT4 = numbers.reshape(len(ids_B), len(views), TRIES, 4)
+    drawn_BNT4 = numbers.reshape(len(sample_B), len(views), TRIES, 4)
     return ViewParams.identity(*crop_boxes(scale_N2, ratio_N2, drawn_BNT4, sizes_B2))
 
 
@@ -119,8 +119,8 @@ def _script(
     params: ViewParams,
     policy: Policy,
     script: IouScript,
-    ids_B: Ints,
-    epochs_B: Ints,
+    sample_B: Ints,
+    epoch_B: Ints,
     seed: int,
     sizes_B2: Ints,
     positions_B: Ints,
@@ -139,7 +139,7 @@ def _script(
         rows = np.flatnonzero(best_B > 0)
         if not len(rows):
             break
-        again = _boxes(policy, ids_B[rows], epochs_B[rows], seed, sizes_B2[rows], attempt)
+        again = _boxes(policy, sample_B[rows], epoch_B[rows], seed, sizes_B2[rows], attempt)
         apart = outside(again, rows)
         better = apart < best_B[rows]
         best_B[rows[better]] = apart[better]

@@ -11,12 +11,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.batch import COLOURS, STAGES, Output, Reader, Recipe, Rows, ViewBatch, finish
+from pipelines.batch import COLOURS, STAGES, BatchPlan, Output, Reader, Recipe, ViewBatch, finish, wait_for
 from pipelines.buffers import Buffers
 from pipelines.clock import Clock
 from pipelines.colour_host import fused
@@ -53,11 +54,12 @@ class HostProducer:
         self._colour = host_colour(colour)
         self._chunk = max(1, min(CHUNK, -(-batch // threads)))
         self._decoder = decoder
-        self._buffers = Buffers()
+        self._buffers = Buffers(pinned=device.type == "cuda")
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._local = threading.local()
         self._pool = ThreadPoolExecutor(threads + SPARE, thread_name_prefix="hardviews-views")
 
-    def submit(self, plan: Callable[[], Rows]) -> Future[ViewBatch]:
+    def submit(self, plan: Callable[[], BatchPlan]) -> Future[ViewBatch]:
         """Promises the batch of the rows (at most `batch`) that `plan` draws; it runs in a thread of ours."""
         promise: Future[ViewBatch] = Future()
         self._run(promise, lambda: self._begin(promise, plan))
@@ -80,7 +82,7 @@ class HostProducer:
 
         self._pool.submit(guarded)
 
-    def _begin(self, promise: Future[ViewBatch], plan: Callable[[], Rows]) -> None:
+    def _begin(self, promise: Future[ViewBatch], plan: Callable[[], BatchPlan]) -> None:
         """Draws a batch and queues its chunks; the last chunk to finish keeps the promise."""
         with self.clock("draw"):
             rows = plan()
@@ -102,7 +104,7 @@ class HostProducer:
         for start in starts:
             self._run(promise, lambda start=start: work(start))
 
-    def _fill(self, rows: Rows, todo: list[int], tensors: Sequence[Tensor]) -> list[SampleError]:
+    def _fill(self, rows: BatchPlan, todo: list[int], tensors: Sequence[Tensor]) -> list[SampleError]:
         """Makes all views of some rows; returns what was wrong with the samples that had to be replaced."""
         replacer = Replacer(self._reader, rows)
         while todo:
@@ -112,7 +114,7 @@ class HostProducer:
             todo = replacer.replace(broken)
         return replacer.errors
 
-    def _decode(self, rows: Rows, todo: Sequence[int]) -> tuple[dict[int, Tensor], dict[int, SampleError]]:
+    def _decode(self, rows: BatchPlan, todo: Sequence[int]) -> tuple[dict[int, Tensor], dict[int, SampleError]]:
         """Images of the rows that have one, valid until this thread decodes again, and the others' errors."""
         with self.clock("read"):
             data, broken = read_rows(self._reader, rows, todo)
@@ -126,7 +128,7 @@ class HostProducer:
                     broken[row] = undecodable(self._reader, rows, row, str(reason))
         return images, broken
 
-    def _views(self, rows: Rows, images: dict[int, Tensor], tensors: Sequence[Tensor]) -> None:
+    def _views(self, rows: BatchPlan, images: dict[int, Tensor], tensors: Sequence[Tensor]) -> None:
         """Crops and colours images into their rows of the batch."""
         index_R = np.array(list(images))
         own, static = rows.params[index_R], rows.static[index_R] if rows.static else None
@@ -149,8 +151,12 @@ class HostProducer:
             tensor[torch.from_numpy(index_R)] = target
 
     def _send(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        with self.clock("copy"):
-            return [tensor.to(self._device, self._dtype) for tensor in tensors]
+        """The batch on the device, in its dtype; on a GPU the copies run beside the training step."""
+        with self.clock("copy"), torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            sent = [tensor.to(self._device, non_blocking=True).to(self._dtype) for tensor in tensors]
+            if self._stream:
+                wait_for(self._stream)
+            return sent
 
     def _my_decoder(self) -> Decoder:
         """This thread's decoder: one thread each scales better than one decoder with many."""

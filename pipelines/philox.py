@@ -49,8 +49,8 @@ def philox(counter_4xM: NDArray[np.uint64], key: int) -> NDArray[np.uint64]:
 
 def uniform(
     seed: int,
-    epochs_B: ArrayLike,
-    ids_B: ArrayLike,
+    epoch_B: ArrayLike,
+    sample_B: ArrayLike,
     views_N: ArrayLike,
     purpose: Purpose,
     count: int,
@@ -60,14 +60,14 @@ def uniform(
     """[B, N, count] numbers in the open interval (0, 1), 32 bits each, for every image and view.
 
     Args:
-        epochs_B: how often each sample's source has been gone through before.
+        epoch_B: how often each sample's source has been gone through before.
         views_N: view indices, below 4,096.
         block: where to begin in the draw's own sequence, in blocks of four numbers.
     """
     blocks = -(-count // 4)
     assert block >= 0 and block + blocks <= MAX_BLOCKS, "a purpose has 16,384 numbers"
-    ids = np.asarray(ids_B, np.int64).astype(U64)[:, None, None]
-    epochs = np.asarray(epochs_B, np.int64).astype(U64)[:, None, None]
+    ids = np.asarray(sample_B, np.int64).astype(U64)[:, None, None]
+    epochs = np.asarray(epoch_B, np.int64).astype(U64)[:, None, None]
     views = np.asarray(views_N, np.int64).astype(U64)[None, :, None]
     last = (views << U64(20)) | U64(int(purpose) << 12) | np.arange(block, block + blocks, dtype=U64)
     words = np.broadcast_arrays(ids & LOW, ids >> HALF, epochs & LOW, last)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.batch import Reader, Rows
+from pipelines.batch import BatchPlan, Reader
 from shards.errors import InputError
 from shards.reader import SampleError
 
@@ -19,17 +19,17 @@ MAX_ATTEMPTS = 16  # for one row, before the data set is called broken
 
 
 def read_rows(
-    reader: Reader, rows: Rows, wanted: Sequence[int]
+    reader: Reader, rows: BatchPlan, indices: Sequence[int]
 ) -> tuple[dict[int, NDArray[np.uint8]], dict[int, SampleError]]:
     """Bytes of the rows that can be read, and what is wrong with the others."""
-    items = dict(zip(wanted, reader.read(rows.ids_B[np.asarray(wanted, np.int64)]), strict=True))
+    items = dict(zip(indices, reader.read(rows.sample_B[np.asarray(indices, np.int64)]), strict=True))
     broken = {row: item for row, item in items.items() if isinstance(item, SampleError)}
     return {row: item for row, item in items.items() if not isinstance(item, SampleError)}, broken
 
 
-def undecodable(reader: Reader, rows: Rows, row: int, reason: str) -> SampleError:
+def undecodable(reader: Reader, rows: BatchPlan, row: int, reason: str) -> SampleError:
     """The error for a sample whose bytes are whole and yet no image."""
-    return SampleError(*reader.name(int(rows.ids_B[row])), reason)
+    return SampleError(*reader.name(int(rows.sample_B[row])), reason)
 
 
 def size_mismatch(image_HW3: Tensor, size_2: NDArray[np.int32]) -> str | None:
@@ -43,10 +43,10 @@ def size_mismatch(image_HW3: Tensor, size_2: NDArray[np.int32]) -> str | None:
 class Replacer:
     """Keeps count of the attempts for each row of a batch, and of what was wrong."""
 
-    def __init__(self, reader: Reader, rows: Rows) -> None:
+    def __init__(self, reader: Reader, rows: BatchPlan) -> None:
         self.errors: list[SampleError] = []
         self._reader, self._rows = reader, rows
-        self._first_B = rows.ids_B.copy()
+        self._first_B = rows.sample_B.copy()
         self._attempts_B = np.zeros(len(rows), np.int64)
 
     def replace(self, broken: dict[int, SampleError]) -> list[int]:

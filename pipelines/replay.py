@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipelines.batch import Reader, Recipe, Rows, ViewBatch
+from pipelines.batch import BatchPlan, Reader, Recipe, ViewBatch
 from pipelines.params import FIELDS, ViewParams
 from pipelines.stream import cores, open_producer
 from shards.errors import InputError
@@ -18,7 +18,7 @@ from shards.errors import InputError
 def replay(
     reader: Reader,
     recipe: Recipe,
-    ids_B: NDArray[np.int64],
+    sample_B: NDArray[np.int64],
     sizes_B2: NDArray[np.int32],
     params: ViewParams,
     *,
@@ -37,13 +37,13 @@ def replay(
     Raises:
         InputError: a sample cannot be read any more, or decodes to another size.
     """
-    zeros = np.zeros(len(ids_B), np.int32)
-    rows = Rows(recipe, 0, ids_B.copy(), zeros.astype(np.int16), zeros, zeros, sizes_B2.copy(), params, None)
+    zeros = np.zeros(len(sample_B), np.int32)
+    rows = BatchPlan(recipe, 0, sample_B.copy(), zeros.astype(np.int16), zeros, zeros, sizes_B2.copy(), params, None)
     producer = open_producer(
         reader,
         recipe,
         backend=backend,
-        batch=len(ids_B),
+        batch=len(sample_B),
         device=torch.device(device),
         dtype=dtype,
         colour=colour,
@@ -61,12 +61,12 @@ def replay(
 
 def same_draws(
     recipe: Recipe,
-    ids_B: NDArray[np.int64],
-    epochs_B: NDArray[np.int32],
+    sample_B: NDArray[np.int64],
+    epoch_B: NDArray[np.int32],
     sizes_B2: NDArray[np.int32],
     positions_B: NDArray[np.int64],
     logged: ViewParams,
 ) -> NDArray[np.bool_]:
     """[B]: whether the recipe draws exactly the logged parameters."""
-    drawn, _ = recipe.draw(ids_B, epochs_B, sizes_B2, positions_B)
+    drawn, _ = recipe.draw(sample_B, epoch_B, sizes_B2, positions_B)
     return np.all([(getattr(drawn, name) == getattr(logged, name)).all(1) for name in FIELDS], axis=0)

@@ -18,7 +18,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from pipelines.batch import Order, Reader, Recipe, Selection, ViewBatch, plan_rows
+from pipelines.batch import Order, Reader, Recipe, ScoringViews, ViewBatch, plan_batch
 from pipelines.decode import HAS_DALI
 from pipelines.device import DeviceProducer
 from pipelines.host import HostProducer
@@ -76,7 +76,7 @@ class ViewStream:
         threads: int = 0,
         prefetch: int = 2,
         compiled: bool = True,
-        selection: Selection = Selection(),  # noqa: B008 (frozen)
+        selection: ScoringViews = ScoringViews(),  # noqa: B008 (frozen)
         quarantine: Callable[[SampleError], None] | None = None,
         max_failure_share: float = 0.05,
     ) -> None:
@@ -91,7 +91,7 @@ class ViewStream:
         self._seen = self._failed = 0
         self._waited = 0.0
         recipe = Recipe(policy, seed, selection)
-        self._plan = partial(plan_rows, order, reader, recipe, count=batch)
+        self._plan = partial(plan_batch, order, reader, recipe, count=batch)
         self._producer = open_producer(
             reader,
             recipe,

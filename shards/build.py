@@ -115,6 +115,8 @@ def plan(
     keep_order: bool = False,
     image: str | None = None,
     label: str | None = None,
+    label_from: str | None = None,
+    labels: str | None = None,
     split: str | None = None,
 ) -> Plan:
     """Lists a source.
@@ -126,17 +128,18 @@ def plan(
         rules: how images are checked and written.
         shard_samples: images per shard.
         keep_order: the files of a folder in the order of their names rather than spread.
-        image, label, split: which column or extension is the image, which column the label, and which split to take.
+        image, label, label_from, labels, split: see `Options`.
 
     Raises:
         InputError: wrong source or settings.
     """
     rules = rules or Rules()
     check_settings(rules, shard_samples)
-    listed = open_source(address, Options(shard_samples, keep_order, image, label, split), run)
+    given = {"image": image, "label": label, "label_from": label_from, "labels": labels, "split": split}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    listed = open_source(address, Options(shard_samples, keep_order, **chosen), run)
     starts = np.cumsum([0, *map(len, listed.parts)]).tolist()
     tasks = [Task(str(out.resolve()), i, starts[i], part, rules, shard_samples) for i, part in enumerate(listed.parts)]
-    chosen = {name: value for name, value in (("image", image), ("label", label), ("split", split)) if value}
     provenance = {
         "images": address,
         **asdict(rules),
@@ -176,6 +179,9 @@ def build(
         for result in run(build_shard, missing):
             results.append(result)
             on_shard(result)
+        labels = planned.provenance.get("labels")
+        if labels is not None and not any(label >= 0 for result in results for label in result.labels):
+            raise InputError(f"--labels {labels}: names none of the images; compare its names with those of the source")
         return finish(planned.out, results, source=source, classes=planned.classes, provenance=planned.provenance)
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,7 +11,7 @@ from shards.errors import InputError
 from shards.images import BadImageError, Rules, prepare
 from shards.manifest import MANIFEST_NAME, Manifest, open_manifest
 from shards.sources.base import Runner
-from shards.sources.tars import Group, groups, image_member, tar_record
+from shards.sources.tars import WHOLE_NUMBER, Group, Tar, groups, image_member, tar_record
 from shards.writer import (
     Rejected,
     Row,
@@ -36,17 +36,24 @@ class IndexTask:
     rules: Rules
     image: str | None = None
     """Extension of the images, where several files of a sample could be."""
+    classes: tuple[str, ...] = ()
+    """Names of classes that `.cls` files may hold instead of numbers."""
 
     @property
     def settings(self) -> dict[str, Any]:
         """All that decides the column file's content, but for the tar."""
-        return {"in place": True, **asdict(self.rules), **({"image": self.image} if self.image else {})}
+        chosen = {"image": self.image} if self.image else {}
+        chosen |= {"classes": list(self.classes)} if self.classes else {}
+        return {"in place": True, **asdict(self.rules), **chosen}
 
 
 def index_tar(task: IndexTask) -> ShardResult:
     """Reads a tar whole and writes its column file and index."""
     folder = Path(task.folder)
     path = folder / task.name
+    tar = Tar(task.folder, task.name, path.stat().st_size, task.image)
+    # What is a number is never a name here: `.cls` files of most tars hold numbers.
+    numbers = {name: number for number, name in enumerate(task.classes) if not WHOLE_NUMBER.fullmatch(name)}
     rows: list[Row] = []
     rejected: list[Rejected] = []
     members: list[tuple[str, Sequence[tuple[str, int, int]]]] = []
@@ -55,29 +62,30 @@ def index_tar(task: IndexTask) -> ShardResult:
             if isinstance(group, Group):
                 stored = [one[:3] for one in group.members if not (one.problem or one.pieces)]
                 members += [(group.key, stored)] if stored else []
-            row = index_sample(task, group, file)
+            row = index_sample(tar, group, file, numbers, task.rules)
             if isinstance(row, Rejected):
                 rejected.append(row)
             else:
                 rows.append(row)
         file.seek(0)
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    size = path.stat().st_size
-    return write_columns(folder, task.name, rows, rejected, task.settings, size, sha256, format_index(members))
+    return write_columns(folder, task.name, rows, rejected, task.settings, tar.size, sha256, format_index(members))
 
 
-def index_sample(task: IndexTask, group: Group | str, file: BinaryIO) -> Row | Rejected:
+def index_sample(
+    tar: Tar, group: Group | str, file: BinaryIO, numbers: Mapping[str, int], rules: Rules
+) -> Row | Rejected:
     """The row of a sample whose image can be used as it stands, or the reason why it cannot."""
-    record = tar_record(task.name, group, file, task.image)
+    record = tar_record(tar, group, file, numbers)
     if isinstance(group, str):
         return Rejected("", record.name, record.problem)
-    place = image_member(task.name, group, task.image)
+    place = image_member(tar.name, group, tar.image)
     if place is None or record.problem:
         return Rejected(group.key, record.name, record.problem)
     if place.pieces:
         return Rejected(group.key, record.name, f"a sparse file, which has to be stored whole; {CONVERT}")
     try:
-        picture = prepare(record.content, task.rules)
+        picture = prepare(record.content, rules)
     except BadImageError as error:
         return Rejected(group.key, record.name, str(error))
     if not record.content.startswith(picture.content):
@@ -124,7 +132,7 @@ def index(
     if (folder / MANIFEST_NAME).exists() and not overwrite and not indexed(folder):
         raise InputError(f"{folder}: its shards have a manifest from their making; pass --overwrite to replace it")
     with output_folder(folder):
-        tasks = [IndexTask(str(folder.resolve()), name, rules, image) for name in names]
+        tasks = [IndexTask(str(folder.resolve()), name, rules, image, tuple(classes)) for name in names]
         results, missing = ([], tasks) if overwrite else split_done(folder, tasks, overwrite)
         for result in results:
             on_shard(result)

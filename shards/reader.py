@@ -116,8 +116,8 @@ class SampleReader:
             return [self._read(int(sources[place]), columns, int(place)) for place in part]
 
         results = self._pool.map(read, parts) if len(parts) > 1 else map(read, parts)
-        found = dict(zip(places.tolist(), (item for result in results for item in result), strict=True))
-        return [found[place] for place in range(len(ids))]
+        by_place = dict(zip(places.tolist(), (item for result in results for item in result), strict=True))
+        return [by_place[place] for place in range(len(ids))]
 
     def substitute(self, sample_id: int, attempt: int) -> int:
         """The id to take instead of a broken one at the given attempt (from 1): a fixed other one of its source.

@@ -3,7 +3,7 @@
 import hashlib
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,7 @@ def check_samples(task: ShardCheck, file: Any, readable: bool) -> list[Damage]:
     columns = manifest.shard_columns(manifest.shards.index(task.entry.name))
     members = members_by_image(fetcher(task.root)(index_name(task.entry.name)))
     checks = (
-        (columns.key[row], sample_damage(columns, row, members[int(columns.offset[row])], file))
+        (columns.key[row], sample_damage(columns, row, members[int(columns.offset[row])], manifest.classes, file))
         for row in range(len(columns))
     )
     return [whole, *(Damage(task.entry.name, key, reason) for key, reason in checks if reason)]
@@ -90,17 +90,20 @@ def check_samples(task: ShardCheck, file: Any, readable: bool) -> list[Damage]:
 
 def members_by_image(index: bytes) -> dict[int, list[tuple[str, int, int]]]:
     """Offset of any file of a sample → extension, offset and size of all its files, from DALI's index."""
-    found = {}
+    by_offset = {}
     for line in index.decode().splitlines()[1:]:
         words = line.split()
         quads = zip(words[::4], words[1::4], words[2::4], strict=True)
         members = [(extension, int(offset), int(size)) for extension, offset, size in quads]
-        found |= {offset: members for _, offset, _ in members}
-    return found
+        by_offset |= {offset: members for _, offset, _ in members}
+    return by_offset
 
 
-def sample_damage(columns: Columns, row: int, members: list[tuple[str, int, int]], file: Any) -> str:
+def sample_damage(
+    columns: Columns, row: int, members: list[tuple[str, int, int]], classes: Sequence[str], file: Any
+) -> str:
     """What is wrong with one sample's files in the tar; empty where nothing is."""
+    label = int(columns.label[row])
     content = read_at(file, int(columns.offset[row]), int(columns.size[row]))
     if len(content) < columns.size[row]:
         return "cut off"
@@ -112,7 +115,9 @@ def sample_damage(columns: Columns, row: int, members: list[tuple[str, int, int]
             tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
         except tarfile.TarError:
             return f"header of its .{extension} file is damaged"
-        if extension == "cls" and parse_label(read_at(file, offset, size)) != columns.label[row]:
+        text = read_at(file, offset, size) if extension == "cls" else b""
+        # An indexed tar's label may be the name of its class.
+        if extension == "cls" and parse_label(text) != label and (label < 0 or text.strip() != classes[label].encode()):
             return "label differs"
     return ""
 

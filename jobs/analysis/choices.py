@@ -75,7 +75,7 @@ class Choices:
         self.rows += len(rows)
         params = scored_params(rows)
         metrics = {**pair_metrics(params, rows.sizes_B2), "zoom": pair_zoom(params)}
-        pairs = rows.losses_BP.shape[1]
+        pairs = rows.loss_BP.shape[1]
         picks = {"chosen": rows.choice_B, "random": self._rng.integers(0, pairs, len(rows))}
         self._add_means(rows, metrics, picks)
         for name, histogram in self.histograms.items():
@@ -107,8 +107,8 @@ class Choices:
     def by_source(self) -> dict[str, dict[str, Any]]:
         """The same for each source that has rows."""
         count_SI, sums_MSI = self._count_STI.sum(1), self._sums_MSTI.sum(2)
-        there = np.flatnonzero(count_SI.sum(1))
-        return {self.sources[s]: self._summary(count_SI[s], sums_MSI[:, s]) for s in there}
+        present = np.flatnonzero(count_SI.sum(1))
+        return {self.sources[s]: self._summary(count_SI[s], sums_MSI[:, s]) for s in present}
 
     def by_class(self) -> list[dict[str, Any]]:
         """Every mean for each label that occurs; empty where no image has one."""
@@ -124,19 +124,19 @@ class Choices:
             "lowest_iou_share": _pick(lowest_BP, picks["chosen"]),
             "chance": lowest_BP.mean(1),
             "mean_iou_random": _pick(metrics["iou"], picks["random"]),
-            "mean_loss": rows.losses_BP.mean(1),
-            "mean_loss_chosen": _pick(rows.losses_BP, picks["chosen"]),
+            "mean_loss": rows.loss_BP.mean(1),
+            "mean_loss_chosen": _pick(rows.loss_BP, picks["chosen"]),
         }
         for name in HISTOGRAMS:
             values |= {f"mean_{name}": _pick(metrics[name], picks["chosen"]), f"mean_{name}_all": metrics[name].mean(1)}
         window_B = np.searchsorted(self._edges_T1, rows.step_B, side="right") - 1
-        mixed_B = (rows.ids_B.astype(np.uint64) + 1) * np.uint64(0x9E3779B97F4A7C15)  # splitmix's golden ratio
+        mixed_B = (rows.sample_B.astype(np.uint64) + 1) * np.uint64(0x9E3779B97F4A7C15)  # splitmix's golden ratio
         group_B = (mixed_B >> np.uint64(40)).astype(np.int64) % GROUPS
         shape = self._count_STI.shape
-        place_B = np.ravel_multi_index((rows.sources_B.astype(np.int64), window_B, group_B), shape)
+        place_B = np.ravel_multi_index((rows.source_B.astype(np.int64), window_B, group_B), shape)
         self._count_STI += np.bincount(place_B, minlength=self._count_STI.size).reshape(shape)
-        labelled = np.flatnonzero(rows.labels_B >= 0)
-        labels = rows.labels_B[labelled]
+        labelled = np.flatnonzero(rows.label_B >= 0)
+        labels = rows.label_B[labelled]
         self._grow(int(labels.max(initial=-1)) + 1)
         self._class_count_C += np.bincount(labels, minlength=len(self._class_count_C))
         for m, name in enumerate(MEANS):

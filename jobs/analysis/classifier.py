@@ -41,13 +41,13 @@ def predict_choice(rows: Rows, seed: int = 0, iterations: int = 150) -> Predicti
     bootstrap interval over test images.
     """
     rng = np.random.default_rng(seed)
-    images, image_B = np.unique(rows.ids_B, return_inverse=True)
+    images, image_B = np.unique(rows.sample_B, return_inverse=True)
     if len(images) < 20:
         return None
     is_test = np.zeros(len(images), bool)
     is_test[rng.permutation(len(images))[: round(len(images) * TEST_SHARE)]] = True
     test_B = is_test[image_B]
-    count = rows.losses_BP.shape[1]
+    count = rows.loss_BP.shape[1]
     features_RF = choice_features(rows)
     chosen_R = (rows.choice_B[:, None] == np.arange(count)).ravel()
     test_R = np.repeat(test_B, count)

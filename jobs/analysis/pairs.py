@@ -25,7 +25,7 @@ METRICS: Mapping[str, str] = {
 
 def scored_params(rows: Rows) -> ViewParams:
     """The parameters of the leading views whose pairs compete (in multi-crop the global crops)."""
-    views = next(n for n in range(2, rows.params.shape[1] + 1) if len(pairs(n)) == rows.losses_BP.shape[1])
+    views = next(n for n in range(2, rows.params.shape[1] + 1) if len(pairs(n)) == rows.loss_BP.shape[1])
     return rows.params[:, :views]
 
 

@@ -43,12 +43,12 @@ def draw_all(analysis: Analysis, folder: Path) -> list[Path]:
 def draw_comparison(analyses: Mapping[str, Analysis], folder: Path) -> list[Path]:
     """The runs on top of one another: lowest-IoU share, mean IoU and loss over training, IoU of chosen pairs,
     importance. Runs that lack a part are left out of its picture."""
-    there = {run: a for run, a in analyses.items() if a.get("over_training")}
+    over_time = {run: a for run, a in analyses.items() if a.get("over_training")}
     files = []
-    if there:
+    if over_time:
         for measure in ("lowest_iou_share", "mean_iou", "mean_loss_chosen"):
-            files += save(over_training(there, measure), folder / f"compare_{measure}")
-        files += save(_compared_iou(there), folder / "compare_iou")
+            files += save(over_training(over_time, measure), folder / f"compare_{measure}")
+        files += save(_compared_iou(over_time), folder / "compare_iou")
     if explained := {run: a for run, a in analyses.items() if a.get("importance")}:
         files += save(_compared_importance(explained), folder / "compare_importance")
     return files

@@ -59,11 +59,11 @@ class PairData:
 def pair_data(rows: Rows) -> PairData:
     """Every pair of the rows."""
     metrics = pair_metrics(scored_params(rows), rows.sizes_B2)
-    pairs = rows.losses_BP.shape[1]
-    _, image_B = np.unique(rows.ids_B, return_inverse=True)
+    pairs = rows.loss_BP.shape[1]
+    _, image_B = np.unique(rows.sample_B, return_inverse=True)
     return PairData(
         np.stack([metrics[name].ravel() for name in METRICS], axis=1),
-        rows.losses_BP.ravel().astype(np.float64),
+        rows.loss_BP.ravel().astype(np.float64),
         np.repeat(image_B, pairs),
         np.repeat(rows.step_B, pairs),
     )

@@ -31,8 +31,8 @@ def selected_steps(log: Log, steps: tuple[int, int]) -> tuple[int, int]:
         InputError: it has none.
     """
     if not log.count(steps):
-        there = "is empty" if not log.rows else "has steps {} to {}".format(*log.step_range)
-        raise InputError(f"steps: {format_steps(steps)} holds no rows of the log {log.path}, which {there}")
+        extent = "is empty" if not log.rows else "has steps {} to {}".format(*log.step_range)
+        raise InputError(f"steps: {format_steps(steps)} holds no rows of the log {log.path}, which {extent}")
     return steps
 
 

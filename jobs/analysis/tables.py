@@ -72,7 +72,7 @@ def pair_batch(rows: Rows, sources: Sequence[str]) -> pa.RecordBatch:
     params = scored_params(rows)
     first_P, second_P = pairs(params.shape[1]).T.astype(np.int16)
     number_P = np.arange(len(first_P), dtype=np.int16)
-    losses = rows.losses_BP.ravel()
+    losses = rows.loss_BP.ravel()
     metrics = pair_metrics(params, rows.sizes_B2).values()
     columns = _of_images(rows, sources, PAIRS, len(number_P)) | {
         **{

@@ -108,13 +108,13 @@ def ways(device: str) -> dict[str, Callable[[Case], Tensor]]:
 
 def differences(size: int = 224, photographs: int = 6, device: str = "cpu") -> list[Difference]:
     """Every case in every way, against torchvision in float32."""
-    found = []
+    every = []
     for case in cases(size, photographs):
         reference = torchvision_views(case, floating=True)
         for way, compute in ways(device).items():
             apart = (compute(case) - reference).abs()
-            found.append(Difference(case.operation, case.values, way, apart.mean().item(), apart.max().item()))
-    return found
+            every.append(Difference(case.operation, case.values, way, apart.mean().item(), apart.max().item()))
+    return every
 
 
 def cases(size: int, photographs: int) -> list[Case]:
@@ -131,19 +131,19 @@ def cases(size: int, photographs: int) -> list[Case]:
         ("blur", {"blur": (0.1, 0.5, 1.0, 1.5, 2.0)}, {"blur": (0.01, 2.0, 8.0)}),
         ("solarize", {"solarize": (True,)}, {"solarize": (True,)}),
     ]
-    found = []
+    every = []
     for operation, usual, extreme in grid:
-        found.append(_grid_case(operation, "policies' ranges, photographs", usual, photos))
-        found.append(_grid_case(operation, "edge values, edge images", extreme, edges))
+        every.append(_grid_case(operation, "policies' ranges, photographs", usual, photos))
+        every.append(_grid_case(operation, "edge values, edge images", extreme, edges))
     for name in ("byol", "simclr"):
         params, crops_VSS3 = drawn_views(name, size, photos, SEED)
         none = np.zeros(len(params), np.bool_)
         jitter = replace(params, gray=none, solarize=none, blur=np.zeros(len(params), np.float32))
         without_hue = replace(jitter, hue=np.zeros(len(params), np.float32))
-        found.append(Case("brightness, contrast, saturation", f"drawn from {name}", without_hue, crops_VSS3))
-        found.append(Case("all four of the jitter", f"drawn from {name}", jitter, crops_VSS3))
-        found.append(Case("whole policy", f"drawn from {name}", params, crops_VSS3))
-    return found
+        every.append(Case("brightness, contrast, saturation", f"drawn from {name}", without_hue, crops_VSS3))
+        every.append(Case("all four of the jitter", f"drawn from {name}", jitter, crops_VSS3))
+        every.append(Case("whole policy", f"drawn from {name}", params, crops_VSS3))
+    return every
 
 
 def edge_images(size: int) -> list[NDArray[np.uint8]]:
@@ -184,11 +184,11 @@ def drawn_views(
     return params, np.repeat(np.stack(images), views, axis=0)
 
 
-def markdown(found: list[Difference]) -> str:
+def markdown(every: list[Difference]) -> str:
     """A Markdown table: a row for each operation and its inputs, "mean / largest" in a column for each way."""
-    columns = list(dict.fromkeys(difference.way for difference in found))
+    columns = list(dict.fromkeys(difference.way for difference in every))
     rows: dict[tuple[str, str], dict[str, str]] = {}
-    for difference in found:
+    for difference in every:
         cells = rows.setdefault((difference.operation, difference.values), {})
         cells[difference.way] = f"{difference.mean:.3f} / {difference.largest:.2f}"
     lines = [["operation", "inputs", *columns], ["---"] * (2 + len(columns))]

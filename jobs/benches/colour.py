@@ -67,8 +67,8 @@ def measure(bench: ColourBench) -> dict[str, float]:
                 torch.cuda.synchronize()
             if number > 1:  # compiles, and fills caches
                 times[name].append(1e3 * (time.perf_counter() - start))
-    found = {f"{name}_ms": statistics.median(values) for name, values in times.items()}
-    return {"views_per_second": 1e3 * len(params) / found["compiled_ms"], **found}
+    medians = {f"{name}_ms": statistics.median(values) for name, values in times.items()}
+    return {"views_per_second": 1e3 * len(params) / medians["compiled_ms"], **medians}
 
 
 def main(argv: Sequence[str]) -> None:

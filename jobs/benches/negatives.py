@@ -96,19 +96,19 @@ def measure(bench: NegativesBench) -> dict[str, float]:
         "loss_closed": lambda: gradient(x_BD, lambda q: info_nce(q, k_BD, queue_KD, TEMPERATURE, config)[0]),
         "loss_naive": lambda: gradient(x_BD, lambda q: naive_info_nce(q, k_BD, queue_KD, TEMPERATURE, config)),
     }
-    found = milliseconds(sides, bench.rounds, bench.device)
+    medians = milliseconds(sides, bench.rounds, bench.device)
 
     def difference(kinds: NegativesConfig) -> float:
-        wanted = naive(kinds, drawn)
-        return float((closed(kinds, drawn) - wanted).norm() / wanted.norm())
+        reference = naive(kinds, drawn)
+        return float((closed(kinds, drawn) - reference).norm() / reference.norm())
 
     return {
-        "speedup": found["naive"] / found["closed"],
-        "speedup_cosine": found["naive_cosine"] / found["closed_cosine"],
-        "speedup_loss": found["loss_naive"] / found["loss_closed"],
+        "speedup": medians["naive"] / medians["closed"],
+        "speedup_cosine": medians["naive_cosine"] / medians["closed_cosine"],
+        "speedup_loss": medians["loss_naive"] / medians["loss_closed"],
         "gradient_difference": difference(config),
         "gradient_difference_cosine": difference(cosine),
-        **{f"{name}_ms": value for name, value in found.items()},
+        **{f"{name}_ms": value for name, value in medians.items()},
     }
 
 

@@ -148,10 +148,10 @@ def photographs() -> Tensor:
 def photograph_views(bench: StepBench, size: int, step: int) -> Tensor:
     """[B, N, 3, S, S] of S = `size` pixels: views of BYOL's policy of patches of photographs."""
     images, policy = photographs(), build_policy("byol", size, bench.views)
-    ids_B = np.random.default_rng(step).choice(len(images), bench.batch, replace=False)
-    params = draw(policy, ids_B, np.full(bench.batch, step), 0, np.full((bench.batch, 2), PATCH))
+    sample_B = np.random.default_rng(step).choice(len(images), bench.batch, replace=False)
+    params = draw(policy, sample_B, np.full(bench.batch, step), 0, np.full((bench.batch, 2), PATCH))
     crops_BNSS3 = torch.empty(bench.batch, bench.views, size, size, 3, dtype=torch.uint8)
-    for row, number in enumerate(ids_B):
+    for row, number in enumerate(sample_B):
         crop_views(images[number], params[row], crops_BNSS3[row])
     views_BN3SS = torch.empty(bench.batch, bench.views, 3, size, size)
     fused(crops_BNSS3.flatten(0, 1).numpy(), params, views_BN3SS.flatten(0, 1))
@@ -189,17 +189,17 @@ def choices(bench: StepBench, trained_by: str) -> dict[str, float]:
     selection = selections(bench)[trained_by]
     learner = Learner(bench, JUDGED_OBJECTIVE, JUDGED, Length(bench.steps, bench.steps))
     warm = max(1, bench.steps // 10)
-    found: dict[str, list[float]] = {}
+    values_by_name: dict[str, list[float]] = {}
     for step in range(bench.steps):
         views_BNCHW = photograph_views(bench, JUDGED.image_size, step)
         if step >= warm and (step - warm) % bench.audit_every == 0:
             choice_B = select(learner.moby.pair_losses((views_BNCHW,), selection).losses_BP, "hardest")
             for key, value in learner.moby.audit((views_BNCHW,), choice_B, selection).items():
-                found.setdefault(f"{key.removeprefix('selection/')}_{trained_by}", []).append(float(value))
+                values_by_name.setdefault(f"{key.removeprefix('selection/')}_{trained_by}", []).append(float(value))
         for group in learner.optimizer.param_groups:
             group["lr"] = warmup_cosine(step, bench.steps, warm, JUDGED_RATE)
         learner.step(views_BNCHW, selection)
-    return {name: statistics.fmean(values) for name, values in found.items()}
+    return {name: statistics.fmean(values) for name, values in values_by_name.items()}
 
 
 def measure(bench: StepBench) -> dict[str, float | str]:

@@ -193,7 +193,7 @@ def measure(bench: TrainingBench) -> dict[str, object]:
     device = pick_device(bench.device)
     if device.type == "cpu":
         keep_freed_memory()
-    found: dict[str, dict[str, object]] = {}
+    by_side: dict[str, dict[str, object]] = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hardviews-bench-")))
         images = bench.images or make_photographs(folder / "images", bench.made)
@@ -206,13 +206,13 @@ def measure(bench: TrainingBench) -> dict[str, object]:
             with ExitStack() as run:
                 place = RunFolder(folder / side)
                 config = config_of(side, bench, folder / "shards")
-                found[side] = measure_side(open_training(config, place, World(0, 1, device), run, False), bench, bar)
-    return {"sides": found, **compared(found)}
+                by_side[side] = measure_side(open_training(config, place, World(0, 1, device), run, False), bench, bar)
+    return {"sides": by_side, **compared(by_side)}
 
 
-def compared(found: dict[str, dict[str, object]]) -> dict[str, float]:
+def compared(by_side: dict[str, dict[str, object]]) -> dict[str, float]:
     """Ratios of the other sides' steps to the plain one's, where that was measured."""
-    times = {side: float(str(one["resident_ms"])) for side, one in found.items()}
+    times = {side: float(str(one["resident_ms"])) for side, one in by_side.items()}
     names = {"negatives": "overhead_negatives", "hard": "overhead", "target": "overhead_target"}
     return {names[side]: times[side] / times["plain"] for side in times if side in names and "plain" in times}
 

@@ -356,8 +356,8 @@ def main(argv: list[str]) -> None:
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device: {config.device} asked for, but torch sees no CUDA device; take --device cpu")
     if config.accuracy:
-        found = differences(config.size, device=config.device)
-        print(json.dumps([vars(difference) for difference in found]) if config.json else markdown(found))
+        rows = differences(config.size, device=config.device)
+        print(json.dumps([vars(difference) for difference in rows]) if config.json else markdown(rows))
         return
     figures = views_figures(config)
     tables.print(table(figures))

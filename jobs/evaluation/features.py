@@ -65,14 +65,14 @@ def extract_features(
     opened = open_images(images) if isinstance(images, str | Path) else images
     place = None if cache is None else cache / f"{_key(frozen, opened)}.safetensors"
     try:
-        found = _stored(place, len(opened.labels))
-        if found is not None and advance:
+        scored = _stored(place, len(opened.labels))
+        if scored is not None and advance:
             advance(len(opened.labels))
-        if found is None:
-            found = _run(frozen, opened, np.arange(len(opened.labels)), device, batch, world, advance)
+        if scored is None:
+            scored = _run(frozen, opened, np.arange(len(opened.labels)), device, batch, world, advance)
             if place is not None and (world is None or world.leads):
-                _keep(place, *found)
-        features_nD, rows_n, broken = found
+                _keep(place, *scored)
+        features_nD, rows_n, broken = scored
         warn_broken(opened, broken)
     finally:
         if opened is not images:

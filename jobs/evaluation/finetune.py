@@ -38,11 +38,23 @@ class FinetuneConfig:
     weight_decay: float = 0.05
     """AdamW's weight decay."""
     warmup_epochs: float = 5.0
-    """Linear warm-up (epochs), at most a tenth of the run."""
+    """Linear warm-up (epochs), no longer than the run."""
     smoothing: float = 0.1
     """Label smoothing (0 to 1)."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Area of the random crops (share of the image)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup_epochs <= self.epochs:
+            raise InputError(
+                f"warmup_epochs: {self.warmup_epochs:g} is not within the {self.epochs} epochs of the run; lower it, "
+                f"or train longer"
+            )
+
+    def rate(self, step: int, steps: int) -> float:
+        """The head's learning rate at `step` of a run of `steps`: linear warm-up, then half a cosine to 0."""
+        warmup = round(self.warmup_epochs / self.epochs * steps)
+        return warmup_cosine(step, steps, warmup, self.lr * self.batch / 256)
 
 
 class Classifier(nn.Module):
@@ -104,8 +116,7 @@ def finetune(
     # Every rank makes the same number of steps: rows that do not fill a last common batch wait for the next epoch.
     share = len(rows) // world.size
     steps = max(1, -(-share // per_rank)) * config.epochs
-    warmup = round(min(config.warmup_epochs / config.epochs * steps, steps / 10))
-    peak, done = config.lr * config.batch / 256, 0
+    done = 0
     try:
         for epoch in range(config.epochs):
             order = np.random.default_rng([seed, epoch]).permutation(rows)[: share * world.size][
@@ -114,7 +125,7 @@ def finetune(
             transform = crop_and_flip(seed, epoch, frozen.size, config.crop_scale)
             for batch in loader.batches(order, transform, device):
                 for group in optimizer.param_groups:
-                    group["lr"] = group["lr_scale"] * warmup_cosine(done, steps, warmup, peak)
+                    group["lr"] = group["lr_scale"] * config.rate(done, steps)
                 logits = wrapped(batch.crops_B3SS)
                 target = targets[batch.rows].to(device)
                 # By sum over count: the mean over a batch of which no image could be read is not a number.

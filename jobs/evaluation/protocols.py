@@ -204,12 +204,12 @@ def evaluate_knn(config: KnnConfig) -> dict[str, Any]:
 
         def once(rows: np.ndarray, seed: int) -> dict[str, Any]:
             picked = torch.from_numpy(rows)
-            found = knn_scores(
+            measured = knn_scores(
                 train_nD[picked], train_labels_n[picked], test_qD, table[test_labels_q],
                 scene.train.classes, config.k, config.temperature,
             )  # fmt: skip
-            scores = {name: found.pop(name) for name in ("top1", "top5") if name in found}
-            return {"scores": scores, **found}
+            scores = {name: measured.pop(name) for name in ("top1", "top5") if name in measured}
+            return {"scores": scores, **measured}
 
         return _repeat(config, train_labels_n.numpy(), once)
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jobs.run.folder import write_json
-from pipelines.params import DTYPES
+from pipelines.params import DTYPES, FIELDS
 from shards.errors import InputError
 
 SCHEMA_VERSION = 2
@@ -38,49 +38,44 @@ class Column:
 
     dtype: type[np.generic]
     axis: Axis
-    field: str
-    """Its array's name in `jobs.log.reader.Rows`; view parameters are fields of `Rows.params`."""
     meaning: str
     unit: str = ""
 
 
 COLUMNS: dict[str, Column] = {
-    "position": Column(np.int64, "row", "position_B", "global index of the image in the training sequence"),
-    "step": Column(np.int64, "row", "step_B", "training step, from 0"),
-    "sample": Column(np.int64, "row", "ids_B", "the image's row in the data sets, one after the other"),
-    "source": Column(np.int16, "row", "sources_B", "the image's data set: index into `sources`, exported as its tag"),
-    "epoch": Column(np.int32, "row", "epochs_B", "how often its source had been gone through before"),
-    "label": Column(np.int32, "row", "labels_B", "class index; where unknown −1, exported as null"),
-    "image_height": Column(np.int32, "row", "image_height_B", "the image's height", "source pixels"),
-    "image_width": Column(np.int32, "row", "image_width_B", "the image's width", "source pixels"),
-    "choice": Column(np.int32, "row", "choice_B", "number of the pair that trained, −1 where none was recorded"),
-    "at_random": Column(
-        np.bool_, "row", "at_random_B", "the image trained on a random pair, though its step chose pairs by the rule"
-    ),
-    "top": Column(DTYPES["top"], "view", "top", "crop box's first row", "source pixels"),
-    "left": Column(DTYPES["left"], "view", "left", "crop box's first column", "source pixels"),
-    "height": Column(DTYPES["height"], "view", "height", "crop box's height", "source pixels"),
-    "width": Column(DTYPES["width"], "view", "width", "crop box's width", "source pixels"),
-    "flip": Column(DTYPES["flip"], "view", "flip", "mirrored left to right after the crop"),
-    "jitter": Column(
-        DTYPES["jitter"], "view", "jitter", "colour jitter applied; where not, the next five are 1, 1, 1, 0 and 0"
-    ),
-    "brightness": Column(DTYPES["brightness"], "view", "brightness", "factor, as torchvision's"),
-    "contrast": Column(DTYPES["contrast"], "view", "contrast", "factor, as torchvision's"),
-    "saturation": Column(DTYPES["saturation"], "view", "saturation", "factor, as torchvision's"),
-    "hue": Column(DTYPES["hue"], "view", "hue", "shift, −0.5 to 0.5", "turns of the colour circle"),
-    "order": Column(
-        DTYPES["order"], "view", "order", "index into the 24 orders of (brightness, contrast, saturation, hue)"
-    ),
-    "gray": Column(DTYPES["gray"], "view", "gray", "turned to grayscale"),
-    "blur": Column(DTYPES["blur"], "view", "blur", "Gaussian blur's sigma, 0 for none", "pixels of the view"),
-    "solarize": Column(DTYPES["solarize"], "view", "solarize", "values of 128 and more (of 255) inverted"),
-    "chosen": Column(np.bool_, "view", "chosen_BN", "the view trained"),
-    "loss": Column(
-        np.float32, "pair", "losses_BP", "the pair's loss at selection; NaN, exported as null, on steps without scores"
-    ),
+    "position": Column(np.int64, "row", "global index of the image in the training sequence"),
+    "step": Column(np.int64, "row", "training step, from 0"),
+    "sample": Column(np.int64, "row", "the image's row in the data sets, one after the other"),
+    "source": Column(np.int16, "row", "the image's data set: index into `sources`, exported as its tag"),
+    "epoch": Column(np.int32, "row", "how often its source had been gone through before"),
+    "label": Column(np.int32, "row", "class index; where unknown −1, exported as null"),
+    "image_height": Column(np.int32, "row", "the image's height", "source pixels"),
+    "image_width": Column(np.int32, "row", "the image's width", "source pixels"),
+    "choice": Column(np.int32, "row", "number of the pair that trained, −1 where none was recorded"),
+    "at_random": Column(np.bool_, "row", "the image trained on a random pair, though its step chose pairs by the rule"),
+    "top": Column(DTYPES["top"], "view", "crop box's first row", "source pixels"),
+    "left": Column(DTYPES["left"], "view", "crop box's first column", "source pixels"),
+    "height": Column(DTYPES["height"], "view", "crop box's height", "source pixels"),
+    "width": Column(DTYPES["width"], "view", "crop box's width", "source pixels"),
+    "flip": Column(DTYPES["flip"], "view", "mirrored left to right after the crop"),
+    "jitter": Column(DTYPES["jitter"], "view", "colour jitter applied; where not, the next five are 1, 1, 1, 0 and 0"),
+    "brightness": Column(DTYPES["brightness"], "view", "factor, as torchvision's"),
+    "contrast": Column(DTYPES["contrast"], "view", "factor, as torchvision's"),
+    "saturation": Column(DTYPES["saturation"], "view", "factor, as torchvision's"),
+    "hue": Column(DTYPES["hue"], "view", "shift, −0.5 to 0.5", "turns of the colour circle"),
+    "order": Column(DTYPES["order"], "view", "index into the 24 orders of (brightness, contrast, saturation, hue)"),
+    "gray": Column(DTYPES["gray"], "view", "turned to grayscale"),
+    "blur": Column(DTYPES["blur"], "view", "Gaussian blur's sigma, 0 for none", "pixels of the view"),
+    "solarize": Column(DTYPES["solarize"], "view", "values of 128 and more (of 255) inverted"),
+    "chosen": Column(np.bool_, "view", "the view trained"),
+    "loss": Column(np.float32, "pair", "the pair's loss at selection; NaN, exported as null, on steps without scores"),
 }
-"""Every column; the arrays on disk, `Rows`, the exported tables and docs/log.md follow from it."""
+"""Every column by its name, which is the same on disk, in tables and, with a suffix (`array_name`), in memory."""
+
+
+def array_name(name: str) -> str:
+    """A column's array in memory: its name and its shape's suffix; view parameters are fields of `ViewParams`."""
+    return name if name in FIELDS else name + {"row": "_B", "view": "_BN", "pair": "_BP"}[COLUMNS[name].axis]
 
 
 def shard_rows(views: int, pairs: int) -> int:
@@ -100,10 +95,10 @@ def make_root(path: Path, views: int, scored: int, sources: Sequence[str], facts
         kept = {"schema": SCHEMA_VERSION, "views": views, "scored": scored, "sources": [*sources], "facts": {**facts}}
         path.mkdir(parents=True, exist_ok=True)
         write_json(path / "zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": kept})
-    there = attributes(path)
-    if (there["views"], there["scored"]) != (views, scored):
+    existing = attributes(path)
+    if (existing["views"], existing["scored"]) != (views, scored):
         raise InputError(
-            f"views: the log {path} has {there['views']} views, {there['scored']} of them scored; "
+            f"views: the log {path} has {existing['views']} views, {existing['scored']} of them scored; "
             f"this run has {views} and {scored}; choose another --run"
         )
 
@@ -115,8 +110,8 @@ def attributes(path: Path) -> dict[str, Any]:
         InputError: there is no log, or one of another schema version.
     """
     try:
-        found = json.loads((path / "zarr.json").read_text())["attributes"]
-        version = found["schema"]
+        stored = json.loads((path / "zarr.json").read_text())["attributes"]
+        version = stored["schema"]
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"log: {path} holds no augmentation log; give a run that has written one") from error
     if version != SCHEMA_VERSION:
@@ -124,7 +119,7 @@ def attributes(path: Path) -> dict[str, Any]:
             f"log: {path} has schema version {version}, this program reads {SCHEMA_VERSION}; "
             f"use the version of hardviews that wrote it, or train anew"
         )
-    return found
+    return stored
 
 
 def ranks(path: Path) -> list[Path]:

@@ -14,7 +14,7 @@ import zarr
 from numpy.typing import NDArray
 
 from jobs.log import format as log_format
-from jobs.log.format import COLUMNS
+from jobs.log.format import COLUMNS, array_name
 from pipelines.params import FIELDS, ViewParams
 
 
@@ -24,17 +24,17 @@ class Rows:
 
     position_B: NDArray[np.int64]
     step_B: NDArray[np.int64]
-    ids_B: NDArray[np.int64]
-    sources_B: NDArray[np.int16]
-    epochs_B: NDArray[np.int32]
-    labels_B: NDArray[np.int32]
+    sample_B: NDArray[np.int64]
+    source_B: NDArray[np.int16]
+    epoch_B: NDArray[np.int32]
+    label_B: NDArray[np.int32]
     image_height_B: NDArray[np.int32]
     image_width_B: NDArray[np.int32]
     choice_B: NDArray[np.int32]
     at_random_B: NDArray[np.bool_]
     params: ViewParams
     chosen_BN: NDArray[np.bool_]
-    losses_BP: NDArray[np.float32]
+    loss_BP: NDArray[np.float32]
 
     @property
     def sizes_B2(self) -> NDArray[np.int32]:
@@ -58,14 +58,12 @@ class Rows:
     @staticmethod
     def of(columns: Mapping[str, NDArray[Any]]) -> "Rows":
         """From the columns of a rank's group, by their names on disk."""
-        own = {column.field: columns[name] for name, column in COLUMNS.items() if name not in FIELDS}
+        own = {array_name(name): columns[name] for name in COLUMNS if name not in FIELDS}
         return Rows(params=ViewParams(**{name: columns[name] for name in FIELDS}), **own)
 
     def columns(self) -> dict[str, NDArray[Any]]:
         """The columns by their names on disk: what `of` takes."""
-        return {
-            name: getattr(self.params if name in FIELDS else self, column.field) for name, column in COLUMNS.items()
-        }
+        return {name: getattr(self.params if name in FIELDS else self, array_name(name)) for name in COLUMNS}
 
 
 class Log:

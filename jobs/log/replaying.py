@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jobs.log.reader import Log, Rows, open_log
 from jobs.run.config import PretrainConfig, load_config
-from jobs.run.data import check_shards, open_data, run_policy
+from jobs.run.data import check_shards, open_data, run_policy, view_dtype
 from jobs.run.folder import RunFolder
 from jobs.run.world import pick_device
 from pipelines.batch import Recipe
@@ -39,7 +39,7 @@ class Replayed:
     originals: tuple[NDArray[np.uint8], ...]
     """uint8 [height, width, 3] of each image."""
     crops: tuple[Tensor, ...]
-    """[B, n, 3, S, S] per group of views, bit for bit what training saw on this backend."""
+    """[B, n, 3, S, S] per group of views, bit for bit what training saw on this device, in its dtype."""
     redrawn_B: NDArray[np.bool_]
     """Whether this program, with the run's configuration, draws the logged parameters again."""
 
@@ -80,7 +80,9 @@ def replay_step(
         raise InputError(f"{error}; if the shards have moved, name where with --real or --synthetic") from error
     try:
         check_shards(log.facts["shards"], data.manifests, "--real or --synthetic")
-        return replay_rows(config, rows, log.scored, data.manifests, data.reader, device)
+        place = pick_device(config.device if device == "auto" else device)
+        dtype = view_dtype(log.facts.get("precision", "fp32"), place)
+        return replay_rows(config, rows, log.scored, data.manifests, data.reader, place, dtype)
     finally:
         data.reader.close()
 
@@ -106,7 +108,13 @@ def step_rows(log: Log, step: int, images: Sequence[int] | None) -> Rows:
 
 
 def replay_rows(
-    config: PretrainConfig, rows: Rows, scored: int, manifests: Sequence[Manifest], reader: SampleReader, device: str
+    config: PretrainConfig,
+    rows: Rows,
+    scored: int,
+    manifests: Sequence[Manifest],
+    reader: SampleReader,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Replayed:
     """The pixels of logged rows.
 
@@ -117,32 +125,33 @@ def replay_rows(
     batch = replay(
         reader,
         recipe,
-        rows.ids_B,
+        rows.sample_B,
         rows.sizes_B2,
         rows.params,
-        device=pick_device(config.device if device == "auto" else device),
+        device=device,
+        dtype=dtype,
         colour=config.views.colour,
         compiled=config.compile != "off",
     )
-    drawn_B = same_draws(recipe, rows.ids_B, rows.epochs_B, rows.sizes_B2, rows.position_B, rows.params)
+    drawn_B = same_draws(recipe, rows.sample_B, rows.epoch_B, rows.sizes_B2, rows.position_B, rows.params)
     return Replayed(
         rows=rows,
         scored=scored,
-        names=tuple(" ".join(reader.name(int(sample))) for sample in rows.ids_B),
+        names=tuple(" ".join(reader.name(int(sample))) for sample in rows.sample_B),
         classes=tuple(
             manifests[source].classes[label] if label >= 0 else ""
-            for source, label in zip(rows.sources_B.tolist(), rows.labels_B.tolist(), strict=True)
+            for source, label in zip(rows.source_B.tolist(), rows.label_B.tolist(), strict=True)
         ),
-        originals=originals(reader, rows.ids_B),
+        originals=originals(reader, rows.sample_B),
         crops=batch.crops,
         redrawn_B=drawn_B,
     )
 
 
-def originals(reader: SampleReader, ids_B: NDArray[np.int64]) -> tuple[NDArray[np.uint8], ...]:
+def originals(reader: SampleReader, sample_B: NDArray[np.int64]) -> tuple[NDArray[np.uint8], ...]:
     """uint8 [height, width, 3] of samples that are known to be readable."""
-    decoder = open_decoder(len(ids_B))
-    data = [item for item in reader.read(ids_B) if isinstance(item, np.ndarray)]
+    decoder = open_decoder(len(sample_B))
+    data = [item for item in reader.read(sample_B) if isinstance(item, np.ndarray)]
     return tuple(image.numpy().copy() for image in decoder.decode(data) if isinstance(image, Tensor))
 
 

@@ -205,14 +205,14 @@ def batch_rows(
     batch: ViewBatch,
     step: int,
     scored: int,
-    losses_BP: NDArray[np.float32] | None = None,
+    loss_BP: NDArray[np.float32] | None = None,
     choice_B: NDArray[Any] | None = None,
     at_random_B: NDArray[np.bool_] | None = None,
     chosen_BN: NDArray[np.bool_] | None = None,
 ) -> Rows:
     """The rows of a batch at a step; the pairs of its first `scored` views compete.
 
-    Without `losses_BP` (a step on which nothing was scored) the losses are NaN, without `choice_B` the choice is −1,
+    Without `loss_BP` (a step on which nothing was scored) the losses are NaN, without `choice_B` the choice is −1,
     without `at_random_B` no choice was replaced. `chosen_BN` marks the views that trained; by default those of the
     chosen pair.
     """
@@ -225,17 +225,17 @@ def batch_rows(
     return Rows(
         position_B=np.arange(batch.position, batch.position + count),
         step_B=np.full(count, step),
-        ids_B=batch.ids_B,
-        sources_B=batch.sources_B,
-        epochs_B=batch.epochs_B,
-        labels_B=batch.labels_B,
+        sample_B=batch.sample_B,
+        source_B=batch.source_B,
+        epoch_B=batch.epoch_B,
+        label_B=batch.label_B,
         image_height_B=batch.sizes_B2[:, 0],
         image_width_B=batch.sizes_B2[:, 1],
         choice_B=choice_B,
         at_random_B=np.zeros(count, np.bool_) if at_random_B is None else at_random_B,
         params=batch.params,
         chosen_BN=chosen_BN,
-        losses_BP=np.full((count, len(table_P2)), np.nan, np.float32) if losses_BP is None else losses_BP,
+        loss_BP=np.full((count, len(table_P2)), np.nan, np.float32) if loss_BP is None else loss_BP,
     )
 
 
@@ -250,9 +250,9 @@ def truncate_log(path: str | Path, position: int) -> None:
     path = Path(path)
     if position == 0 and not (path / "zarr.json").is_file():
         return  # killed before the log was made
-    found, kept, first = log_format.attributes(path), 0, position
+    stored, kept, first = log_format.attributes(path), 0, position
     for group in log_format.ranks(path):
-        log = AugmentationLog(path, int(group.name.removeprefix("rank-")), found["views"], scored=found["scored"])
+        log = AugmentationLog(path, int(group.name.removeprefix("rank-")), stored["views"], scored=stored["scored"])
         log.truncate(position)
         kept += log.rows
         first = min(first, log.first if log.rows else position)

@@ -79,12 +79,12 @@ def _data(run: RunData, flat: dict[str, Any]) -> list[list[str]]:
 
 
 def _settings(run: RunData, flat: dict[str, Any]) -> list[list[str]]:
-    wanted = (
+    shown = (
         "objective.name", "views.policy", "selection.views", "selection.rule", "selection.encoder",
         "optimizer.name", "optimizer.lr", "optimizer.weight_decay", "batch", "epochs", "steps", "seed",
     )  # fmt: skip
     last = max((line.get("step", 0) for line in run.metrics), default=0)
-    rows = [[key, str(flat[key])] for key in wanted if flat.get(key) is not None]
+    rows = [[key, str(flat[key])] for key in shown if flat.get(key) is not None]
     verdict = [["verdict while training", run.state["verdict"]]] if run.state.get("verdict") else []
     if run.origin:
         rows.append(["started from", run.origin])

@@ -23,9 +23,17 @@ class Check:
 
 def checks(run: RunData) -> list[Check]:
     """Every sign that the run's files allow."""
-    found = [_verdict(run), _state(run), _loss(run), _knn(run), *_collapse(run), _gradients(run), _quarantine(run)]
-    found += [Check("Files", "bad", problem) for problem in run.problems]
-    return [check for check in found if check is not None]
+    signs = [
+        _verdict(run),
+        _state(run),
+        _loss(run),
+        _knn(run),
+        *_collapse(run),
+        _gradients(run),
+        _quarantine(run),
+    ]
+    signs += [Check("Files", "bad", problem) for problem in run.problems]
+    return [check for check in signs if check is not None]
 
 
 def _verdict(run: RunData) -> Check | None:
@@ -74,7 +82,7 @@ def _knn(run: RunData) -> Check | None:
 
 
 def _collapse(run: RunData) -> list[Check]:
-    found = []
+    signs = []
     for name in run.names():
         last, first = run.last(name), run.series(name)[1]
         if last is None or not len(first):
@@ -83,7 +91,7 @@ def _collapse(run: RunData) -> list[Check]:
             # ℓ2-normalised features of width D that fill their sphere have a deviation of 1/√D per dimension; 0 is
             # collapse. The width is not in the metrics, so a fall to a tenth of the start is the sign.
             bad = last < 0.1 * float(first[0])
-            found.append(
+            signs.append(
                 Check(
                     "Feature spread",
                     "bad" if bad else "good",
@@ -92,8 +100,8 @@ def _collapse(run: RunData) -> list[Check]:
             )
         if name.endswith("rankme"):
             bad = last < 2
-            found.append(Check("RankMe", "bad" if bad else "good", f"{number(last, 3)} effective dimensions"))
-    return found
+            signs.append(Check("RankMe", "bad" if bad else "good", f"{number(last, 3)} effective dimensions"))
+    return signs
 
 
 def _gradients(run: RunData) -> Check | None:

@@ -70,9 +70,9 @@ def hard_views(run: Path, images: int) -> Markup | str:
 
 def _mixed(rows: Rows, count: int) -> list[int]:
     """`count` images of a step that trained on a pair chosen by its loss, the sources taking turns."""
-    by_loss = (rows.choice_B >= 0) & ~rows.at_random_B & np.isfinite(rows.losses_BP).all(axis=1)
+    by_loss = (rows.choice_B >= 0) & ~rows.at_random_B & np.isfinite(rows.loss_BP).all(axis=1)
     scored = np.flatnonzero(by_loss)
-    queues = [scored[rows.sources_B[scored] == source].tolist() for source in np.unique(rows.sources_B[scored])]
+    queues = [scored[rows.source_B[scored] == source].tolist() for source in np.unique(rows.source_B[scored])]
     turns = [row for turn in range(len(scored)) for queue in queues for row in queue[turn : turn + 1]]
     return sorted(turns[:count])
 
@@ -88,13 +88,13 @@ def step_cards(replayed: Replayed, sources: list[str]) -> list[HardViews]:
         name = replayed.classes[image] or "unlabelled"
         cards.append(
             HardViews(
-                title=f"{name} · sample {int(rows.ids_B[image])}",
-                note=f"{sources[int(rows.sources_B[image])]}, {width}×{height}, {replayed.names[image].split()[-1]}",
+                title=f"{name} · sample {int(rows.sample_B[image])}",
+                note=f"{sources[int(rows.source_B[image])]}, {width}×{height}, {replayed.names[image].split()[-1]}",
                 original=replayed.originals[image],
                 boxes_V4=np.stack([getattr(params, k)[image] for k in ("top", "left", "height", "width")], axis=1),
                 views=replayed.views(image),
                 pairs_P2=table,
-                losses_P=rows.losses_BP[image],
+                losses_P=rows.loss_BP[image],
                 chosen=int(rows.choice_B[image]),
                 overlaps_P=overlaps_BP[image],
                 captions=[caption(params[image], v, height * width) for v in range(params.shape[1])],

@@ -37,10 +37,10 @@ class RunData:
 
     def names(self, prefix: str = "") -> list[str]:
         """Metrics that start with `prefix`, in the order they first appear."""
-        found: dict[str, None] = {}
+        ordered: dict[str, None] = {}
         for line in self.metrics:
-            found.update({key: None for key in line if key not in ("step", "time") and key.startswith(prefix)})
-        return list(found)
+            ordered.update({key: None for key in line if key not in ("step", "time") and key.startswith(prefix)})
+        return list(ordered)
 
     def last(self, name: str) -> float | None:
         """The newest finite value of a metric."""

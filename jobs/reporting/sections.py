@@ -93,16 +93,16 @@ def headline(run: RunData) -> list[tuple[str, str, str]]:
 
 def best_scores(run: RunData) -> list[tuple[str, float, str]]:
     """Per kind of evaluation of this run's own checkpoints: name, newest step's top-1, note."""
-    found = []
+    scores = []
     for kind, name in (("knn", "Evaluated kNN"), ("linear", "Linear probe"), ("finetune", "Fine-tuned")):
         own = [e for e in run.evaluations if e["kind"] == kind and e.get("model", {}).get("source") == "run"]
         scored = [e for e in own if is_finite(e.get("scores", {}).get("top1"))]
         if scored:
             last = max(scored, key=lambda e: (e["model"].get("step") or 0, e.get("labels") or 1.0))
-            found.append(
+            scores.append(
                 (name, last["scores"]["top1"], f"step {last['model'].get('step')}, {last['model'].get('which')}")
             )
-    return found
+    return scores
 
 
 def curves(run: RunData) -> Markup | str:
@@ -306,25 +306,25 @@ SOURCE_COLUMNS = (
 
 def _by_source(a: dict[str, Any]) -> Markup | None:
     sources: dict[str, dict[str, Any]] = a.get("by_source") or {}
-    there = [column for column in SOURCE_COLUMNS if any(is_finite(f.get(column[0])) for f in sources.values())]
-    if not there:
+    columns = [column for column in SOURCE_COLUMNS if any(is_finite(f.get(column[0])) for f in sources.values())]
+    if not columns:
         return None
     body: list[list[object]] = [
-        [name, *((f[k], shape(f[k])) if is_finite(f.get(k)) else "" for k, _, shape in there)]
+        [name, *((f[k], shape(f[k])) if is_finite(f.get(k)) else "" for k, _, shape in columns)]
         for name, f in sources.items()
     ]
-    heads = ["Source", *(head for _, head, _ in there)]
+    heads = ["Source", *(head for _, head, _ in columns)]
     return tag("div", tag("h3", "By source"), table(heads, body), class_="card wide")
 
 
 def _remarks(a: dict[str, Any]) -> Markup | None:
-    found = a.get("classifier") or {}
+    classifier = a.get("classifier") or {}
     lines = [str(note) for note in a.get("notes") or []]
-    if is_finite(found.get("top1")) and is_finite(found.get("chance")):
+    if is_finite(classifier.get("top1")) and is_finite(classifier.get("chance")):
         lines.insert(
             0,
             f"A gradient-boosting classifier names the chosen pair of an image it has not seen in "
-            f"{percent(found['top1'])} of cases, {percent(found['chance'])} by chance.",
+            f"{percent(classifier['top1'])} of cases, {percent(classifier['chance'])} by chance.",
         )
     return (
         tag("div", tag("h3", "Remarks"), tag("ul", *(tag("li", line) for line in lines)), class_="card wide")

@@ -140,8 +140,8 @@ def load_step(folder: Path, step: int | None) -> dict[str, Any]:
     for entry in entries(folder):
         if entry.step == step:
             return load(entry.path, entry.facts)
-    there = ", ".join(str(entry.step) for entry in entries(folder)) or "none"
-    raise InputError(f"step: {folder} has no checkpoint of step {step}; there are: {there}")
+    steps = ", ".join(str(entry.step) for entry in entries(folder)) or "none"
+    raise InputError(f"step: {folder} has no checkpoint of step {step}; there are: {steps}")
 
 
 def load_backbone(run: str | Path, which: Which = "kept", step: int | None = None) -> tuple[nn.Module, PretrainConfig]:

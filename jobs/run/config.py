@@ -369,15 +369,15 @@ def from_plain(plain: dict[str, Any]) -> PretrainConfig:
     try:
         return _converter().structure(plain, PretrainConfig)
     except cattrs.BaseValidationError as error:
-        said = cattrs.transform_error(error, path="config", format_exception=lambda reason, _: str(reason))
-        raise InputError("; ".join(map(_named, said))) from error
+        message = cattrs.transform_error(error, path="config", format_exception=lambda reason, _: str(reason))
+        raise InputError("; ".join(map(_named, message))) from error
     except ValueError as error:
         raise InputError(str(error)) from error
 
 
-def _named(said: str) -> str:
+def _named(message: str) -> str:
     """cattrs' `reason @ config.field` as `field: reason`; our own messages begin with the field already."""
-    reason, _, place = said.rpartition(" @ ")
+    reason, _, place = message.rpartition(" @ ")
     return reason if re.match(r"[\w.]+: ", reason) else f"{place.removeprefix('config').strip('.')}: {reason}"
 
 

@@ -8,11 +8,11 @@ import torch
 from timm.layers.patch_embed import PatchEmbed
 from torch import nn
 
-from jobs.run.arithmetic import arithmetic_of
+from jobs.run.arithmetic import Arithmetic, arithmetic_of
 from jobs.run.config import DataConfig, PretrainConfig
 from jobs.run.world import World
 from models.objectives import Length
-from pipelines.batch import Recipe, Selection
+from pipelines.batch import Recipe, ScoringViews
 from pipelines.policies import Policy, build_policy
 from pipelines.stream import ViewStream
 from shards.cache import ShardCache
@@ -136,9 +136,9 @@ def check_labels(config: PretrainConfig, data: Data) -> None:
         )
 
 
-def scored_views(config: PretrainConfig) -> Selection:
+def scored_views(config: PretrainConfig) -> ScoringViews:
     """How the views that selection scores differ from those that train."""
-    return Selection(config.selection.resolution, config.selection.static_colour)
+    return ScoringViews(config.selection.resolution, config.selection.static_colour)
 
 
 def check_shards(logged: Sequence[Mapping[str, str]], manifests: Sequence[Manifest], flags: str) -> None:
@@ -173,12 +173,17 @@ def check_batch(config: PretrainConfig, world: World) -> None:
         )
 
 
+def view_dtype(arithmetic: Arithmetic, device: torch.device) -> torch.dtype:
+    """Of the views that a run in this arithmetic trains on. On CUDA bf16 halves them: under autocast the encoders would
+    round them themselves, at every forward."""
+    return torch.bfloat16 if device.type == "cuda" and arithmetic == "bf16" else torch.float32
+
+
 def open_stream(
     config: PretrainConfig, data: Data, world: World, step: int, quarantine: Callable[[SampleError], None]
 ) -> ViewStream:
     """This rank's batches from `step` on; the batch has been checked."""
     data.reader.follow(data.order, step * config.batch)
-    arithmetic = arithmetic_of(config.precision, world.device)
     return ViewStream(
         data.reader,
         data.order,
@@ -189,8 +194,7 @@ def open_stream(
         world=world.size,
         position=step * config.batch,
         device=world.device,
-        # Under autocast the encoders would round the views to bf16 themselves, at every forward.
-        dtype=torch.bfloat16 if world.device.type == "cuda" and arithmetic == "bf16" else torch.float32,
+        dtype=view_dtype(arithmetic_of(config.precision, world.device), world.device),
         colour=config.views.colour,
         compiled=config.compile != "off",
         threads=config.data.threads,

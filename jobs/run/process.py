@@ -27,8 +27,8 @@ def keep_freed_memory() -> bool:
     was a tenth of a step. What the process holds is then what it held at most. Elsewhere than on glibc nothing
     happens, nor where the environment sets the allocator (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_MAX_, GLIBC_TUNABLES).
     """
-    told = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
-    if sys.platform != "linux" or any(name in os.environ for name in told):
+    settings = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
+    if sys.platform != "linux" or any(name in os.environ for name in settings):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     return mallopt is not None and bool(mallopt(_MMAP_MAX, 0)) and bool(mallopt(_TRIM_THRESHOLD, -1))

@@ -47,16 +47,16 @@ def parse(config: type[Config], argv: Sequence[str], prog: str, default: Config 
             a value of the wrong type or out of range.
         SystemExit: after `--help`.
     """
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(printed):
             parsed, unknown = tyro.cli(
                 config, args=list(argv), prog=prog, default=default, return_unknown_args=True, config=MARKS
             )
     except SystemExit as stopped:
         if not stopped.code:
             raise
-        raise InputError(f"{one_line(said.getvalue())}; `{prog} --help` explains every flag") from None
+        raise InputError(f"{one_line(printed.getvalue())}; `{prog} --help` explains every flag") from None
     if unknown:
         raise InputError(unknown_flag(unknown[0], config, prog, default))
     assert parsed is not None
@@ -82,10 +82,10 @@ def unknown_flag(flag: str, config: type[object], prog: str, default: object | N
 
 def help_text(config: type[object], prog: str, default: object | None = None) -> str:
     """The text that `--help` prints."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         tyro.cli(config, args=["--help"], prog=prog, default=default, config=MARKS)
-    return said.getvalue()
+    return printed.getvalue()
 
 
 class _Rate(ProgressColumn):

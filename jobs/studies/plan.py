@@ -9,14 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jobs.run.config import CheckpointConfig, MonitorConfig, PretrainConfig, ViewsConfig, from_plain, to_plain
-from jobs.run.presets import PRESETS, VIT_TINY_32, small, synby
-from models.backbones import BackboneConfig
-from models.negatives import KINDS
-from models.objectives import MoBYConfig
+from jobs.run.config import PretrainConfig, from_plain, to_plain
 from shards.errors import InputError
 
-Changes = Mapping[str, Any]  # dotted field → value
+Changes = Mapping[str, Any]  # dotted field → value; `objective` → a whole objective in its plain form
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ def changed(config: PretrainConfig, changes: Changes) -> PretrainConfig:
             near = near or difflib.get_close_matches(dotted, known, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
             raise InputError(f"{dotted}: the configuration has no such field; {hint}")
-        if isinstance(place[last], dict):
+        if isinstance(place[last], dict) and not isinstance(value, Mapping):
             raise InputError(f"{dotted}: has fields of its own; name one, such as {dotted}.{next(iter(place[last]))}")
         place[last] = value
     return from_plain(plain)
@@ -173,72 +169,3 @@ def _text(value: Any) -> str:
     """A value as part of a folder's name."""
     text = value if isinstance(value, str) else json.dumps(value, separators=("_", ":"))
     return re.sub(r"[^\w.+-]+", "_", text).strip("_") or "none"
-
-
-PLAIN = {"selection.views": 2, "selection.rule": "random"}
-HARD = {"selection.views": 4, "selection.rule": "hardest"}
-NO_SYNTHETIC = {f"objective.negatives.{kind}": 0 for kind in KINDS}
-# MoBY, SynBY, MoBY with hard views, both; hard views chosen by either encoder. They differ in nothing else.
-CIFAR10_ARMS: dict[str, Changes] = {
-    "moby": {**PLAIN, **NO_SYNTHETIC},
-    "synby": PLAIN,
-    "moby-hard": {**HARD, **NO_SYNTHETIC},
-    "synby-hard": HARD,
-    "moby-hard-target": {**HARD, **NO_SYNTHETIC, "selection.encoder": "target"},
-    "synby-hard-target": {**HARD, "selection.encoder": "target"},
-}
-
-
-def cifar10() -> PretrainConfig:
-    """A ViT of 64 tokens at 32×32 under SynBY's own values, but for the views: batch 512, 100 epochs, queues of 4,096.
-
-    Not compiled: in short pieces, compiling anew in each would cost more than it saves at this size.
-    """
-    return replace(
-        synby(BackboneConfig("vit_tiny_patch16_224", 32, patch_size=4, width=192, depth=6, heads=3, pool="avg")),
-        views=ViewsConfig("small"),
-        monitor=MonitorConfig(every=20, health_every=200),
-        checkpoint=CheckpointConfig(every=500, keep=1),
-        epochs=100.0,
-        compile="off",
-    )
-
-
-def cifar10_small() -> PretrainConfig:
-    """The same study at a size that shows the machinery on a CPU, not the result: 16 tokens, 60 steps of 64 images."""
-    base = small(synby(replace(VIT_TINY_32, width=64, depth=2, heads=2)))
-    assert isinstance(base.objective, MoBYConfig)
-    negatives = replace(base.objective.negatives, hardest=64, **dict.fromkeys(KINDS, 32))
-    return replace(
-        base,
-        objective=replace(base.objective, negatives=negatives),
-        monitor=MonitorConfig(every=10, health_every=0, bank=2048),
-        checkpoint=CheckpointConfig(every=30, keep=1),
-        steps=60,
-        batch=64,
-    )
-
-
-STUDIES = {
-    "cifar10-study": Study(cifar10, CIFAR10_ARMS, seeds=3, probe_epochs=30),
-    "cifar10-study-small": Study(cifar10_small, CIFAR10_ARMS, seeds=2, probe_epochs=10),
-}
-
-
-def study(name: str, axes: Sequence[str] = ()) -> Study:
-    """A ready-made study, or a preset whose arms the axes make.
-
-    Raises:
-        InputError: neither a study nor a preset, axes for a study that has arms, or as `arms_of`.
-    """
-    if name in STUDIES:
-        if axes:
-            raise InputError(f"axis: {name} has its own arms; give a preset to vary, or --change for all arms")
-        return STUDIES[name]
-    if name in PRESETS:
-        return Study(PRESETS[name], arms_of(axes), seeds=3, probe_epochs=30)
-    near = difflib.get_close_matches(name, [*STUDIES, *PRESETS], n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise InputError(
-        f"study: {name!r} is not known; {hint}studies: {', '.join(STUDIES)}; presets to vary: {', '.join(PRESETS)}"
-    )

@@ -48,22 +48,22 @@ def scores_file(folder: Path) -> Path:
 def read_result(member: Member, out: Path, settings: Mapping[str, Any]) -> RunResult:
     """How a run stands; scores that were taken with other settings do not count."""
     folder = out / member.name
-    said, kept = RunFolder(folder).read_state(), {}
+    recorded, kept = RunFolder(folder).read_state(), {}
     if scores_file(folder).is_file():
         kept = json.loads(scores_file(folder).read_text())
-    scored = said.get("state") == "finished" and kept.get("settings") == dict(settings)
-    state = said.get("state", "new")
+    scored = recorded.get("state") == "finished" and kept.get("settings") == dict(settings)
+    state = recorded.get("state", "new")
     return RunResult(
         member.name,
         member.arm,
         member.config.seed,
         "done" if scored else "trained" if state == "finished" else state,
-        said.get("step", 0),
-        said.get("steps", 0),
-        said.get("images_per_second"),
+        recorded.get("step", 0),
+        recorded.get("steps", 0),
+        recorded.get("images_per_second"),
         kept["scores"] if scored else {},
         kept.get("seconds", 0.0),
-        said.get("reason", ""),
+        recorded.get("reason", ""),
     )
 
 
@@ -111,11 +111,11 @@ def table_of(results: Sequence[RunResult]) -> Table:
     table = Table("arm")
     for head in (*(f"{MEASURES[name]} top-1" for name in measures), "images/s", "runs"):
         table.add_column(head, justify="right")
-    for arm, found in summary.items():
+    for arm, measured in summary.items():
         own = [result for result in results if result.arm == arm]
         done = sum(result.state == "done" for result in own)
-        speed = found["images_per_second"]
-        cells = [percent(found[name]) if name in found else "–" for name in measures]
+        speed = measured["images_per_second"]
+        cells = [percent(measured[name]) if name in measured else "–" for name in measures]
         table.add_row(arm, *cells, f"{speed['mean']:,.0f}" if speed else "–", f"{done} of {len(own)}")
     return table
 
@@ -132,28 +132,28 @@ def plot(summary: Mapping[str, Mapping[str, Any]], arms: Mapping[str, Changes], 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = {arm: found for arm, found in summary.items() if found.keys() & MEASURES.keys()}
-    measures = [name for name in MEASURES if any(name in found for found in shown.values())]
+    shown = {arm: measured for arm, measured in summary.items() if measured.keys() & MEASURES.keys()}
+    measures = [name for name in MEASURES if any(name in measured for measured in shown.values())]
     numbers = axis_of_numbers({arm: arms[arm] for arm in shown})
     height = 3.6 if numbers else 0.45 * len(shown) + 1.4
     figure, panels = pyplot.subplots(1, len(measures), figsize=(5.0 * len(measures), height), squeeze=False)
     for panel, measure in zip(panels[0], measures, strict=True):
-        found = {arm: value[measure] for arm, value in shown.items() if measure in value}
+        measured = {arm: value[measure] for arm, value in shown.items() if measure in value}
         label = f"{MEASURES[measure]} top-1 (%)"
-        means = [100 * value["mean"] for value in found.values()]
-        spreads = [100 * (value["std"] or 0.0) for value in found.values()]
+        means = [100 * value["mean"] for value in measured.values()]
+        spreads = [100 * (value["std"] or 0.0) for value in measured.values()]
         if numbers:
-            at, title = [numbers[1][arm] for arm in found], numbers[0]
+            at, title = [numbers[1][arm] for arm in measured], numbers[0]
             panel.errorbar(at, means, yerr=spreads, fmt="o-", capsize=3)
-            points = [(x, 100 * v) for x, value in zip(at, found.values(), strict=True) for v in value["values"]]
+            points = [(x, 100 * v) for x, value in zip(at, measured.values(), strict=True) for v in value["values"]]
             panel.scatter(*zip(*points, strict=True), s=12, color="grey", alpha=0.6, zorder=3)
             panel.set(xlabel=title, ylabel=label)
         else:
-            panel.errorbar(means, range(len(found)), xerr=spreads, fmt="o", capsize=3)
-            points = [(100 * v, y) for y, value in enumerate(found.values()) for v in value["values"]]
+            panel.errorbar(means, range(len(measured)), xerr=spreads, fmt="o", capsize=3)
+            points = [(100 * v, y) for y, value in enumerate(measured.values()) for v in value["values"]]
             panel.scatter(*zip(*points, strict=True), s=12, color="grey", alpha=0.6, zorder=3)
-            panel.set_yticks(range(len(found)), list(found))
-            panel.set_ylim(len(found) - 0.5, -0.5)
+            panel.set_yticks(range(len(measured)), list(measured))
+            panel.set_ylim(len(measured) - 0.5, -0.5)
             panel.set_xlabel(label)
             panel.locator_params(axis="x", nbins=5)
         panel.grid(alpha=0.3)
@@ -182,7 +182,7 @@ def seconds_left(members: Sequence[Member], results: Sequence[RunResult]) -> flo
     for result in results:
         if result.images_per_second:
             speeds.setdefault(result.arm, []).append(result.images_per_second)
-    every = [speed for found in speeds.values() for speed in found]
+    every = [speed for measured in speeds.values() for speed in measured]
     lengths = [result.steps for result in results if result.steps]
     if not every:
         return None

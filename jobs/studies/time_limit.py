@@ -47,12 +47,12 @@ def time_limit(minutes: float, began: float) -> Iterator[TimeLimit]:
     left = threading.Event()
 
     def watch() -> None:
-        told = False
+        signalled = False
         while not left.wait(EVERY_S):
             # Training listens from when it has opened everything, which may be after it is told to stop.
-            if limit.over and not told and signal.getsignal(signal.SIGTERM) is not idle:
+            if limit.over and not signalled and signal.getsignal(signal.SIGTERM) is not idle:
                 os.kill(os.getpid(), signal.SIGTERM)
-                told = True
+                signalled = True
             if now() >= to_leave:
                 os.kill(os.getpid(), signal.SIGINT)
                 return

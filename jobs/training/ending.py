@@ -17,7 +17,7 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
-def explained(folder: Path) -> Iterator[None]:
+def as_training_failure(folder: Path) -> Iterator[None]:
     """Turns a full disk and the loss of another rank, wherever they are met, into one clear line.
 
     Raises:
@@ -36,9 +36,9 @@ def explained(folder: Path) -> Iterator[None]:
         raise
 
 
-def first(found: Iterable[str | None]) -> str | None:
-    """The first text among what was found."""
-    return next(filter(None, found), None)
+def first(lines: Iterable[str | None]) -> str | None:
+    """The first line that is not None; None where all are."""
+    return next(filter(None, lines), None)
 
 
 def record_failure(folder: RunFolder, error: TrainingFailedError) -> None:
@@ -47,19 +47,19 @@ def record_failure(folder: RunFolder, error: TrainingFailedError) -> None:
     On a full disk the recorded state stays what it was.
     """
     with suppress(OSError):
-        said = folder.read_state()
-        if isinstance(error, RankLostError) and said.get("state") == "failed":
+        recorded = folder.read_state()
+        if isinstance(error, RankLostError) and recorded.get("state") == "failed":
             return
-        facts = {name: value for name, value in said.items() if name not in ("state", "updated", "reason")}
+        facts = {name: value for name, value in recorded.items() if name not in ("state", "updated", "reason")}
         folder.write_state("failed", **facts, reason=str(error))
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
     """An error and what it was raised from or while handling."""
-    found: BaseException | None = error
-    while found is not None:
-        yield found
-        found = found.__cause__ or found.__context__
+    current: BaseException | None = error
+    while current is not None:
+        yield current
+        current = current.__cause__ or current.__context__
 
 
 def disk_full(error: BaseException, folder: Path) -> str | None:
@@ -78,8 +78,8 @@ def rank_lost(error: BaseException) -> str | None:
 
     NCCL and the rendezvous store raise torch's own classes, gloo a RuntimeError that names it.
     """
-    said = str(error).lower() if isinstance(error, RuntimeError) else ""
-    if not isinstance(error, dist.DistError) and not any(words in said for words in BROKEN):
+    message = str(error).lower() if isinstance(error, RuntimeError) else ""
+    if not isinstance(error, dist.DistError) and not any(words in message for words in BROKEN):
         return None
     # gloo puts its source file in front and advice behind
     detail = re.sub(r"^\[\S+\] ", "", " ".join(str(error).split("\n", 1)[0].split())).split(". ")[0]

@@ -10,7 +10,7 @@ from jobs.run.failure import TrainingFailedError
 from jobs.run.folder import RunFolder
 from jobs.run.terminal import Bar, console, progress, warn
 from jobs.run.world import World
-from jobs.training.ending import explained, record_failure
+from jobs.training.ending import as_training_failure, record_failure
 from jobs.training.opening import open_training
 from jobs.training.state import Training, save
 from jobs.training.step import train_step
@@ -30,12 +30,12 @@ def train(config: PretrainConfig, folder: RunFolder, world: World, *, resume: bo
     """
     with ExitStack() as signals:  # are heard until all else is closed
         try:
-            with explained(folder.path):
+            with as_training_failure(folder.path):
                 return run(config, folder, world, signals, resume)
         except TrainingFailedError as error:
             record_failure(folder, error)
             if world.size > 1:
-                let_speak()
+                ignore_termination()
             raise
 
 
@@ -135,7 +135,7 @@ def stop_signals() -> Iterator[threading.Event]:
                 signal.signal(number, handler)
 
 
-def let_speak() -> None:
+def ignore_termination() -> None:
     """Ignores SIGTERM from now on: torchrun ends a job's processes as soon as one is gone, and the others still have
     to say why they end. Those that cannot, it kills after its --shutdown-timeout."""
     if threading.current_thread() is threading.main_thread():

@@ -31,14 +31,14 @@ class MemoryBank(nn.Module):
         self.register_buffer("labels_M", torch.full((rows,), -1, dtype=torch.int64))
 
     @torch.no_grad()
-    def score(self, ids_B: Tensor, features_BD: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
+    def score(self, sample_B: Tensor, features_BD: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
         """bool [B] each: which labelled images their neighbours in the bank classify rightly, which have any there."""
         similarity_BM = (self._unit(features_BD) @ self.features_MD.T).float()
         similarity_BM.masked_fill_(self.labels_M < 0, -torch.inf)
-        own_B1 = (ids_B % len(self.labels_M))[:, None]
+        own_B1 = (sample_B % len(self.labels_M))[:, None]
         similarity_BM.scatter_(1, own_B1, -torch.inf)
         top = similarity_BM.topk(min(HEADLINE, similarity_BM.shape[1]), dim=1)
-        votes_BC = torch.zeros(len(ids_B), self.classes, device=ids_B.device)
+        votes_BC = torch.zeros(len(sample_B), self.classes, device=sample_B.device)
         voters = self.labels_M[top.indices].clamp_min(0)
         votes_BC.scatter_add_(1, voters, (top.values / TEMPERATURE).exp())
         counted_B = (labels_B >= 0) & torch.isfinite(top.values[:, 0])
@@ -46,9 +46,9 @@ class MemoryBank(nn.Module):
         return right_B, counted_B
 
     @torch.no_grad()
-    def update(self, ids_B: Tensor, features_BD: Tensor, labels_B: Tensor) -> None:
+    def update(self, sample_B: Tensor, features_BD: Tensor, labels_B: Tensor) -> None:
         """Takes the images in."""
-        rows_B = ids_B % len(self.labels_M)
+        rows_B = sample_B % len(self.labels_M)
         self.features_MD[rows_B] = self._unit(features_BD)
         self.labels_M[rows_B] = labels_B
 

@@ -156,7 +156,7 @@ class Monitor:
 
     def _use_bank(self, bank: MemoryBank, batch: ViewBatch, features_BD: Tensor, due: bool) -> None:
         """Updates the bank with the images of all ranks; scores them where a line is due, before they are in it."""
-        rows = (batch.ids_B, batch.labels_B)
+        rows = (batch.sample_B, batch.label_B)
         device = features_BD.device
         ids, labels = (torch.from_numpy(v.astype(np.int64)).to(device, non_blocking=True) for v in rows)
         gathered = (gather(ids), gather(features_BD), gather(labels))
@@ -196,13 +196,13 @@ class Monitor:
         the loss compared, and what the contrastive tasks were like."""
         objective, names = self.objective, self.sources
         scalars = {f"grad/{layer}": float(own) for layer, own in layer_norms.items()}
-        sources_B, curves = sources(batch, self.world.device), {}
+        source_B, curves = sources(batch, self.world.device), {}
         if objective.seen_features_BD is not None:
-            scalars |= feature_health(gather(objective.seen_features_BD), gather(sources_B), names)
+            scalars |= feature_health(gather(objective.seen_features_BD), gather(source_B), names)
         if objective.positives:
             pairs = [(gather(first_BD), gather(second_BD)) for first_BD, second_BD in objective.positives]
             # With gradient accumulation, these and the tasks are of the last part.
-            last_B = sources_B[-len(objective.positives[0][0]) :]
+            last_B = source_B[-len(objective.positives[0][0]) :]
             scalars |= prefixed("health", positives_report(pairs, gather(last_B), names))
             if self.loggers is not None and objective.contrasts:
                 means, curves = contrast_report(objective.contrasts, last_B, names)
@@ -252,7 +252,7 @@ def choice_statistics(
         chosen_loss_B = result.losses_BP[rows, result.choice_B]
         values |= {"chosen_loss": chosen_loss_B, "gain": chosen_loss_B - result.losses_BP.mean(1)}
     groups = {"": np.ones(len(rows), np.bool_)}
-    groups |= {f"/{source}": batch.sources_B == number for number, source in enumerate(names)}
+    groups |= {f"/{source}": batch.source_B == number for number, source in enumerate(names)}
     return {
         f"selection/{name}{suffix}": (float(values_B[own_B & known_B].sum()), int((own_B & known_B).sum()))
         for name, values_B in values.items()
@@ -263,7 +263,7 @@ def choice_statistics(
 
 def sources(batch: ViewBatch, device: torch.device) -> Tensor:
     """int64 [B]: each image's source."""
-    return torch.from_numpy(batch.sources_B.astype(np.int64)).to(device, non_blocking=True)
+    return torch.from_numpy(batch.source_B.astype(np.int64)).to(device, non_blocking=True)
 
 
 def prefixed(group: str, scalars: dict[str, Tensor]) -> dict[str, float]:
@@ -271,12 +271,12 @@ def prefixed(group: str, scalars: dict[str, Tensor]) -> dict[str, float]:
     return {f"{group}/{name}": float(value) for name, value in scalars.items() if not value.isnan()}
 
 
-def feature_health(features_BD: Tensor, sources_B: Tensor, names: Sequence[str]) -> dict[str, float]:
+def feature_health(features_BD: Tensor, source_B: Tensor, names: Sequence[str]) -> dict[str, float]:
     """Standard deviation and RankMe of features, over all and by source; nothing where they are not finite."""
     if not bool(torch.isfinite(features_BD).all()):
         return {}
     scalars = {}
-    for suffix, own_B in by_source(sources_B, names).items():
+    for suffix, own_B in by_source(source_B, names).items():
         rows_BD = features_BD[own_B]
         if len(rows_BD) > 1:
             scalars[f"health/feature_std{suffix}"] = float(feature_std(rows_BD))

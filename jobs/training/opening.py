@@ -42,6 +42,8 @@ from jobs.training.state import Stateful, Training
 from jobs.training.timing import StepTimer
 from models.objectives import Length, Objective, build_objective
 from models.objectives.base import Chosen, Encoder, has_batchnorm
+from models.prediction import Prediction
+from pipelines.params import PAIR_COLUMNS
 from shards.errors import InputError
 from shards.reader import SampleError
 
@@ -87,7 +89,7 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
     compile_encoders(config, objective, world.device)
     learner: nn.Module = LossModule(objective)
     if world.size > 1:
-        learner = averaged(learner, world.device)
+        learner = data_parallel(learner, world.device)
     optimizer = build_optimizer(config.optimizer, objective)
     schedule = Schedule(config.optimizer, config.batch, length.steps, length.steps_per_epoch)
     guard = FiniteGuard(config.monitor.max_bad_steps)
@@ -95,6 +97,9 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
     bank = open_bank(config, data, objective, world.device)
     monitor = Monitor(config, world, objective, length, schedule, guard, timer, data.sources, folder.curves, bank)
     kept: dict[str, Stateful] = {"objective": objective, "optimizer": optimizer, "monitor": monitor, "guard": guard}
+    prediction = Prediction(len(PAIR_COLUMNS)).to(world.device) if config.selection.predicts else None
+    if prediction is not None:
+        kept["prediction"] = prediction
     if saved is not None:
         for name, part in kept.items():
             part.load_state_dict(saved[name])
@@ -147,6 +152,7 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
         monitor,
         timer,
         guard,
+        prediction,
         saver,
         kept,
         step,
@@ -177,7 +183,7 @@ def make_objective(config: PretrainConfig, length: Length, device: torch.device)
     return objective
 
 
-def averaged(learner: nn.Module, device: torch.device) -> DistributedDataParallel:
+def data_parallel(learner: nn.Module, device: torch.device) -> DistributedDataParallel:
     """The learner with gradients averaged over ranks. Its buffers are left alone: queues and statistics are equal on
     all ranks by what is gathered into them."""
     known = inspect.signature(DistributedDataParallel).parameters

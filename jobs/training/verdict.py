@@ -120,9 +120,9 @@ def judge(signs: Signs, step: int, steps: int) -> Verdict:
     if signs.uniformity > ONE_POINT and (was_spread or over):
         return verdict("collapsed")
     if math.isfinite(signs.chance):
-        told = signs.loss < (1 - BELOW_CHANCE) * signs.chance
+        below = signs.loss < (1 - BELOW_CHANCE) * signs.chance
     else:
-        told = signs.loss < signs.first_loss - FALLEN
-    if told and signs.uniformity < SPREAD:
+        below = signs.loss < signs.first_loss - FALLEN
+    if below and signs.uniformity < SPREAD:
         return verdict("forgetting" if over and signs.knn < signs.first_knn - FORGOTTEN else "learning")
     return verdict("not-learning" if over else "not-learning-yet")

@@ -236,7 +236,7 @@ class DINO(Objective):
         self.keep_positives((q1, k2), (q2, k1))
         if chosen.scored_B2D is not None:
             counts = None if whole_B2 is None else whole_B2.flatten()
-            self.correction.learn(chosen.scored_B2D.flatten(0, 1), features_B2D.flatten(0, 1), counts)
+            self.correction.observe(chosen.scored_B2D.flatten(0, 1), features_B2D.flatten(0, 1), counts)
         return cross_B22
 
     def against_locals(self, taught: Taught, chosen: Chosen) -> list[Tensor]:
@@ -308,8 +308,8 @@ def best_locals(
     a, b = pair_index(global_views, cross_BGV.device).T
     own_BP = cross_BGV[:, a, b] + cross_BGV[:, b, a]
     local_BPL = (cross_BGV[:, a] + cross_BGV[:, b])[:, :, global_views:]
-    there = local_BPL.shape[2]
-    count = min(count, there)
+    locals_ = local_BPL.shape[2]
+    count = min(count, locals_)
     if count == 0:
         return own_BP / 2, None
     terms = 2 * (1 + count)
@@ -318,7 +318,7 @@ def best_locals(
         return (own_BP + top.values.sum(2)) / terms, top.indices
     generator = torch.Generator(device=cross_BGV.device).manual_seed(seed)
     each = -(-candidates // own_BP.shape[1])
-    shape = (*own_BP.shape, each, there)
+    shape = (*own_BP.shape, each, locals_)
     drawn_BPCL = torch.rand(shape, generator=generator, device=cross_BGV.device).topk(count, dim=3).indices
     values_BPC = local_BPL[:, :, None].expand(*shape).gather(3, drawn_BPCL).sum(3)
     best = values_BPC.min(2) if easiest else values_BPC.max(2)

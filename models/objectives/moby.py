@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from models.backbones import BackboneConfig
-from models.contrast import Contrast, chance, learn, queue_pair_losses, same_class
+from models.contrast import Contrast, chance, contrastive_loss, queue_pair_losses, same_class
 from models.distributed import gather
 from models.heads import mlp
 from models.negatives import NegativesConfig
@@ -85,7 +85,7 @@ class MoBY(MomentumObjective):
         tasks = [self._task(q1, k2, self.queue2, labels_B), self._task(q2, k1, self.queue1, labels_B)]
         self.contrasts = [task.detached() for task in tasks] if self.watching else []
         self.keep_keys(k1, k2, labels_B)
-        return learn(tasks)
+        return contrastive_loss(tasks)
 
     def keep_keys(self, k1_BD: Tensor, k2_BD: Tensor, labels_B: Tensor | None = None) -> None:
         """Remembers the two views' keys (and classes, below 0 unknown) for the queues."""

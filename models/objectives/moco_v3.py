@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from models.backbones import BackboneConfig
-from models.contrast import Contrast, chance, learn
+from models.contrast import Contrast, chance, contrastive_loss
 from models.distributed import gather
 from models.heads import mlp
 from models.in_batch import batch_contrast, batch_pair_losses, check_others
@@ -75,7 +75,7 @@ class MoCoV3(MomentumObjective):
         q1, q2, k1, k2 = self.embeddings(chosen)
         tasks = [self._task(q1, k2, labels_B), self._task(q2, k1, labels_B)]
         self.contrasts = [task.detached() for task in tasks] if self.watching else []
-        return learn(tasks, 2 * self.config.temperature)
+        return contrastive_loss(tasks, 2 * self.config.temperature)
 
     def _task(self, q_BD: Tensor, k_BD: Tensor, labels_B: Tensor | None) -> Contrast:
         config, sets = self.config, [gather(k_BD)]

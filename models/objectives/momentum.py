@@ -81,8 +81,8 @@ class MomentumObjective(Objective):
         self.seen_features_BD = features1.detach()
         self.keep_positives((q1, k2), (q2, k1))
         if chosen.scored_B2D is not None:
-            self.correction.learn(chosen.scored_B2D[:, 0], features1)
-            self.correction.learn(chosen.scored_B2D[:, 1], features2)
+            self.correction.observe(chosen.scored_B2D[:, 0], features1)
+            self.correction.observe(chosen.scored_B2D[:, 1], features2)
         return q1, q2, k1, k2
 
     def _target_features(self, chosen: Chosen) -> list[Tensor]:

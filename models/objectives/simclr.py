@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from models.backbones import BackboneConfig, build_backbone, feature_width
-from models.contrast import Contrast, chance, learn
+from models.contrast import Contrast, chance, contrastive_loss
 from models.distributed import gather_with_gradient
 from models.heads import mlp, unit
 from models.in_batch import batch_contrast, check_others, nt_xent_pair_losses
@@ -77,7 +77,7 @@ class SimCLR(Objective):
         self.contrasts = [task.detached() for task in tasks] if self.watching else []
         self.keep_positives((z1, z2), (z2, z1))
         self.seen_features_BD = features1.detach()
-        loss, metrics = learn(tasks, 1 / 2)
+        loss, metrics = contrastive_loss(tasks, 1 / 2)
         return loss, metrics | {"cosine": (z1 * z2).sum(1).mean().detach()}
 
     def _task(self, z_BD: Tensor, other_BD: Tensor, sets: list[Tensor], labels_B: Tensor | None) -> Contrast:

@@ -106,10 +106,10 @@ def match_counts(like: Manifest, count: int | None = None, per_class: int | None
         if not like.classes:
             raise InputError(f"--per-class {per_class}: {like.root} has no classes; use --count")
         return [per_class] * len(like.classes) + [0]
-    wanted = np.array([*like.class_counts, like.unlabelled], np.int64)
+    sizes = np.array([*like.class_counts, like.unlabelled], np.int64)
     if count is None:
-        return wanted.tolist()
-    whole, rest = np.divmod(wanted * count, wanted.sum())
+        return sizes.tolist()
+    whole, rest = np.divmod(sizes * count, sizes.sum())
     # Largest remainders take what rounding down left over.
     whole[np.argsort(-rest, kind="stable")[: count - whole.sum()]] += 1
     return whole.tolist()

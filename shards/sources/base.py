@@ -57,7 +57,11 @@ class Options:
     image: str | None = None
     """The column, or the extension in a tar, that is the image where several could be."""
     label: str | None = None
-    """The column of labels of a Parquet file."""
+    """The column of labels of a Parquet file, or of the file with labels."""
+    label_from: str | None = None
+    """Where the labels of a tar stand: `cls`, `json:FIELD` or `folder`."""
+    labels: str | None = None
+    """A file of labels beside the images."""
     split: str | None = None
     """The split of Parquet files to take."""
 

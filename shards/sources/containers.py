@@ -104,21 +104,21 @@ def containers_at(address: str, path: str, suffix: str) -> list[Container]:
     system, base = filesystem(path)
     if "*" in base or "?" in base:
         root = base[: base.index(next(mark for mark in base if mark in "*?"))].rpartition("/")[0]
-        found: Any = retry(lambda: system.glob(base, detail=True))
+        infos: Any = retry(lambda: system.glob(base, detail=True))
     elif retry(lambda: system.isdir(base)):
         root = base
         below: Any = retry(lambda: system.find(base, detail=True))
-        found = {name: info for name, info in below.items() if name.endswith(suffix)}
+        infos = {name: info for name, info in below.items() if name.endswith(suffix)}
     else:
         root = base.rpartition("/")[0]
-        found = {base: system.info(base)} if system.exists(base) else {}
-    if not found:
+        infos = {base: system.info(base)} if system.exists(base) else {}
+    if not infos:
         raise InputError(f"{address}: there are no {suffix} files there; name a folder, a file, or a pattern with *")
-    for name, info in found.items():
+    for name, info in infos.items():
         if info["type"] == "other":
             raise InputError(f"{name}: no regular file (a named pipe, socket or device); remove it or name others")
     above = system.unstrip_protocol(root)
-    names = sorted((name.removeprefix(root).lstrip("/"), int(info["size"] or 0)) for name, info in found.items())
+    names = sorted((name.removeprefix(root).lstrip("/"), int(info["size"] or 0)) for name, info in infos.items())
     return [Container(above, name, size) for name, size in names]
 
 
@@ -139,9 +139,9 @@ class WholeReads(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         start = self.file.tell()
         content = self.file.read(len(buffer))
-        wanted = min(len(buffer), max(0, self.container.size - start))
-        if len(content) < wanted:
-            raise cut_short(self.container.address, len(content), wanted)
+        expected = min(len(buffer), max(0, self.container.size - start))
+        if len(content) < expected:
+            raise cut_short(self.container.address, len(content), expected)
         buffer[: len(content)] = content
         return len(content)
 

@@ -56,9 +56,9 @@ class FilePart:
         for start in range(0, len(self.files), READ_AHEAD):
             files = self.files[start : start + READ_AHEAD]
             paths = [join(base, name) for name, _, _ in files]
-            found = fetch_many(system, {path: size for path, (_, size, _) in zip(paths, files, strict=True)})
+            contents = fetch_many(system, {path: size for path, (_, size, _) in zip(paths, files, strict=True)})
             for path, (name, _, label) in zip(paths, files, strict=True):
-                content = found[path]
+                content = contents[path]
                 problem = "" if content is not None else "gone since the source was listed"
                 yield Record(name, label, content or b"", problem, self._why(label))
 
@@ -72,25 +72,25 @@ def fetch_many(system: AbstractFileSystem, sizes: Mapping[str, int]) -> dict[str
     Raises:
         Exception: of a file that fails every time: the connection is at fault then, not the image.
     """
-    found: dict[str, bytes | None] = {}
+    contents: dict[str, bytes | None] = {}
 
     def fetch_missing() -> None:
-        missing = [path for path in sizes if path not in found]
+        missing = [path for path in sizes if path not in contents]
         # A list of two at least: for a single path fsspec returns bare bytes.
         answers: Any = system.cat([*missing, missing[0]][: max(2, len(missing))], on_error="return")
         for path in missing:
             answer = answers[path]
             if isinstance(answer, FileNotFoundError):
-                found[path] = None
+                contents[path] = None
             elif not isinstance(answer, Exception) and len(answer) == sizes[path]:
-                found[path] = bytes(answer)
-        failed = [path for path in missing if path not in found]
+                contents[path] = bytes(answer)
+        failed = [path for path in missing if path not in contents]
         if failed:
             answer = answers[failed[0]]
             raise answer if isinstance(answer, Exception) else cut_short(failed[0], len(answer), sizes[failed[0]])
 
     retry(fetch_missing)
-    return found
+    return contents
 
 
 def open_imagefolder(path: str, options: Options, run: Runner) -> Source:
@@ -181,10 +181,10 @@ def identity(status: os.stat_result) -> tuple[int, int]:
 def remote_listing(address: str) -> tuple[list[str], list[tuple[str, int]]]:
     """As `listing`, behind an fsspec address."""
     system, base = filesystem(address)
-    found: Any = retry(lambda: system.find(base, withdirs=True, detail=True))
+    contents: Any = retry(lambda: system.find(base, withdirs=True, detail=True))
     folders: set[str] = set()
     files: list[tuple[str, int]] = []
-    for path, info in found.items():
+    for path, info in contents.items():
         name = path.removeprefix(base).strip("/")
         if not name or any(part.startswith(".") for part in name.split("/")):
             continue

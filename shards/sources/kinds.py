@@ -16,6 +16,7 @@ from collections.abc import Callable
 from shards.errors import InputError
 from shards.sources.base import Options, Runner, Source
 from shards.sources.folders import open_folder, open_imagefolder
+from shards.sources.labels import with_labels
 from shards.sources.parquet import open_parquet
 from shards.sources.tars import open_tars
 
@@ -33,13 +34,25 @@ def open_source(address: str, options: Options, run: Runner) -> Source:
     kind, _, path = address.partition(":")
     if kind not in SOURCES or not path:
         raise InputError(f"{address!r}: a source is KIND:PATH, and the kinds are {', '.join(SOURCES)}")
-    for option in ("image", "label", "split"):
-        if getattr(options, option) is not None and option not in CHOICES.get(kind, ()):
-            raise InputError(f"--{option}: {kind}: has no choice of it; leave it out")
-    return SOURCES[kind](path, options, run)
+    choices = (*CHOICES[kind], *(("label",) if options.labels is not None else ()))
+    for option in ("image", "label", "label_from", "labels", "split"):
+        if getattr(options, option) is not None and option not in choices:
+            hint = "; take folder: for labels in a file" if (kind, option) == ("imagefolder", "labels") else ""
+            raise InputError(f"--{option.replace('_', '-')}: {kind}: has no choice of it; leave it out{hint}")
+    if options.labels is not None and options.label_from is not None:
+        raise InputError(f"--labels {options.labels}: --label-from {options.label_from} is given too; leave one out")
+    source = SOURCES[kind](path, options, run)
+    return source if options.labels is None else with_labels(source, options.labels, options.label)
 
 
-CHOICES = {"tars": ("image",), "webdataset": ("image",), "parquet": ("image", "label", "split")}
+OF_TARS = ("image", "label_from", "labels")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "imagefolder": (),
+    "folder": ("labels",),
+    "tars": OF_TARS,
+    "webdataset": OF_TARS,
+    "parquet": ("image", "label", "split"),
+}
 SOURCES: dict[str, Callable[[str, Options, Runner], Source]] = {
     "imagefolder": open_imagefolder,
     "folder": open_folder,

@@ -65,18 +65,18 @@ def of_split(address: str, containers: list[Container], split: str | None) -> li
     """
     splits = {container: split_of(container.name) for container in containers}
     known = sorted(set(splits.values()))
-    there = ", ".join(name or "files of none" for name in known)
+    known_names = ", ".join(name or "files of none" for name in known)
     if split is not None and split not in known:
-        raise InputError(f"--split {split}: {address} has {there}")
+        raise InputError(f"--split {split}: {address} has {known_names}")
     if split is None and len(known) > 1:
-        raise InputError(f"{address}: has several splits ({there}); choose one with --split, or name its files")
+        raise InputError(f"{address}: has several splits ({known_names}); choose one with --split, or name its files")
     return [container for container in containers if split is None or splits[container] == split]
 
 
 def split_of(name: str) -> str:
     """The split that a file's name or folder tells of, empty where it tells of none."""
-    found = NUMBERED.search(name) or KNOWN_SPLIT.search(name)
-    return found.group(1) if found else ""
+    match = NUMBERED.search(name) or KNOWN_SPLIT.search(name)
+    return match.group(1) if match else ""
 
 
 def inspect(options: Options, container: Container) -> tuple[Container, tuple[Table, int]]:
@@ -119,7 +119,7 @@ def table_of(parquet: pq.ParquetFile, container: Container, options: Options) ->
     return table
 
 
-def image_column(schema: pa.Schema, features: dict[str, Any], address: str, wanted: str | None) -> str:
+def image_column(schema: pa.Schema, features: dict[str, Any], address: str, chosen: str | None) -> str:
     """The column of images: `image`, else the only one of their type, else the only binary one that is named like one.
 
     Raises:
@@ -133,10 +133,10 @@ def image_column(schema: pa.Schema, features: dict[str, Any], address: str, want
         raise InputError(
             f"{address}: no column with encoded images (a struct of bytes and path, or binary) among {known}"
         )
-    if wanted is not None:
-        if wanted not in every:
-            raise InputError(f"--image {wanted}: {address} has {', '.join(every)}")
-        return wanted
+    if chosen is not None:
+        if chosen not in every:
+            raise InputError(f"--image {chosen}: {address} has {', '.join(every)}")
+        return chosen
     typed = [name for name in every if name in structs or features.get(name, {}).get("_type") == "Image"]
     alike = [name for name in binary if name.lower() in IMAGE_EXTENSIONS]
     fitting = typed or alike or binary
@@ -147,7 +147,7 @@ def image_column(schema: pa.Schema, features: dict[str, Any], address: str, want
     return fitting[0]
 
 
-def label_column(schema: pa.Schema, features: dict[str, Any], address: str, wanted: str | None) -> str | None:
+def label_column(schema: pa.Schema, features: dict[str, Any], address: str, chosen: str | None) -> str | None:
     """The column of labels: `label`, else the only one with class names, else `cls`.
 
     Raises:
@@ -158,10 +158,10 @@ def label_column(schema: pa.Schema, features: dict[str, Any], address: str, want
         for one in schema
         if pa.types.is_integer(one.type) or pa.types.is_floating(one.type) or is_text(one.type)
     ]
-    if wanted is not None:
-        if wanted not in fitting:
-            raise InputError(f"--label {wanted}: {address} has no such column of numbers or text")
-        return wanted
+    if chosen is not None:
+        if chosen not in fitting:
+            raise InputError(f"--label {chosen}: {address} has no such column of numbers or text")
+        return chosen
     named = [name for name in fitting if features.get(name, {}).get("_type") == "ClassLabel"]
     if "label" in fitting:
         return "label"

@@ -1,9 +1,11 @@
 """WebDataset tars."""
 
+import json
 import posixpath
+import re
 import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from shards.errors import InputError
@@ -14,26 +16,55 @@ from shards.sources.containers import Container, container_parts, containers_at,
 LONGEST_CHAIN = 40  # links that lead to links
 LARGEST_SPARSE = 1 << 30  # bytes of a member with holes, whose header may claim any size
 LOOK_AHEAD = 1 << 20  # bytes read at a time where zeros are skipped
+WHOLE_NUMBER = re.compile(r"[+-]?\d+", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Tar(Container):
-    """A tar, and which members of its samples are the images."""
+    """A tar, which members of its samples are the images, and where their labels stand."""
 
     image: str | None = None
     """Extension of the images; None for the only one that fits."""
+    label_from: str = "cls"
+    """Where labels stand: `cls` (the file), `json:FIELD` or `folder`."""
+    classes: tuple[str, ...] = ()
+    """Class names of the source where labels are text; empty where they are numbers."""
 
     @property
     def identity(self) -> list[Any]:
-        return [self.name, self.size, *([self.image] if self.image else [])]
+        chosen = {"label_from": self.label_from} if self.label_from != "cls" else {}
+        chosen |= {"classes": self.classes} if self.classes else {}
+        return [self.name, self.size, *([self.image] if self.image else []), *([chosen] if chosen else [])]
 
 
 def open_tars(path: str, options: Options, run: Runner) -> Source:
-    """WebDataset tars; the label is that of the `.cls` file."""
+    """WebDataset tars. Labels that are text become classes in sorted order.
+
+    Raises:
+        InputError: no tars, no such place of labels, a sample with several images that fit alike, or more different
+            labels than there may be classes.
+    """
     address = f"tars:{path}"
-    found = containers_at(address, path, ".tar")
-    tars = [Tar(one.root, one.name, one.size, options.image) for one in found]
-    return Source((), container_parts(address, tars, dict(run(count_tar, tars)), read_tar, options.part_size))
+    label_from = options.label_from or "cls"
+    if label_from not in ("cls", "folder") and not re.fullmatch("json:.+", label_from):
+        raise InputError(f"--label-from {label_from}: labels come from cls, folder or json:FIELD")
+    containers = containers_at(address, path, ".tar")
+    tars = [Tar(one.root, one.name, one.size, options.image, label_from) for one in containers]
+    counted = dict(run(count_tar, tars))
+    classes = class_names(address, (labels for _, labels in counted.values()))
+    counts = {replace(tar, classes=classes): count for tar, (count, _) in counted.items()}
+    tars = [replace(tar, classes=classes) for tar in tars]
+    return Source(classes, container_parts(address, tars, counts, read_tar, options.part_size))
+
+
+def class_names(address: str, labels: Iterable[frozenset[str]]) -> tuple[str, ...]:
+    """The names of the classes, sorted, for the labels of all files; empty where all of them are numbers."""
+    names = frozenset[str]().union(*labels)
+    if all(map(WHOLE_NUMBER.fullmatch, names)):
+        return ()
+    if len(names) > LARGEST_CLASS:
+        raise InputError(f"{address}: has {len(names)} different labels, too many for classes; choose another label")
+    return tuple(sorted(names))
 
 
 class Member(NamedTuple):
@@ -116,9 +147,9 @@ def headers(file: Any) -> Iterator[tarfile.TarInfo | str]:
 def after_zeros(file: Any, offset: int) -> int:
     """The offset of the first block from `offset` on that is not all zeros, −1 where there is none."""
     while block := read_at(file, offset, LOOK_AHEAD):
-        found = len(block) - len(block.lstrip(b"\0"))
-        if found < len(block):
-            return offset + found - found % tarfile.BLOCKSIZE
+        padding = len(block) - len(block.lstrip(b"\0"))
+        if padding < len(block):
+            return offset + padding - padding % tarfile.BLOCKSIZE
         offset += len(block)
     return -1
 
@@ -181,62 +212,68 @@ def is_image(extension: str) -> bool:
     return extension.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
 
 
-def count_tar(tar: Tar) -> tuple[Tar, int]:
-    """The tar and its samples; damage counts as one, so that it is named.
+def count_tar(tar: Tar) -> tuple[Tar, tuple[int, frozenset[str]]]:
+    """The tar, its samples, and their different labels; damage counts as a sample, so that it is named.
 
     Raises:
         InputError: a sample has several images that fit alike.
     """
 
-    def count() -> int:
-        number = 0
-        with opened(tar) as file:
-            for group in groups(file):
+    def count() -> tuple[int, frozenset[str]]:
+        number, labels = 0, set[str]()
+        with opened(tar) as listed, opened(tar) as file:
+            for group in groups(listed):
                 number += 1
-                if isinstance(group, Group):
-                    image_member(tar.address, group, tar.image)
-        return number
+                if isinstance(group, Group) and (image := image_member(tar.address, group, tar.image)):
+                    labels.add(label_text(tar, group, image, file)[0])
+        return number, frozenset(labels - {""})
 
     return tar, retry(count)
 
 
-def read_tar(container: Tar, start: int, stop: int) -> Iterator[Record]:
+def read_tar(tar: Tar, start: int, stop: int) -> Iterator[Record]:
     """Records of the samples from `start` up to `stop`."""
-    with opened(container) as listed, opened(container) as file:
+    numbers = {name: number for number, name in enumerate(tar.classes)}
+    with opened(tar) as listed, opened(tar) as file:
         for number, group in enumerate(groups(listed)):
             if number >= stop:
                 break
             if number >= start:
-                yield tar_record(container.name, group, file, container.image)
+                yield tar_record(tar, group, file, numbers)
 
 
-def tar_record(tar: str, group: Group | str, file: Any, wanted: str | None) -> Record:
-    """One sample of the tar that is open as `file`."""
+def tar_record(tar: Tar, group: Group | str, file: Any, numbers: Mapping[str, int]) -> Record:
+    """One sample of the tar that is open as `file`; `numbers` are those of class names."""
     if isinstance(group, str):
-        return Record(tar, -1, b"", group)
-    name = f"{tar}/{group.key}"
-    image = image_member(tar, group, wanted)
+        return Record(tar.name, -1, b"", group)
+    name = f"{tar.name}/{group.key}"
+    image = image_member(tar.name, group, tar.image)
     if image is None:
         kinds = ", ".join(member.extension for member in group.members)
-        return Record(name, -1, b"", f"no {wanted or 'image'} among its files ({kinds})")
+        return Record(name, -1, b"", f"no {tar.image or 'image'} among its files ({kinds})")
     if image.problem:
         return Record(f"{name}.{image.extension}", -1, b"", image.problem)
     content = content_of(image, file)
     if len(content) < image.size:
         return Record(name, -1, b"", "the tar ends inside this image")
-    label, why = label_of(group, image, file)
+    text, why = label_text(tar, group, image, file)
+    label = numbers.get(text, parse_label(text.encode()))
+    if text and label < 0:
+        why = f"a label that is no class number below {LARGEST_CLASS}"
+        if not WHOLE_NUMBER.fullmatch(text):
+            why = "a label that is text and no class (index: list the classes with --classes)"
     return Record(name, label, content, unlabelled=why)
 
 
-def image_member(tar: str, group: Group, wanted: str | None) -> Member | None:
+def image_member(tar: str, group: Group, asked: str | None) -> Member | None:
     """The image of a sample: the wanted one, else the only one with a bare extension (`jpg` beside `seg.png`), else the
     only one.
 
     Raises:
         InputError: several fit alike.
     """
-    if wanted is not None:
-        return next((member for member in group.members if member.extension.lower() == wanted.lower()), None)
+    if asked is not None:
+        return next((member for member in group.members if member.extension.lower() == asked.lower()), None)
     images = [member for member in group.members if is_image(member.extension)]
     fitting = [member for member in images if "." not in member.extension] or images
     if len(fitting) > 1:
@@ -260,15 +297,30 @@ def content_of(member: Member, file: Any) -> bytes:
     return bytes(content)
 
 
-def label_of(group: Group, image: Member, file: Any) -> tuple[int, str]:
-    """The class index in the `.cls` file, or −1 and why there is none; `v1.jpg` may have a `v1.cls` of its own."""
+def label_text(tar: Tar, group: Group, image: Member, file: Any) -> tuple[str, str]:
+    """The label as text, or an empty one and why; `v1.jpg` may have a `v1.cls` or `v1.json` of its own."""
+    if tar.label_from == "folder":
+        folder = posixpath.dirname(posixpath.normpath(f"{tar.name}/{group.key}"))
+        return posixpath.basename(folder).removesuffix(".tar"), ""
+    kind, _, field = tar.label_from.partition(":")
     stem = image.extension.rpartition(".")[0]
     places = {member.extension: member for member in group.members if not member.problem}
-    member = places.get(f"{stem}.cls") or places.get("cls")
+    member = places.get(f"{stem}.{kind}") or places.get(kind)
     if member is None:
-        return -1, "no .cls file (labels in .json are not read)" if "json" in places else "no .cls file"
-    label = parse_label(content_of(member, file))
-    return label, "" if label >= 0 else f"what the .cls file holds is no class number below {LARGEST_CLASS}"
+        hint = "; take a field of the .json file with --label-from json:FIELD" if "json" in places else ""
+        return "", f"no .{kind} file{hint}"
+    content = content_of(member, file)
+    try:
+        value = content.decode("utf-8-sig") if kind == "cls" else json.loads(content)[field]
+    except KeyError:
+        return "", f"no field {field} in the .json file"
+    except (ValueError, TypeError):
+        return "", f"what the .{kind} file holds is no {'text' if kind == 'cls' else 'JSON object'}"
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        return "", f"field {field} of the .json file is neither a number nor text"
+    text = str(value).strip()
+    return text, "" if text else f"an empty label in the .{kind} file"
 
 
 def parse_label(text: bytes) -> int:

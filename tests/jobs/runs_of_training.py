@@ -28,7 +28,7 @@ def rows(run: Path) -> dict[str, np.ndarray]:
     """All log rows in the order of positions."""
     parts = list(open_log(RunFolder(run).log).chunks(1000))
     found = {}
-    for name in ("position_B", "step_B", "ids_B", "sources_B", "epochs_B", "losses_BP", "choice_B", "at_random_B"):
+    for name in ("position_B", "step_B", "sample_B", "source_B", "epoch_B", "loss_BP", "choice_B", "at_random_B"):
         found[name] = np.concatenate([getattr(part, name) for part in parts])
     found["blur"] = np.concatenate([part.params.blur for part in parts])
     found["top"] = np.concatenate([part.params.top for part in parts])
@@ -47,9 +47,9 @@ def same_rows(first: Path, second: Path, exact: bool = True) -> None:
     """The same rows at the same positions; where not `exact`, losses to float tolerance and choices left out."""
     one, two = rows(first), rows(second)
     for name in one:
-        if exact or name not in ("losses_BP", "choice_B"):
+        if exact or name not in ("loss_BP", "choice_B"):
             np.testing.assert_array_equal(one[name], two[name], err_msg=name)
-    np.testing.assert_allclose(one["losses_BP"], two["losses_BP"], rtol=2e-3)
+    np.testing.assert_allclose(one["loss_BP"], two["loss_BP"], rtol=2e-3)
     np.testing.assert_array_equal(one["position_B"], np.arange(len(one["position_B"])))
 
 

@@ -24,14 +24,14 @@ def rows_of(count=400, views=4, loss=None, images=100, seed=0) -> Rows:
     return Rows(
         position_B=at,
         step_B=at // 40,
-        ids_B=at % images,
-        sources_B=(at % 3 == 0).astype(np.int16),
-        epochs_B=np.zeros(count, np.int32),
-        labels_B=np.where(at % 5 == 0, -1, at % 5).astype(np.int32),
+        sample_B=at % images,
+        source_B=(at % 3 == 0).astype(np.int16),
+        epoch_B=np.zeros(count, np.int32),
+        label_B=np.where(at % 5 == 0, -1, at % 5).astype(np.int32),
         image_height_B=np.full(count, 100, np.int32),
         image_width_B=np.full(count, 120, np.int32),
         params=params,
-        losses_BP=losses,
+        loss_BP=losses,
         choice_B=losses.argmax(1).astype(np.int32),
         at_random_B=np.zeros(count, bool),
         chosen_BN=np.zeros((count, views), bool),
@@ -62,8 +62,8 @@ def naive_means(rows: Rows) -> dict[str, float]:
         for name, values in (("iou", iou), ("zoom", zoom), ("distance", distance)):
             found[f"mean_{name}"].append(values[c])
             found[f"mean_{name}_all"].append(np.mean(values))
-        found["mean_loss"].append(rows.losses_BP[b].mean())
-        found["mean_loss_chosen"].append(rows.losses_BP[b, c])
+        found["mean_loss"].append(rows.loss_BP[b].mean())
+        found["mean_loss_chosen"].append(rows.loss_BP[b, c])
     return {name: float(np.mean(values)) for name, values in found.items() if values}
 
 
@@ -78,11 +78,11 @@ def test_choices_equal_a_naive_loop():
     assert [(row["first_step"], row["last_step"]) for row in series] == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
     second = naive_means(rows[80:160])
     assert {name: series[1][name] for name in second} == pytest.approx(second, rel=1e-5)
-    real = naive_means(rows[np.flatnonzero(rows.sources_B == 0)])
+    real = naive_means(rows[np.flatnonzero(rows.source_B == 0)])
     assert {name: choices.by_source()["real"][name] for name in real} == pytest.approx(real, rel=1e-5)
     classes = choices.by_class()
     assert [row["class"] for row in classes] == [1, 2, 3, 4]
-    third = naive_means(rows[np.flatnonzero(rows.labels_B == 3)])
+    third = naive_means(rows[np.flatnonzero(rows.label_B == 3)])
     assert {name: classes[2][name] for name in third} == pytest.approx(third, rel=1e-5)
 
 
@@ -335,5 +335,5 @@ def test_pair_data_belongs_to_images(run):
     rows = next(iter(open_log(run / "log.zarr").chunks()))
     data = pair_data(rows)
     assert data.metrics_RF.shape == (6_000, 7) and data.images == 1_000
-    np.testing.assert_array_equal(data.image_R[6:12], rows.ids_B[1])
-    np.testing.assert_array_equal(data.loss_R[6:12], rows.losses_BP[1])
+    np.testing.assert_array_equal(data.image_R[6:12], rows.sample_B[1])
+    np.testing.assert_array_equal(data.loss_R[6:12], rows.loss_BP[1])

@@ -306,11 +306,18 @@ def test_linear_probe_beats_chance_with_and_without_crops(run: RunFolder, train:
 
 
 def test_finetuning_learns(run: RunFolder, train: Path, test: Path) -> None:
-    common = ["--epochs", "6", "--batch", "16", "--lr", "0.02", "--crop-scale", "0.5", "1"]
+    common = ["--epochs", "6", "--warmup-epochs", "1", "--batch", "16", "--lr", "0.02", "--crop-scale", "0.5", "1"]
     evaluate.main(["finetune", *flags(run, train, test), *common])
     kept = scores(run, "finetune-step-4-test")
     assert kept["scores"]["top1"] > 0.5
     assert kept["config"]["layer_decay"] == 0.65
+
+
+def test_finetuning_warms_up_as_long_as_configured_or_is_refused() -> None:
+    config = FinetuneConfig(epochs=20, warmup_epochs=5, lr=1.0, batch=512)
+    assert [config.rate(step, 400) for step in (0, 49, 99, 100, 250, 400)] == pytest.approx([0.02, 1, 2, 2, 1, 0])
+    with pytest.raises(InputError, match="warmup_epochs: 5 is not within the 3 epochs of the run; lower it"):
+        FinetuneConfig(epochs=3)
 
 
 def test_layer_decay_falls_from_head_to_patches(run: RunFolder) -> None:

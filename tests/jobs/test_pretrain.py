@@ -35,8 +35,8 @@ def test_a_run_leaves_everything_behind(tiny: PretrainConfig, tmp_path: Path) ->
     found = rows(run)
     np.testing.assert_array_equal(found["position_B"], np.arange(6 * 16))
     np.testing.assert_array_equal(found["step_B"], np.repeat(np.arange(6), 16))
-    assert abs((found["sources_B"] == 1).sum() - 0.25 * 96) <= 1
-    np.testing.assert_array_equal(found["choice_B"], found["losses_BP"].argmax(1))
+    assert abs((found["source_B"] == 1).sum() - 0.25 * 96) <= 1
+    np.testing.assert_array_equal(found["choice_B"], found["loss_BP"].argmax(1))
     lines = read_metrics(RunFolder(run).metrics)
     assert [line["step"] for line in lines if "train/loss" in line] == [2, 4, 6]
     phases = {f"time/{name}" for name in ("data", "selection", "forward", "backward", "optimizer", "log", "step")}
@@ -301,7 +301,7 @@ def test_a_mistake_leaves_no_folder_behind_and_costs_no_old_run(
     before = rows(tmp_path / "run")
     with pytest.raises(InputError):
         pretrain(mistaken, tmp_path / "run", overwrite=True)
-    np.testing.assert_array_equal(rows(tmp_path / "run")["ids_B"], before["ids_B"])
+    np.testing.assert_array_equal(rows(tmp_path / "run")["sample_B"], before["sample_B"])
 
 
 def test_a_run_goes_on_with_its_own_shards_wherever_they_lie(
@@ -342,6 +342,8 @@ def every_selection() -> dict[str, Callable[[PretrainConfig], PretrainConfig]]:
         "easiest": selecting(rule="easiest"),
         "random": selecting(rule="random"),
         "lowest-iou": selecting(rule="lowest-iou"),
+        "predicted": selecting(rule="predicted", every=2),
+        "residual": selecting(rule="residual"),
         "target": selecting(encoder="target"),
         "every": selecting(every=3),
         "bf16": selecting(precision="bf16"),
@@ -360,22 +362,39 @@ def test_every_variant_of_selection_trains(name: str, tiny: PretrainConfig, tmp_
     config = every_selection()[name](replace(tiny, steps=3))
     assert pretrain(config, tmp_path / "run") == "finished"
     found = rows(tmp_path / "run")
-    scored = ~np.isnan(found["losses_BP"]).all(1)
-    expected = {"random": [], "lowest-iou": [], "two views": [], "every": [0]}.get(name, [0, 1, 2])
+    scored = ~np.isnan(found["loss_BP"]).all(1)
+    expected = {"random": [], "lowest-iou": [], "two views": [], "every": [0], "predicted": [0, 2]}.get(name, [0, 1, 2])
     assert sorted(set(found["step_B"][scored])) == expected
     # HVP offers seven ways to select, of which two run: each of ours has to make a difference, and the right one.
     if name in ("static", "resolution", "layer", "bf16"):
         pretrain(replace(config, selection=tiny.selection, steps=1), tmp_path / "full")
-        full_BP = rows(tmp_path / "full")["losses_BP"]
-        assert np.abs(found["losses_BP"][: len(full_BP)] - full_BP).max() > 1e-3  # rounding gives 1e-6
+        full_BP = rows(tmp_path / "full")["loss_BP"]
+        assert np.abs(found["loss_BP"][: len(full_BP)] - full_BP).max() > 1e-3  # rounding gives 1e-6
     if name == "easiest":
-        np.testing.assert_array_equal(found["choice_B"], found["losses_BP"].argmin(1))
+        np.testing.assert_array_equal(found["choice_B"], found["loss_BP"].argmin(1))
     if name == "lowest-iou":
         lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
         assert {line["selection/lowest_iou_share"] for line in lines if "train/loss" in line} == {1.0}
     if name == "cross":
         first_B, second_B = np.array(pairs(4))[found["choice_B"]].T
         assert ((first_B + second_B) % 2 == 1).all()
+
+
+@pytest.mark.parametrize("rule", ["predicted", "residual"])
+def test_a_resumed_run_predicts_as_an_unbroken_one_and_logs_how_well(
+    rule: str, tiny: PretrainConfig, tmp_path: Path
+) -> None:
+    config = replace(tiny, selection=replace(tiny.selection, rule=rule, every=3), steps=8)
+    pretrain(config, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        if int(path.stem.split("-")[1]) > 6:
+            path.unlink()
+    assert pretrain(config, tmp_path / "run", resume=True) == "finished"
+    same_run(tmp_path / "whole", tmp_path / "run")
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    judged = [line for line in lines if "selection/predicted_regret" in line]
+    assert judged and all(0 <= line["selection/predicted_agreement"] <= 1 for line in judged)
 
 
 def test_a_warm_up_longer_than_the_run_is_refused_before_anything_is_written(

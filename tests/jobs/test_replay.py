@@ -4,12 +4,14 @@ import io
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from jobs.log import replaying
 from jobs.log.replaying import replay_step
 from jobs.log.writer import AugmentationLog, batch_rows
 from jobs.replay import ReplayConfig, figure, main, replay
@@ -42,7 +44,7 @@ def write_data(folder: Path, seed: int = 0) -> Manifest:
     return finish(folder, results, source="real", classes=("cat", "dog"), provenance={})
 
 
-def write_run(folder: Path, views: ViewsConfig) -> tuple[RunFolder, list[ViewBatch]]:
+def write_run(folder: Path, views: ViewsConfig, **facts: str) -> tuple[RunFolder, list[ViewBatch]]:
     """A run of four steps: the log as training writes it, and the batches that training saw."""
     write_data(folder / "shards")
     config = PretrainConfig(
@@ -60,7 +62,7 @@ def write_run(folder: Path, views: ViewsConfig) -> tuple[RunFolder, list[ViewBat
     data = open_data(config)
     shards = [{"root": m.root, "source": m.source, "fingerprint": m.fingerprint} for m in data.manifests]
     views_N = run_policy(config).views
-    log = AugmentationLog(run.log, 0, views_N, scored=3, sources=data.sources, facts={"shards": shards})
+    log = AugmentationLog(run.log, 0, views_N, scored=3, sources=data.sources, facts={"shards": shards, **facts})
     world = World(0, 1, torch.device("cpu"))
     with open_stream(config, data, world, 0, lambda error: None) as stream:
         batches = list(itertools.islice(stream, STEPS))
@@ -89,7 +91,7 @@ def test_views_are_those_of_training_bit_for_bit(which: str, request: pytest.Fix
     run, batches = request.getfixturevalue(which)
     for step in (0, 3):
         replayed = replay_step(run, step)
-        assert np.array_equal(replayed.rows.ids_B, batches[step].ids_B)
+        assert np.array_equal(replayed.rows.sample_B, batches[step].sample_B)
         assert replayed.redrawn_B.all()
         for again, then in zip(replayed.crops, batches[step].crops, strict=True):
             assert torch.equal(again, then)
@@ -97,7 +99,34 @@ def test_views_are_those_of_training_bit_for_bit(which: str, request: pytest.Fix
     assert torch.equal(one.crops[0][0], batches[2].crops[0][4])
     assert [view.shape for view in one.views(0)][:3] == [(24, 24, 3)] * 3
     size = tuple(batches[2].sizes_B2[4])
-    assert one.originals[0].shape == (*size, 3) and one.classes[0] == ("cat", "dog")[batches[2].labels_B[4]]
+    assert one.originals[0].shape == (*size, 3) and one.classes[0] == ("cat", "dog")[batches[2].label_B[4]]
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "dtype"),
+    [
+        ("cuda", "bf16", torch.bfloat16),
+        ("cuda", "tf32", torch.float32),
+        ("cuda", "fp32", torch.float32),
+        ("cpu", "bf16", torch.float32),
+        ("cpu", None, torch.float32),  # a log from before precision was in it
+    ],
+)
+def test_views_have_the_dtype_that_the_run_trained_on(
+    device: str, precision: str | None, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, batches = write_run(tmp_path, ViewsConfig(), **({"precision": precision} if precision else {}))
+    replayed, made = replaying.replay, []
+
+    def on_the_cpu(*rows: Any, **how: Any) -> ViewBatch:
+        made.append(how["device"].type)
+        return replayed(*rows, **how | {"device": torch.device("cpu")})
+
+    monkeypatch.setattr(replaying, "replay", on_the_cpu)
+    monkeypatch.setattr(replaying, "pick_device", torch.device)
+    again = replay_step(run, 1, device=device).crops[0]
+    assert made == [device] and again.dtype == dtype
+    assert torch.equal(again, batches[1].crops[0].to(dtype))
 
 
 @pytest.mark.parametrize("which", ["single", "multi"])

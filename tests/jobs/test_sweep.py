@@ -15,7 +15,7 @@ from jobs import cli, sweep
 from jobs.run import checkpoint
 from jobs.run.folder import RunFolder
 from jobs.studies import time_limit
-from jobs.studies.plan import STUDIES
+from jobs.studies.ready import STUDIES
 from jobs.studies.results import RunResult
 from jobs.studies.time_limit import now, process_began
 from jobs.sweep import SweepConfig

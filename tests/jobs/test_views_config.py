@@ -8,7 +8,7 @@ import pytest
 from jobs.run.config import PretrainConfig, ViewsConfig, from_plain, to_plain
 from jobs.run.data import strong_blur
 from jobs.run.presets import PRESETS, preset
-from jobs.studies.plan import STUDIES
+from jobs.studies.ready import STUDIES
 from pipelines.policies import POLICIES, ViewPolicy
 from shards.errors import InputError
 

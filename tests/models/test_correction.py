@@ -49,7 +49,7 @@ def test_it_is_ridge_regression_with_fading_steps():
     steps[1].append(features(9, 5, seed=20))  # a step in two parts
     for parts in steps:
         for part in parts:
-            correction.learn(*part)
+            correction.observe(*part)
         correction.update()
     rows = [(part, FORGET ** (2 - age)) for age, parts in enumerate(steps) for part in parts]
     x = torch.cat([with_one(target) for (target, _), _ in rows]).double()
@@ -69,11 +69,11 @@ def test_it_follows_what_changes_and_forgets_a_step_that_is_skipped():
         if step == 30:
             true = -true
         target = numbers(32, 5, seed=step)
-        correction.learn(target, target + with_one(target) @ true)
+        correction.observe(target, target + with_one(target) @ true)
         correction.update()
     torch.testing.assert_close(correction.weight_XF, true, rtol=0.05, atol=0.1)
     before = {name: value.clone() for name, value in correction.state_dict().items()}
-    correction.learn(*features(32, 5, seed=0))
+    correction.observe(*features(32, 5, seed=0))
     correction.skip()
     correction.update()
     assert all(torch.equal(value, before[name]) for name, value in correction.state_dict().items())
@@ -83,8 +83,8 @@ def test_images_that_do_not_count_teach_nothing():
     correction, others = Correction(5), Correction(5)
     target, online = features(9, 5, seed=0)
     counts = torch.arange(9) % 3 > 0
-    correction.learn(target, online, counts)
-    others.learn(target[counts], online[counts])
+    correction.observe(target, online, counts)
+    others.observe(target[counts], online[counts])
     correction.update(), others.update()
     torch.testing.assert_close(correction.weight_XF, others.weight_XF)
 
@@ -93,10 +93,10 @@ def test_features_in_bf16_are_regressed_in_fp32():
     low = [part.bfloat16() for part in features(9, 5, seed=0)]
     correction, plain = Correction(5), Correction(5)
     with torch.autocast("cpu", torch.bfloat16):
-        correction.learn(*low)
+        correction.observe(*low)
         correction.update()
         assert correction(numbers(2, 5).bfloat16()).dtype == torch.float32
-    plain.learn(*(part.float() for part in low))
+    plain.observe(*(part.float() for part in low))
     plain.update()
     torch.testing.assert_close(correction.weight_XF, plain.weight_XF)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from jobs.benches.obvious import naive_similarities
-from models.contrast import learn
+from models.contrast import contrastive_loss
 from models.in_batch import batch_contrast
 from models.negatives import NegativesConfig, draw
 from models.probes import matching_probabilities, task_statistics
@@ -41,7 +41,7 @@ def kept(task, image, sets, oracle):
 @pytest.mark.parametrize("sets", [1, 2])
 def test_loss_and_metrics_equal_a_loop_over_images(sets, oracle):
     task = case(sets, oracle=oracle)
-    loss, metrics = learn([task])
+    loss, metrics = contrastive_loss([task])
     losses, ranked = [], []
     for image in range(IMAGES):
         others = task.negatives_KD[kept(task, image, sets, oracle)] @ task.q_BD[image]
@@ -74,7 +74,7 @@ def test_synthetic_negatives_of_the_batch_equal_built_ones_and_are_constant(grad
                 losses.append(terms.logsumexp(0) - terms[0])
             loss = torch.stack(losses).mean()
         else:
-            loss, _ = learn([task])
+            loss, _ = contrastive_loss([task])
         loss.backward()
         found.append((loss.detach(), leaf.grad))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
@@ -105,7 +105,7 @@ def test_an_image_without_negatives_loses_nothing_and_says_nothing():
     rows = unit_rows(3, 8).requires_grad_()
     labels = torch.tensor([5, 5, 5])
     task = batch_contrast(rows, rows, [rows], 0.2, replace(SIX, hardest=2), labels, oracle=True)
-    loss, metrics = learn([task])
+    loss, metrics = contrastive_loss([task])
     loss.backward()
     assert loss == 0 and rows.grad.abs().max() == 0 and metrics["proxy"] == metrics["proxy_synthetic"] == 1
     assert matching_probabilities(task.detached()).abs().max() == 0
@@ -161,7 +161,7 @@ def test_contrastive_objectives_keep_their_tasks_while_they_are_watched(name):
     loss, metrics = objective.loss(chosen, labels)
     first, second = objective.contrasts
     assert not first.q_BD.requires_grad and not first.negatives_KD.requires_grad
-    again, found = learn([first, second])
+    again, found = contrastive_loss([first, second])
     factor = {"moby": 1, "moco_v3": 2 * objective.config.temperature, "simclr": 0.5}[name]
     torch.testing.assert_close(factor * again, loss.detach())
     assert found["proxy"] == metrics["proxy"]
@@ -181,7 +181,7 @@ def test_objectives_learn_from_synthetic_negatives_of_the_batch(name):
     chosen = objective.take(crops_for("plain"), FIRST, None)
     _, before = objective.loss(chosen)
     objective.step = 5  # an epoch later
-    plain = learn([replace(task, synthetic=None) for task in watched(objective, chosen)])[0]
+    plain = contrastive_loss([replace(task, synthetic=None) for task in watched(objective, chosen)])[0]
     loss, metrics = objective.loss(chosen)
     assert "proxy_synthetic" not in before and metrics["proxy_synthetic"] <= metrics["proxy"]
     assert loss > plain * {"moco_v3": 2 * objective.config.temperature, "simclr": 0.5}[name]
@@ -229,4 +229,4 @@ def test_more_hardest_than_other_images_are_refused_before_training(name, others
 
 def test_more_hardest_than_rows_are_refused():
     with pytest.raises(ValueError, match=r"negatives.hardest: 8 is more than the 7 negatives there are; lower it"):
-        learn([case(synthetic=replace(SIX, hardest=8))])
+        contrastive_loss([case(synthetic=replace(SIX, hardest=8))])

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from jobs.benches.obvious import naive_similarities, naive_vectors
-from models.contrast import Contrast, info_nce, learn
+from models.contrast import Contrast, contrastive_loss, info_nce
 from models.negatives import BLOCK_ELEMENTS, KINDS, NONE, Draws, NegativesConfig, draw, synthetic_similarities
 
 SHAPES = [(1, 3, 2, 2), (4, 9, 5, 3), (7, 40, 16, 8), (16, 128, 33, 128)]
@@ -114,7 +114,7 @@ def test_a_loss_has_as_many_synthetic_negatives_as_the_share_says():
     q, k, negatives = (F.normalize(torch.randn(rows, 8), dim=1) for rows in (4, 4, 30))
     task = Contrast(q, k, negatives, 0.2, NegativesConfig(10, 1, 1, 1, 1, 1, 1, share=0.5))
     torch.manual_seed(0)
-    loss, _ = learn([task])
+    loss, _ = contrastive_loss([task])
     torch.manual_seed(0)
     torch.testing.assert_close(loss, info_nce(q, k, negatives, 0.2, NegativesConfig(10, 5, 5, 5, 5, 5, 5))[0])
 

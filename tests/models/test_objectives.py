@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from models.backbones import BackboneConfig
-from models.contrast import learn
+from models.contrast import contrastive_loss
 from models.heads import unit
 from models.in_batch import batch_contrast
 from models.objectives import OBJECTIVES, SimCLRConfig, SwAVConfig
@@ -150,7 +150,9 @@ def test_moco_v3_scales_by_twice_the_temperature():
         pair = objective.take(crops_for("plain"), FIRST, None)
         loss, _ = objective.loss(pair)
         q1, q2, k1, k2 = (unit(f(x)) for f in (objective.online, objective.target) for x in pair.crops[0].unbind(1))
-        ctr, _ = learn([batch_contrast(q1, k2, [k2], temperature), batch_contrast(q2, k1, [k1], temperature)])
+        ctr, _ = contrastive_loss(
+            [batch_contrast(q1, k2, [k2], temperature), batch_contrast(q2, k1, [k1], temperature)]
+        )
         torch.testing.assert_close(loss, 2 * temperature * ctr, rtol=1e-4, atol=1e-5)
 
 

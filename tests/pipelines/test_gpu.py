@@ -16,6 +16,7 @@ from torch import Tensor
 
 from jobs.benches.accuracy import Case, cases, torchvision_views, ways
 from jobs.benches.photographs import jpeg, photograph
+from pipelines.buffers import Buffers
 from pipelines.colour import STD
 from pipelines.colour_device import fused_on_device
 from pipelines.colour_exact import exact
@@ -175,14 +176,14 @@ def test_colour_does_not_make_the_host_wait(compiled: bool) -> None:
     assert torch.isfinite(out).all()
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_batches_made_side_by_side_are_those_made_alone(manifest: Manifest, compiled: bool) -> None:
+@pytest.mark.parametrize(("backend", "compiled"), [("device", False), ("device", True), ("host", False)])
+def test_batches_made_side_by_side_are_those_made_alone(manifest: Manifest, backend: str, compiled: bool) -> None:
     """While the device is busy with a step's work: memory that is used again too early would show."""
     policy = build_policy("byol", 96, 4)
     weights = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
     taken: dict[int, list[Tensor]] = {}
     for prefetch in (0, 3):
-        with stream_of(manifest, policy, "device", torch.bfloat16, prefetch, compiled) as stream:
+        with stream_of(manifest, policy, backend, torch.bfloat16, prefetch, compiled) as stream:
             for _ in range(12):
                 crops = next(stream).crops[0]
                 for _ in range(20):
@@ -190,6 +191,19 @@ def test_batches_made_side_by_side_are_those_made_alone(manifest: Manifest, comp
                 taken.setdefault(prefetch, []).append(crops * 1)  # queued behind the products, while others are made
                 del crops
     assert all(torch.equal(alone, beside) for alone, beside in zip(taken[0], taken[3], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_host_s_batch_goes_to_the_device_without_blocking_copies(manifest: Manifest, dtype: torch.dtype) -> None:
+    with stream_of(manifest, build_policy("byol", 96, 2), "host", dtype, prefetch=2) as stream:
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = [next(stream).crops[0] for _ in range(4)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(crops.is_cuda and crops.dtype == dtype for crops in found)
+    assert Buffers(pinned=True).take((2, 3)).is_pinned()
 
 
 def test_backends_agree_with_the_whole_policy_on_average(manifest: Manifest) -> None:
@@ -221,5 +235,5 @@ def test_damage_is_replaced_on_the_device(tmp_path: Path) -> None:
         batch = next(stream)
     assert batch.crops[0].is_cuda
     assert np.isfinite(batch.crops[0].float().cpu().numpy()).all()
-    assert 1 not in batch.ids_B  # what a scan is worth that ends early, decoders judge differently
+    assert 1 not in batch.sample_B  # what a scan is worth that ends early, decoders judge differently
     assert any(error.key == "0001" for error in batch.replaced)

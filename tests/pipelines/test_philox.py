@@ -26,7 +26,11 @@ def test_philox_gives_the_published_vectors(counter: list[int], key: int, words:
 
 
 def numbers(seed: int = 3, samples: int = 512, views: int = 4, count: int = 20, **named: object) -> np.ndarray:
-    arguments: dict = {"epochs_B": np.zeros(samples, int), "ids_B": np.arange(samples), "purpose": Purpose.CROP} | named
+    arguments: dict = {
+        "epoch_B": np.zeros(samples, int),
+        "sample_B": np.arange(samples),
+        "purpose": Purpose.CROP,
+    } | named
     return uniform(seed, views_N=np.arange(views), count=count, **arguments)
 
 
@@ -52,9 +56,9 @@ def test_nothing_that_names_a_draw_correlates_with_its_neighbour() -> None:
         "views": (drawn[:, :-1], drawn[:, 1:]),
         "samples": (drawn[:-1], drawn[1:]),
         "numbers": (drawn[..., :-1], drawn[..., 1:]),
-        "epochs": (drawn, numbers(epochs_B=np.ones(512, int))),
+        "epochs": (drawn, numbers(epoch_B=np.ones(512, int))),
         "seeds": (drawn, numbers(seed=4)),
-        "distant samples": (drawn, numbers(ids_B=np.arange(512) + (1 << 33))),
+        "distant samples": (drawn, numbers(sample_B=np.arange(512) + (1 << 33))),
     }
     others |= {p.name: (drawn, numbers(purpose=p)) for p in Purpose if p != Purpose.CROP}
     for name, (a, b) in others.items():

@@ -12,7 +12,7 @@ from torch import Tensor
 from view_pictures import jpeg, truncated
 from view_shards import damage, opened, size_of, write_shards
 
-from pipelines.batch import Order, Reader, Selection, ViewBatch
+from pipelines.batch import Order, Reader, ScoringViews, ViewBatch
 from pipelines.colour_host import fused
 from pipelines.crop import crop_views
 from pipelines.decode import PillowDecoder
@@ -64,10 +64,10 @@ def by_position(batches: list[ViewBatch]) -> dict[int, tuple]:
     """Everything about each row, by its global position."""
     return {
         batch.position + row: (
-            int(batch.ids_B[row]),
-            int(batch.sources_B[row]),
-            int(batch.epochs_B[row]),
-            int(batch.labels_B[row]),
+            int(batch.sample_B[row]),
+            int(batch.source_B[row]),
+            int(batch.epoch_B[row]),
+            int(batch.label_B[row]),
             batch.sizes_B2[row].tolist(),
             [getattr(batch.params, name)[row].tolist() for name in FIELDS],
             [crops[row] for crops in (*batch.crops, *(batch.selection_crops or ()))],
@@ -113,13 +113,13 @@ def test_views_are_crops_and_colours_of_the_drawn_parameters(data: tuple[Reader,
     reader, order = data
     (batch,) = taken(data, 1, policy=MULTI_CROP)
     samples = order.at(0, 8)
-    assert np.array_equal(batch.ids_B, samples.ids)
-    columns = reader.columns(batch.ids_B)
-    assert np.array_equal(batch.labels_B, columns.label)
+    assert np.array_equal(batch.sample_B, samples.ids)
+    columns = reader.columns(batch.sample_B)
+    assert np.array_equal(batch.label_B, columns.label)
     assert np.array_equal(batch.sizes_B2, np.stack([columns.height, columns.width], 1))
     params = draw(MULTI_CROP, samples.ids, samples.epochs, 7, batch.sizes_B2)
     assert all(np.array_equal(getattr(batch.params, name), getattr(params, name)) for name in FIELDS)
-    images = PillowDecoder().decode([item for item in reader.read(batch.ids_B) if isinstance(item, np.ndarray)])
+    images = PillowDecoder().decode([item for item in reader.read(batch.sample_B) if isinstance(item, np.ndarray)])
     for group, span, crops in zip(MULTI_CROP.groups, MULTI_CROP.spans, batch.crops, strict=True):
         assert crops.shape == (8, group.count, 3, group.size, group.size) and crops.dtype == torch.float32
         for row, image in enumerate(images):
@@ -155,7 +155,7 @@ def test_broken_samples_are_replaced_and_reported(broken: tuple[Reader, Order], 
     named = {"backend": backend, "max_failure_share": 1.0, "quarantine": reported.append}
     batches = taken(broken, 5, 8, **named)
     expected = order.at(0, 40)
-    ids = np.concatenate([batch.ids_B for batch in batches])
+    ids = np.concatenate([batch.sample_B for batch in batches])
     changed = np.flatnonzero(ids != expected.ids)
     assert sorted(expected.ids[changed]) == [3, 4, 17, 30]
     assert not set(ids) & {3, 4, 17, 30}
@@ -182,7 +182,7 @@ def test_broken_samples_are_replaced_and_reported(broken: tuple[Reader, Order], 
 def test_both_backends_replace_alike(broken: tuple[Reader, Order]) -> None:
     host, device = (taken(broken, 5, 8, backend=backend, max_failure_share=1.0) for backend in BACKENDS)
     for a, b in zip(host, device, strict=True):
-        assert np.array_equal(a.ids_B, b.ids_B)
+        assert np.array_equal(a.sample_B, b.sample_B)
         assert sorted(error.key for error in a.replaced) == sorted(error.key for error in b.replaced)
 
 
@@ -203,21 +203,21 @@ def test_selection_has_its_own_colours_and_size(data: tuple[Reader, Order], back
     named = {"policy": MULTI_CROP, "backend": backend}
     (plain,) = taken(data, 1, **named)
     assert plain.selection_crops is None and plain.scored is plain.crops
-    (batch,) = taken(data, 1, selection=Selection(size=10, static_colour=True), **named)
+    (batch,) = taken(data, 1, selection=ScoringViews(size=10, static_colour=True), **named)
     assert all(torch.equal(a, b) for a, b in zip(batch.crops, plain.crops, strict=True))
     assert batch.scored is batch.selection_crops is not None
     assert [tuple(crops.shape) for crops in batch.scored] == [(8, 2, 3, 10, 10), (8, 3, 3, 4, 4)]
-    (static,) = taken(data, 1, selection=Selection(static_colour=True), **named)
+    (static,) = taken(data, 1, selection=ScoringViews(static_colour=True), **named)
     assert static.selection_crops is not None
     assert [crops.shape for crops in static.selection_crops] == [crops.shape for crops in static.crops]
     assert not torch.equal(static.selection_crops[0], static.crops[0])
 
 
 def test_static_colours_are_those_of_one_draw(data: tuple[Reader, Order]) -> None:
-    (batch,) = taken(data, 1, backend="host", selection=Selection(static_colour=True))
+    (batch,) = taken(data, 1, backend="host", selection=ScoringViews(static_colour=True))
     (plain,) = taken(data, 1, backend="host")
-    params = static_colour(POLICY, plain.params, batch.ids_B, batch.epochs_B, 7)
-    images = PillowDecoder().decode([item for item in data[0].read(batch.ids_B) if isinstance(item, np.ndarray)])
+    params = static_colour(POLICY, plain.params, batch.sample_B, batch.epoch_B, 7)
+    images = PillowDecoder().decode([item for item in data[0].read(batch.sample_B) if isinstance(item, np.ndarray)])
     crops = torch.empty(8, 3, SIZE, SIZE, 3, dtype=torch.uint8)
     for row, image in enumerate(images):
         assert isinstance(image, Tensor)
@@ -228,7 +228,7 @@ def test_static_colours_are_those_of_one_draw(data: tuple[Reader, Order]) -> Non
 
 
 def test_taking_rows(data: tuple[Reader, Order]) -> None:
-    (batch,) = taken(data, 1, policy=MULTI_CROP.with_views(4), selection=Selection(size=10))
+    (batch,) = taken(data, 1, policy=MULTI_CROP.with_views(4), selection=ScoringViews(size=10))
     part = batch.rows(slice(2, 5))
     assert same(by_position([part]), {p: row for p, row in by_position([batch]).items() if 2 <= p < 5})
 

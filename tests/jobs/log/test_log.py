@@ -26,12 +26,12 @@ def assert_whole(rows: Rows, count: int, views: int = 4, images: int = 1_000) ->
     """Rows 0 … count−1, each once, in order, with the values that were appended."""
     at = np.arange(count)
     np.testing.assert_array_equal(rows.position_B, at)
-    np.testing.assert_array_equal(rows.ids_B, at % images)
+    np.testing.assert_array_equal(rows.sample_B, at % images)
     expected = params_at(at, views)
     for name in FIELDS:
         np.testing.assert_array_equal(getattr(rows.params, name), getattr(expected, name))
     losses = losses_at(at, views, expected)
-    np.testing.assert_array_equal(rows.losses_BP, losses)
+    np.testing.assert_array_equal(rows.loss_BP, losses)
     np.testing.assert_array_equal(rows.choice_B, losses.argmax(1))
     np.testing.assert_array_equal(np.argwhere(rows.chosen_BN)[:, 1].reshape(-1, 2), pairs(views)[losses.argmax(1)])
 
@@ -80,7 +80,7 @@ def test_uncommitted_rows_do_not_count(tmp_path):
 def test_steps_without_selection(tmp_path):
     write_log(tmp_path / "log", steps=4, batch=8, every=2)
     rows = read(tmp_path / "log")
-    np.testing.assert_array_equal(np.isnan(rows.losses_BP).all(1), rows.step_B % 2 == 1)
+    np.testing.assert_array_equal(np.isnan(rows.loss_BP).all(1), rows.step_B % 2 == 1)
     log = AugmentationLog(tmp_path / "bare", 0, 3)
     at = np.arange(5)
     log.append(batch_rows(batch_at(0, params_at(at, 3), at, at, at, at), 0, 3))
@@ -104,7 +104,7 @@ def test_multi_crop_scores_the_first_views_and_marks_the_chosen(tmp_path):
     log.append(batch_rows(made, 0, 3, np.ones((5, 3), np.float32), at % 3, chosen_BN=chosen))
     log.close()
     rows = read(tmp_path / "log")
-    assert rows.losses_BP.shape == (5, 3)
+    assert rows.loss_BP.shape == (5, 3)
     np.testing.assert_array_equal(rows.chosen_BN, chosen)
 
 

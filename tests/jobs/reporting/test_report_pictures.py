@@ -31,12 +31,12 @@ def test_cards_hold_what_the_log_holds(run: RunFolder) -> None:
     for i, card in enumerate(cards):
         assert card.boxes_V4[:, 0].tolist() == rows.params.top[i].tolist()
         assert card.boxes_V4[:, 3].tolist() == rows.params.width[i].tolist()
-        assert card.chosen == rows.losses_BP[i].argmax()
+        assert card.chosen == rows.loss_BP[i].argmax()
         assert card.overlaps_P is not None
         assert card.overlaps_P == pytest.approx(pair_iou(rows.params)[i])
         assert card.original.shape[:2] == tuple(rows.sizes_B2[i])
         assert [view.shape for view in card.views] == [(16, 16, 3)] * 3
-        assert log.sources[rows.sources_B[i]] in card.note
+        assert log.sources[rows.source_B[i]] in card.note
 
 
 def test_captions_name_what_was_done(run: RunFolder) -> None:

@@ -6,7 +6,8 @@ import pytest
 
 from jobs.run.config import PretrainConfig
 from jobs.run.presets import preset
-from jobs.studies.plan import STUDIES, arms_of, changed, differences, members, shared_changes, study
+from jobs.studies.plan import arms_of, changed, differences, members, shared_changes
+from jobs.studies.ready import STUDIES, study
 from jobs.studies.results import RunResult, axis_of_numbers, seconds_left, span, spread, summarise
 from models.objectives import MoBYConfig
 from models.selection import SelectionConfig

@@ -95,7 +95,7 @@ def test_a_share_of_the_images_trains_on_the_pair_that_random_training_takes(
         return rows(tmp_path / name)
 
     random, mixed = run("random", rule="random"), run("mixed", random_share=0.5, audit_every=1)
-    best_B = mixed["losses_BP"].argmax(1)
+    best_B = mixed["loss_BP"].argmax(1)
     at_random_B = mixed["at_random_B"]
     assert 0.3 < at_random_B.mean() < 0.7  # half of 96 images, with a standard deviation of 0.05
     np.testing.assert_array_equal(mixed["choice_B"][~at_random_B], best_B[~at_random_B])
@@ -104,7 +104,7 @@ def test_a_share_of_the_images_trains_on_the_pair_that_random_training_takes(
     assert curve(tmp_path / "mixed", "selection/agreement") == [1.0] * 3  # the judge's choice is what is audited
     everything = run("everything", random_share=1.0)
     np.testing.assert_array_equal(everything["choice_B"], random["choice_B"])
-    assert everything["at_random_B"].all() and np.isfinite(everything["losses_BP"]).all()
+    assert everything["at_random_B"].all() and np.isfinite(everything["loss_BP"]).all()
 
 
 @pytest.mark.parametrize("layer", [None, 1])
@@ -114,8 +114,8 @@ def test_the_target_scores_all_images(tiny: PretrainConfig, tmp_path: Path, laye
     for name, change in changes.items():
         pretrain(replace(tiny, selection=replace(tiny.selection, **change)), tmp_path / name)
     random, target = rows(tmp_path / "random"), rows(tmp_path / "target")
-    assert np.isfinite(target["losses_BP"]).all()
-    at_random_B, best_B = target["at_random_B"], target["losses_BP"].argmax(1)
+    assert np.isfinite(target["loss_BP"]).all()
+    at_random_B, best_B = target["at_random_B"], target["loss_BP"].argmax(1)
     assert 0.05 < at_random_B.mean() < 0.5  # a quarter, with a standard deviation of 0.04
     np.testing.assert_array_equal(target["choice_B"], np.where(at_random_B, random["choice_B"], best_B))
     for metric in ("train/loss", "selection/regret", "selection/gain", "selection/gain/real"):

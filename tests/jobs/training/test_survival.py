@@ -26,7 +26,7 @@ from jobs.run.failure import RankLostError, TrainingFailedError
 from jobs.run.folder import RunFolder
 from jobs.run.metrics import read_metrics
 from jobs.training import loop as trainer
-from jobs.training.ending import explained, record_failure
+from jobs.training.ending import as_training_failure, record_failure
 
 
 @pytest.fixture(autouse=True)
@@ -338,10 +338,10 @@ def test_the_process_that_fails_first_says_why(tmp_path: Path) -> None:
 def test_what_a_broken_connection_means_is_said(tmp_path: Path, words: str) -> None:
     with (
         pytest.raises(RankLostError, match=r"another process of this job is gone \([CR][a-z ]+\);"),
-        explained(tmp_path),
+        as_training_failure(tmp_path),
     ):
         raise RuntimeError(f"{words}. This is typically caused by\nsomething")
-    with pytest.raises(RuntimeError, match="shapes differ"), explained(tmp_path):
+    with pytest.raises(RuntimeError, match="shapes differ"), as_training_failure(tmp_path):
         raise RuntimeError("shapes differ")
 
 

@@ -112,24 +112,24 @@ def test_flops_of_a_deit_s_are_the_published_ones() -> None:
 def test_health_is_told_by_source_and_features_that_are_not_finite_do_not_stop_a_run() -> None:
     torch.manual_seed(0)
     collapsed, spread = torch.ones(8, 4), torch.randn(8, 4)
-    sources_B = torch.arange(2).repeat_interleave(8)
-    found = feature_health(torch.cat([collapsed, spread]), sources_B, ("real", "synthetic"))
+    source_B = torch.arange(2).repeat_interleave(8)
+    found = feature_health(torch.cat([collapsed, spread]), source_B, ("real", "synthetic"))
     assert found["health/feature_std/real"] < 1e-6 < 0.3 < found["health/feature_std/synthetic"]
     assert found["health/rankme/real"] == pytest.approx(1, abs=0.01) and found["health/rankme/synthetic"] > 3
     assert feature_health(torch.full((4, 4), torch.nan), torch.zeros(4), ("real",)) == {}
 
 
 def test_the_bank_votes_by_class_and_never_for_itself() -> None:
-    bank, ids_B, labels_B = MemoryBank(8, 2, 2), torch.arange(4), torch.tensor([0, 0, 1, 1])
+    bank, sample_B, labels_B = MemoryBank(8, 2, 2), torch.arange(4), torch.tensor([0, 0, 1, 1])
     features_BD = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
 
     def scored() -> list[list[bool]]:
-        return [found_B.tolist() for found_B in bank.score(ids_B, features_BD, labels_B)]
+        return [found_B.tolist() for found_B in bank.score(sample_B, features_BD, labels_B)]
 
     assert scored() == [[False] * 4] * 2  # nobody is in it
-    bank.update(ids_B[:1], features_BD[:1], labels_B[:1])
+    bank.update(sample_B[:1], features_BD[:1], labels_B[:1])
     assert scored() == [[False, True, False, False], [False, True, True, True]]
-    bank.update(ids_B, features_BD, labels_B)
+    bank.update(sample_B, features_BD, labels_B)
     assert scored() == [[True] * 4] * 2
 
 
@@ -169,9 +169,9 @@ def test_choices_are_told_by_source_as_the_log_has_them(tiny: PretrainConfig, tm
     (line,) = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "selection/chosen_iou" in line]
     (log,) = open_log(RunFolder(tmp_path / "run").log).chunks(1000)
     wanted: dict[str, list[float]] = {}
-    for image, (choice, source) in enumerate(zip(log.choice_B, log.sources_B, strict=True)):
+    for image, (choice, source) in enumerate(zip(log.choice_B, log.source_B, strict=True)):
         ious = [overlap(log.params, image, a, b) for a, b in pairs(4)]
-        losses = log.losses_BP[image]
+        losses = log.loss_BP[image]
         found = {
             "chosen_iou": ious[choice],
             "lowest_iou_share": float(ious[choice] == min(ious)),
@@ -201,15 +201,15 @@ def test_embeddings_of_the_last_part_are_told_by_its_own_sources(
 ) -> None:
     seen = []
 
-    def noted(pairs_, sources_B, names):
-        seen.append((len(pairs_[0][0]), sources_B.tolist()))
-        return positives_report(pairs_, sources_B, names)
+    def noted(pairs_, source_B, names):
+        seen.append((len(pairs_[0][0]), source_B.tolist()))
+        return positives_report(pairs_, source_B, names)
 
     monkeypatch.setattr(monitor, "positives_report", noted)
     data = replace(tiny.data, synthetic_share=0.4)  # so that parts have sources of their own
     pretrain(replace(tiny, data=data, steps=3, accumulate=2), tmp_path / "run")
     log = list(open_log(RunFolder(tmp_path / "run").log).chunks(1000))
-    newest_B = np.concatenate([part.sources_B for part in log])[-16:].tolist()
+    newest_B = np.concatenate([part.source_B for part in log])[-16:].tolist()
     assert newest_B[:8] != newest_B[8:] and seen == [(8, newest_B[8:])]
 
 

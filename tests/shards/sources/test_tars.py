@@ -118,7 +118,7 @@ def test_labels_beside_names_with_dots_and_reasons_for_those_that_are_none(tmp_p
         ("a.v1.jpg", photo(0)),
         ("a.v1.cls", b"1"),
         ("b.jfif", photo(1)),
-        ("b.cls", b"dog"),
+        ("b.cls", b"-1"),
         ("id.jpg", photo(3)),
         ("id.cls", b"999999999"),
     ]
@@ -127,8 +127,8 @@ def test_labels_beside_names_with_dots_and_reasons_for_those_that_are_none(tmp_p
     assert images(tmp_path) == {photo(0): 1, photo(1): -1, photo(2): -1, photo(3): -1}
     for manifest in (built, indexed):
         assert manifest.provenance["unlabelled"] == {
-            "what the .cls file holds is no class number below 1000000": 2,
-            "no .cls file (labels in .json are not read)": 1,
+            "a label that is no class number below 1000000": 2,
+            "no .cls file; take a field of the .json file with --label-from json:FIELD": 1,
         }
 
 
