@@ -122,21 +122,6 @@ def weights_of(config: ModelConfig) -> dict[str, Any]:
     return {"pretrained": True, "pretrained_cfg_overlay": {"file": cached}}
 
 
-<<<<<<< HEAD
-=======
-def cached_weights(name: str) -> str | None:
-    """The file of timm's pretrained weights in Hugging Face's local cache, if it is there."""
-    from huggingface_hub import try_to_load_from_cache
-
-    cfg = timm.get_pretrained_cfg(name)
-    for file in ("model.safetensors", "pytorch_model.bin"):
-        cached = try_to_load_from_cache(cfg.hf_hub_id, file) if cfg is not None and cfg.hf_hub_id else None
-        if isinstance(cached, str):
-            return cached
-    return None
-
-
->>>>>>> main
 @contextmanager
 def fresh(seed: int) -> Iterator[None]:
     """Weights drawn inside depend on `seed` alone, and torch's generator is left as it was."""

@@ -235,6 +235,8 @@ class PretrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    preset: Annotated[str, tyro.conf.Suppress] = ""
+    """Name of the preset that the values come from; empty where none does."""
     init: str = ""
     """Weights to start from: a timm name (pretrained weights from this machine, or fetched), a safetensors or PyTorch
     file, a run's folder, or a folder of `export-backbone`; empty = random ones. Schedules begin anew."""

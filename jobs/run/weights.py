@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from jobs.run import checkpoint
 from jobs.run.config import Origin, PretrainConfig, from_plain
-from jobs.run.terminal import console, speaks, warn
+from jobs.run.terminal import note, warn
 from models.objectives import Objective, ObjectiveConfig, kept_encoder
 from models.objectives.base import Encoder
 from models.weights import backbone_weights, load_weights
@@ -46,11 +46,11 @@ def open_weights(config: PretrainConfig) -> StartingWeights:
     """
     path = Path(config.init)
     if path.is_dir():
-        found = _from_folder(path, config)
+        source = _from_folder(path, config)
     elif path.is_file():
-        found = _from_file(path, config)
+        source = _from_file(path, config)
     elif timm.is_model(config.init):
-        found = _from_timm(config.init)
+        source = _from_timm(config.init)
     else:
         near = difflib.get_close_matches(config.init, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
@@ -58,14 +58,14 @@ def open_weights(config: PretrainConfig) -> StartingWeights:
             f"init: {config.init} is neither a file, a folder nor a model of timm {timm.__version__}; {hint}"
             f"give a timm name, a safetensors or PyTorch file, a run or a folder of export-backbone"
         )
-    if config.init_heads and found.objective is None:
+    if config.init_heads and source.objective is None:
         raise InputError(f"init_heads: {config.init} is no run and has no heads of ours; leave it out")
-    if config.init_heads and type(found.objective) is not type(config.objective):
-        theirs, ours = (type(one).__name__.removesuffix("Config") for one in (found.objective, config.objective))
+    if config.init_heads and type(source.objective) is not type(config.objective):
+        theirs, ours = (type(one).__name__.removesuffix("Config") for one in (source.objective, config.objective))
         raise InputError(
-            f"init_heads: the run {found.origin.name} trained {theirs}, and its heads are not {ours}'s; leave it out"
+            f"init_heads: the run {source.origin.name} trained {theirs}, and its heads are not {ours}'s; leave it out"
         )
-    return found
+    return source
 
 
 def start(objective: Objective, weights: StartingWeights, config: PretrainConfig) -> None:
@@ -92,10 +92,9 @@ def start(objective: Objective, weights: StartingWeights, config: PretrainConfig
         objective.target.backbone.load_state_dict(online.backbone.state_dict())
         objective.target.projector.load_state_dict(online.projector.state_dict())
     _check_input(weights)
-    if speaks():
-        o = weights.origin
-        step = f", step {o.step}" if o.step is not None else ""
-        console.print(f"starting from {o.name}{step} ({len(tensors)} tensors, SHA-256 {o.sha256[:12]})")
+    o = weights.origin
+    step = f", step {o.step}" if o.step is not None else ""
+    note(f"starting from {o.name}{step} ({len(tensors)} tensors, SHA-256 {o.sha256[:12]})")
 
 
 def _load_heads(online: Encoder, weights: StartingWeights, name: str) -> None:
@@ -133,10 +132,10 @@ def _from_folder(path: Path, config: PretrainConfig) -> StartingWeights:
         raise InputError(
             f"init: {path} is neither a run (no checkpoints) nor a folder of export-backbone (no model.safetensors)"
         )
-    found = _from_file(file, config)
+    source = _from_file(file, config)
     facts = path / "config.json"
     settings = json.loads(facts.read_text()).get("pretrained_cfg") if facts.is_file() else None
-    return replace(found, origin=Origin("backbone", name, found.origin.sha256), input=settings)
+    return replace(source, origin=Origin("backbone", name, source.origin.sha256), input=settings)
 
 
 def _from_file(path: Path, config: PretrainConfig) -> StartingWeights:
@@ -183,9 +182,9 @@ def cached_weights(name: str) -> str | None:
 
     cfg = timm.get_pretrained_cfg(name)
     for file in ("model.safetensors", "pytorch_model.bin"):
-        found = try_to_load_from_cache(cfg.hf_hub_id, file) if cfg is not None and cfg.hf_hub_id else None
-        if isinstance(found, str):
-            return found
+        cached = try_to_load_from_cache(cfg.hf_hub_id, file) if cfg is not None and cfg.hf_hub_id else None
+        if isinstance(cached, str):
+            return cached
     return None
 
 
