@@ -57,6 +57,7 @@ def run(config: PretrainConfig, folder: RunFolder, world: World, signals: ExitSt
     """Opens everything, trains, closes everything but `signals`."""
     with ExitStack() as stack:
         t = open_training(config, folder, world, stack, resume)
+        note_state(t, "running")  # a resumed run with the verdict it had
         stop = signals.enter_context(stop_signals())
         bar = stack.enter_context(step_bar(t))
         if not resume:
