@@ -220,7 +220,7 @@ def _details(e: dict[str, Any]) -> list[Markup]:
     confusion = np.array(e.get("confusion") or [], dtype=np.float64)
     if confusion.ndim == 2 and 2 <= len(confusion) <= 25:
         shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-        names = [c["class"] for c in per_class] or [str(i) for i in range(len(confusion))]
+        names = e.get("classes") or [str(i) for i in range(len(confusion))]
         parts.append(
             charts.heatmap(
                 f"Confusion: {name}", shares, names, names, note="row: true class, column: predicted, % of the row"

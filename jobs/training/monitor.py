@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from jobs.evaluation.features import extract_features
-from jobs.evaluation.images import align_labels, label_table, open_images
+from jobs.evaluation.images import align_labels, label_table, open_images, warn_unscored
 from jobs.evaluation.knn import knn_scores
 from jobs.run.config import PretrainConfig
 from jobs.run.metrics import Loggers
@@ -320,10 +320,16 @@ def write_curves(path: Path, step: int, curves: dict[str, Tensor]) -> None:
             file.write(json.dumps(line) + "\n")
 
 
-def check_held_out(train: str, test: str) -> None:
-    """Raises InputError where the held-out kNN could not be measured: images that are not there or have no labels."""
+def check_held_out(train: str, test: str, leads: bool) -> None:
+    """Says, on the leading rank, which images the held-out kNN leaves out.
+
+    Raises:
+        InputError: it could not be measured: images that are not there or have no labels.
+    """
     with closing(open_images(train)) as known, closing(open_images(test)) as held_out:
         align_labels(known, held_out)
+        if leads:
+            warn_unscored(known, held_out)
 
 
 def held_out_knn(backbone: nn.Module, train: str, test: str, config: PretrainConfig, world: World) -> float:

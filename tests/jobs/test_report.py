@@ -127,6 +127,24 @@ def test_damaged_files_are_named_and_the_rest_is_shown(tmp_path: Path) -> None:
     assert "70.0 %" in text
 
 
+def test_a_class_without_test_images_has_a_row_in_the_confusion(tmp_path: Path) -> None:
+    text = report.write_report([make_run(tmp_path / "one")], tmp_path / "report.html").read_text()
+    assert "Confusion: knn" in text and text.count("emu without images") > 1
+
+
+@pytest.mark.parametrize("content", ['{"kind": "knn", "confusion": [[1, 2], [3]]}', '{"kind": "knn", "scores": 3}',
+                                     '{"kind": "knn", "per_class": [{}]}', '{"kind": "knn", "classes": [1],'
+                                     ' "confusion": [[1, 2], [3, 4]]}'])  # fmt: skip
+def test_no_section_ends_the_page(tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [make_run(tmp_path / "one"), make_run(tmp_path / "two")]
+    (runs[0] / "evaluation" / "knn.json").write_text(content)
+    text = report.write_report(runs, tmp_path / "report.html").read_text()
+    assert text.rstrip().endswith("</html>")
+    assert "This part could not be made (" in text and "This part could not be made (" in capsys.readouterr().err
+    assert "Images per second" in text  # of the other sections
+    read(text)
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no run folder"):
         report.main([str(tmp_path)])
