@@ -124,7 +124,8 @@ def note_state(t: Training, state: str) -> None:
         speed = t.monitor.images_per_second
         facts: dict[str, object] = {"step": t.step, "steps": t.length.steps, "images_per_second": speed}
         if (verdict := t.monitor.verdict) is not None:
-            facts |= {"verdict": verdict.name, "verdict_reason": verdict.reason, "verdict_figures": verdict.figures}
+            facts |= {f"verdict_{name}": getattr(verdict, name) for name in ("reason", "figures", "advice")}
+            facts["verdict"] = verdict.name
         t.folder.write_state(state, **facts)
 
 

@@ -40,7 +40,7 @@ DISTILLATION = Margins(0.0, 0.04, -0.04)
 
 ADVICE: dict[Name, str] = {
     "learning": "",
-    "not-learning-yet": "wait",
+    "not-learning-yet": "train for longer",
     "not-learning": "weaken the views (crops, blur, colour), choose no easy pairs, begin synthetic negatives later, or "
     "change optimizer.lr",
     "collapsed": "choose the hardest or random pairs, raise the target's momentum, or lower the learning rate",

@@ -162,6 +162,7 @@ def test_a_run_records_its_verdict(tiny: PretrainConfig, tmp_path: Path, capsys:
     assert state["state"] == "finished" and state["verdict"] in ("learning", "not-learning", "collapsed")
     assert "uniformity" in state["verdict_reason"] and state["verdict_figures"]["chance"] == 2 * math.log(1 + 50)
     assert state["verdict"] in capsys.readouterr().err
+    assert bool(state["verdict_advice"]) == (state["verdict"] != "learning")
     pretrain(judged(tiny, 6), tmp_path / "run", resume=True)  # a finished run keeps it
     assert RunFolder(tmp_path / "run").read_state()["verdict_figures"] == state["verdict_figures"]
     lines = [line for line in read_metrics(RunFolder(tmp_path / "run").metrics) if "train/loss" in line]
