@@ -347,7 +347,7 @@ def what_helps(results: dict[str, Any]) -> str:
         return f"What would help: more steps (--steps {4 * steps:,}), as all runs were learning when they ended."
     return (
         f"What would help: more steps (--steps {4 * steps:,}; a small ViT needs some hundreds before it learns), other "
-        f"views for these images (`hardviews pretrain --help`), or weights to start from."
+        f"views for these images, or weights to start from (`hardviews pretrain --init NAME`)."
     )
 
 

@@ -68,6 +68,16 @@ class RunData:
         flat = flatten(self.config)
         return next((flat[name] for name in names if flat.get(name) is not None), None)
 
+    @property
+    def origin(self) -> str | None:
+        """Where the weights that the run began with come from; None for random ones."""
+        origin = self.config.get("origin")
+        if not origin:
+            return None
+        step = f", step {origin['step']}" if origin.get("step") is not None else ""
+        encoder = f", {origin['encoder']} encoder" if origin.get("encoder") else ""
+        return f"{origin['kind']} {origin['name']}{step}{encoder} (SHA-256 {origin['sha256'][:12]})"
+
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as one level with dotted keys."""

@@ -47,6 +47,8 @@ def summary(run: RunData) -> Markup:
     settings: list[list[object]] = [
         [name, str(value)] for name, keys in KEY_SETTINGS if (value := run.setting(*keys)) is not None
     ]
+    if run.origin:
+        settings.append(["Started from", run.origin])
     full = json.dumps(run.config, indent=1, ensure_ascii=False)
     return join(
         tag("div", *tiles, class_="tiles") if tiles else None,

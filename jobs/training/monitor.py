@@ -135,12 +135,19 @@ class Monitor:
             self.signs.learned |= self.verdict.name == "learning"
 
     def evaluate(self, step: int) -> None:
-        """kNN top-1 of the held-out images, on the leading rank, where the configuration names some."""
+        """kNN top-1 of the held-out images, where the configuration names some; the leading rank measures it."""
         settings = self.config.monitor
-        if settings.knn_train and self.loggers is not None:
-            top1 = held_out_knn(self.objective.backbone, settings.knn_train, settings.knn_test, self.config, self.world)
-            self.newest_knn = top1
-            self.loggers.log(step, {"knn/top1": top1})
+        if settings.knn_train:
+            top1 = 0.0
+            if self.loggers is not None:
+                backbone, names = self.objective.backbone, (settings.knn_train, settings.knn_test)
+                top1 = held_out_knn(backbone, *names, self.config, self.world)
+                self.loggers.log(step, {"knn/top1": top1})
+            shared = self.world.mean(torch.tensor([top1], dtype=torch.float64, device=self.world.device))
+            self.newest_knn = float(shared) * self.world.size  # the other ranks gave 0
+            if self.config.origin is not None:
+                self.signs.take_knn(self.newest_knn)
+                self.judge(step)
         self.world.barrier()
 
     def state_dict(self) -> dict[str, Any]:

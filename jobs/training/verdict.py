@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-Name = Literal["learning", "not-learning-yet", "not-learning", "collapsed", "diverging"]
+Name = Literal["learning", "not-learning-yet", "not-learning", "forgetting", "collapsed", "diverging"]
 
 # docs/metrics.md has the runs that these limits were measured on.
 FALLEN = 0.05  # by so much a loss without chance level has to fall below its start
 CLEARLY = 2  # so many margins below chance, the loss alone tells views of an image from those of others
+FORGOTTEN = 0.02  # by so much the held-out kNN accuracy has to lie below that of the starting weights
 KEPT = 1 / 3  # share of the margins that keeps a run learning that was: single lines vary
 # Uniformity (Wang & Isola 2020, t = 2) is 0 where all embeddings are one, and falls to about −3.9 on the whole sphere.
 ONE_POINT = -0.02
@@ -43,6 +44,7 @@ ADVICE: dict[Name, str] = {
     "not-learning-yet": "train for longer",
     "not-learning": "weaken the views (crops, blur, colour), choose no easy pairs, begin synthetic negatives later, or "
     "change optimizer.lr",
+    "forgetting": "lower the learning rate, lengthen its warm-up, or train longer: the starting weights are better",
     "collapsed": "choose the hardest or random pairs, raise the target's momentum, or lower the learning rate",
     "diverging": "lower the learning rate, lengthen its warm-up, or clip gradients",
 }
@@ -62,6 +64,10 @@ class Signs:
     relative_alignment: float = math.nan
     rankme: float = math.nan
     first_rankme: float = math.nan
+    knn: float = math.nan
+    """Newest held-out kNN accuracy of a run that began with weights of --init."""
+    first_knn: float = math.nan
+    """That of those weights."""
     target_norm: float = math.nan
     """Of the target's parameters; NaN where there is none."""
     first_target_norm: float = math.nan
@@ -85,12 +91,17 @@ class Signs:
                 setattr(self, name, value)
         self.first_rankme = self.rankme if math.isnan(self.first_rankme) else self.first_rankme
 
+    def take_knn(self, top1: float) -> None:
+        """Takes in a held-out kNN accuracy, the starting weights' first."""
+        self.knn = top1
+        self.first_knn = top1 if math.isnan(self.first_knn) else self.first_knn
+
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for field in fields(self):
-            setattr(self, field.name, state[field.name])
+            setattr(self, field.name, state.get(field.name, field.default))
 
 
 @dataclass(frozen=True)
@@ -116,18 +127,21 @@ def reason(signs: Signs) -> str:
         parts.append(f"views of an image at {signs.relative_alignment:.0%} of the distance of different images")
     if math.isfinite(signs.rankme):
         parts.append(f"RankMe {signs.rankme:.1f} ({signs.first_rankme:.1f} at first)")
+    if math.isfinite(signs.knn):
+        parts.append(f"kNN {signs.knn:.1%} ({signs.first_knn:.1%} by the starting weights)")
     return ", ".join(parts)
 
 
 def judge(signs: Signs, step: int, steps: int, margins: Margins = Margins()) -> Verdict:
     """The verdict after step number `step` of `steps`.
 
-    learning: the loss is below chance, or where it has none, below its start; embeddings are spread, and those of an
-    image nearer to each other than to others', which a loss far below chance shows by itself; and the target, where
-    there is one, moves. collapsed: embeddings are one point, after the run learned or when patience is over. diverging:
-    the loss is not finite, or far above both chance and its start. not-learning: none of these when patience is over,
-    which is half of the run, 2,000 steps at most. While nothing is known about embeddings a run is diverging or not
-    learning yet.
+    learning: the loss is below chance, or where it has none, below its start; embeddings are spread, and those of
+    an image nearer to each other than to others', which a loss far below chance shows by itself; and the target,
+    where there is one, moves. collapsed: embeddings are one point, after the run learned or when patience is over.
+    forgetting: learning, but when patience is over, held-out kNN accuracy is 2 points below that of the weights
+    that the run began with. diverging: the loss is not finite, or far above both chance and its start. not-
+    learning: none of these when patience is over, which is half of the run, 2,000 steps at most. While nothing is
+    known about embeddings a run is diverging or not learning yet.
     """
     figures = {name: value for name, value in asdict(signs).items() if type(value) is float and math.isfinite(value)}
     over = step >= min(steps / 2, LONGEST_PATIENCE)
@@ -150,5 +164,5 @@ def judge(signs: Signs, step: int, steps: int, margins: Margins = Margins()) -> 
     else:
         told = signs.loss < signs.first_loss - share * FALLEN and nearer
     if told and signs.uniformity < margins.spread and not still:
-        return verdict("learning")
+        return verdict("forgetting" if over and signs.knn < signs.first_knn - FORGOTTEN else "learning")
     return verdict("not-learning" if over else "not-learning-yet")
