@@ -219,6 +219,11 @@ class MonitorConfig:
                 raise InputError(f"monitor.{name}: {getattr(self, name)} must be 0 or above")
         if unknown := set(self.loggers) - set(LOGGERS):
             raise InputError(f"monitor.loggers: {', '.join(sorted(unknown))} unknown; known: {', '.join(LOGGERS)}")
+        if self.stop_not_learning and not 0 < self.health_every <= self.stop_not_learning:
+            raise InputError(
+                f"monitor.stop_not_learning: {self.stop_not_learning} comes before embeddings are looked at "
+                f"(monitor.health_every {self.health_every}), without which no run is learning; lower the latter"
+            )
         if bool(self.knn_train) != bool(self.knn_test):
             raise InputError("monitor.knn_train and monitor.knn_test: one is given without the other; give both")
 
