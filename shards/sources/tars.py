@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from shards.errors import InputError
+from shards.files import is_left_behind
 from shards.retry import retry
 from shards.sources.base import IMAGE_EXTENSIONS, LARGEST_CLASS, Options, Record, Runner, Source
 from shards.sources.containers import Container, container_parts, containers_at, opened, read_at
@@ -95,7 +96,7 @@ def groups(file: Any) -> Iterator[Group | str]:
     Where that would join several images whose names are numbered behind that dot (`photo.0001.jpg`), each is a sample.
     A second member of the same name begins a new sample. Links to files of the tar stand for those. Tars that were
     joined by appending are read to the last one. Yields an error message at last where the tar ends too early or its
-    headers are damaged. Nothing is extracted.
+    headers are damaged. What systems left behind is passed over, and nothing is extracted.
     """
     key, members, problem = "", [], ""
     names: dict[str, Member | str] | None = None
@@ -104,7 +105,7 @@ def groups(file: Any) -> Iterator[Group | str]:
             problem = info
             break
         name, extension = split_name(info.name)
-        if not name or not (info.isreg() or info.islnk() or info.issym()):
+        if not name or is_left_behind(info.name) or not (info.isreg() or info.islnk() or info.issym()):
             continue
         if members and (name != key or any(extension == member.extension for member in members)):
             yield from samples(key, members)
