@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -163,13 +163,6 @@ def warn(message: str) -> None:
     """A line on stderr that something was left out or changed, while the job goes on."""
     if speaks():
         console.print(Text.assemble(("warning:", "yellow"), f" {message}"), highlight=False)
-
-
-def warn_unlabelled(images: int, reasons: Mapping[str, int]) -> None:
-    """Says how many images have no label, and why."""
-    if images:
-        why = "".join(f"; {count} of them: {reason}" for reason, count in reasons.items())
-        warn(f"{images} images have no label{why}")
 
 
 def fail(message: str, code: int = 2) -> int:
