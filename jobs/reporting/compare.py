@@ -11,7 +11,11 @@ from jobs.reporting.rundata import RunData, flatten, is_finite
 from jobs.reporting.sections import best_scores
 from jobs.studies.difference import Difference, difference, in_points
 
-COMPARED = (("train/loss", "Training loss", number), ("knn/top1", "kNN top-1 on held-out images", percent))
+LOSS = "train/loss"
+COMPARED = (
+    (LOSS, "Training loss, against real negatives alone", number),
+    ("knn/top1", "kNN top-1 on held-out images", percent),
+)
 # Settings that name the run rather than describe it.
 PLACES = ("run.folder", "run.path", "run.run", "run.name", "run")
 
@@ -100,11 +104,19 @@ def differences(runs: Sequence[RunData]) -> Markup:
 def _together(runs: Sequence[RunData], name: str, title: str, shape: Callable[[float], str]) -> Markup | None:
     series = []
     for i, run in enumerate(runs):
-        x, y = run.series(name)
+        x, y = run.real_loss() if name == LOSS else run.series(name)
         if np.isfinite(y).any():
             smoothed = charts.smooth(y) if name.startswith("train/") else y
             series.append(Series(run.name, x, smoothed, colour=i, dashed=i >= charts.SERIES_COLOURS))
-    return charts.line_chart(title, series, x_label="step", shape=shape) if series else None
+    references = _chance(runs) if name == LOSS else []
+    return charts.line_chart(title, series, x_label="step", shape=shape, references=references) if series else None
+
+
+def _chance(runs: Sequence[RunData]) -> list[tuple[str, float]]:
+    """The chance level of the loss against real negatives, where it is the same in all runs."""
+    levels = {run.state.get("verdict_figures", {}).get("chance") for run in runs}
+    level = levels.pop()
+    return [("chance", level)] if not levels and is_finite(level) else []
 
 
 def _cell(x: float | None, shape: Callable[[float], str]) -> object:
