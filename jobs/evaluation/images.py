@@ -19,16 +19,22 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 class ImageSet(Protocol):
     """n encoded images with labels.
 
-    name: for people; labels: int64 [n], −1 where unknown; classes: names by label; identity: changes with the content.
+    name: for people; source: tag such as real, empty where there is none;
+    labels: int64 [n], −1 where unknown; classes: names by label; identity: changes with the content.
     """
 
     name: str
+    source: str
     labels: np.ndarray
     classes: tuple[str, ...]
     identity: str
 
     def read(self, rows: Sequence[int]) -> list[np.ndarray | str]:
         """Encoded bytes, uint8 1-D, that every decoder shows alike, or why an image cannot be used."""
+        ...
+
+    def names(self, rows: np.ndarray) -> list[tuple[str, str]]:
+        """Shard and key of each image; of a folder's, nothing and its path in the folder."""
         ...
 
     def where(self, row: int) -> str:
@@ -54,8 +60,8 @@ class FolderImages:
         self.classes = tuple(sorted({parent for parent in parents if parent}))
         index = {name: i for i, name in enumerate(self.classes)} | {"": -1}
         self.labels = np.array([index[parent] for parent in parents], dtype=np.int64)
-        self.name = "/".join(root.resolve().parts[-2:])
-        self.files = files
+        self.name, self.source = "/".join(root.resolve().parts[-2:]), ""
+        self.root, self.files = root, files
         digest = hashlib.sha256(b"as built")  # features of images that were looked at in another way don't count
         for path in files:
             facts = path.stat()
@@ -66,6 +72,9 @@ class FolderImages:
 
     def read(self, rows: Sequence[int]) -> list[np.ndarray | str]:
         return [_file_bytes(self.files[row]) for row in rows]
+
+    def names(self, rows: np.ndarray) -> list[tuple[str, str]]:
+        return [("", printable(self.files[row].relative_to(self.root))) for row in rows]
 
     def where(self, row: int) -> str:
         return printable(self.files[row])
@@ -97,11 +106,16 @@ class ShardImages:
         self.labels = manifest.columns(np.arange(len(manifest))).label.astype(np.int64)
         self.classes = tuple(manifest.classes)
         self.name = "/".join(Path(address).resolve().parts[-2:]) if "://" not in address else address
+        self._manifest, self.source = manifest, manifest.source
         self.identity = manifest.fingerprint
 
     def read(self, rows: Sequence[int]) -> list[np.ndarray | str]:
         items = self._reader.read(np.asarray(rows, dtype=np.int64))
         return [item.reason if isinstance(item, SampleError) else item for item in items]
+
+    def names(self, rows: np.ndarray) -> list[tuple[str, str]]:
+        columns = self._manifest.columns(rows)
+        return [(self._manifest.shards[shard], key) for shard, key in zip(columns.shard, columns.key, strict=True)]
 
     def where(self, row: int) -> str:
         shard, key = self._reader.name(row)
