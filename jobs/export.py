@@ -1,6 +1,5 @@
 """`hardviews export RUN`: the augmentation log as two tables, views and pairs, in Parquet or CSV."""
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
@@ -17,7 +16,7 @@ import tyro
 from jobs.analysis.steps import parse_steps, selected_steps
 from jobs.analysis.tables import SCHEMAS, pair_batch, view_batch
 from jobs.log.reader import Rows, open_log
-from jobs.run.folder import RunFolder
+from jobs.run.folder import RunFolder, whole_file
 from jobs.run.terminal import parse, progress
 from shards.errors import InputError
 
@@ -105,8 +104,7 @@ def _finish(pending: list[Future[None]]) -> None:
 @contextmanager
 def _writer(path: Path, schema: pa.Schema, format: str) -> Iterator[Callable[[pa.RecordBatch], None]]:
     """A function that appends record batches to a file, which gets its name when all are written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole_file(path) as temporary:
         if format == "parquet":
             how: dict[str, Any] = {"compression": "zstd", "compression_level": 1, "use_dictionary": REPEATING}
             with pyarrow.parquet.ParquetWriter(temporary, schema, **how) as writer:
@@ -115,9 +113,6 @@ def _writer(path: Path, schema: pa.Schema, format: str) -> Iterator[Callable[[pa
             plain = pa.schema([field.with_type(_plain(field.type)) for field in schema])
             with pyarrow.csv.CSVWriter(temporary, plain) as writer:
                 yield lambda batch: writer.write_batch(batch.cast(plain))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:

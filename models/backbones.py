@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
@@ -52,6 +53,9 @@ class BackboneConfig:
     """BatchNorm instead of LayerNorm before the MLP blocks (MoCo v3, section 5.1)."""
     init: Literal["timm", "moco_v3"] = "timm"
     """A ViT's random initial weights: timm's, or those of MoCo v3's code, which are 1.6 to 2.5 times as large."""
+    positions: Literal["antialiased", "plain"] = "antialiased"
+    """How a ViT's position embedding is resampled (bicubic) for views of other sizes: antialiased, as timm does; plain,
+    as DINO's and iBOT's code does."""
 
     def __post_init__(self) -> None:
         for field in ("image_size", "patch_size", "width", "depth", "heads"):
@@ -68,6 +72,8 @@ class BackboneConfig:
             )
         if self.init not in ("timm", "moco_v3"):
             raise ValueError(f"backbone.init: {self.init!r} is unknown; take timm or moco_v3")
+        if self.positions not in ("antialiased", "plain"):
+            raise ValueError(f"backbone.positions: {self.positions!r} is unknown; take antialiased or plain")
         if self.pool not in ("", "token", "avg"):
             raise ValueError(f"backbone.pool: {self.pool!r} is unknown; take token, avg or nothing")
 
@@ -97,8 +103,9 @@ def timm_options(config: BackboneConfig) -> dict[str, Any]:
         kind, (*VIT_OPTIONS, *ONLY_VIT)
     )
     given = [field for field in refused if getattr(config, field)]
-    if kind != "vit" and config.init != "timm":
-        given.append("init")
+    if kind != "vit":
+        own = {"init": "timm", "positions": "antialiased"}
+        given += [field for field, value in own.items() if getattr(config, field) != value]
     if given:
         lacks = "has no LayerNorm before MLPs" if given[0] == "batchnorm_mlp" else "has no such option"
         raise ValueError(f"backbone.{given[0]}: {config.name} {lacks}; leave it out")
@@ -139,6 +146,8 @@ def build_backbone(config: BackboneConfig, drop_path: float) -> nn.Module:
         _check_other(model, config)
     elif kind != "resnet":
         _check_patches(model, config)
+    if config.positions == "plain":
+        model.__class__ = PlainPositions
     if config.init == "moco_v3":
         draw_as_moco_v3(model)
     if config.sincos:
@@ -262,6 +271,37 @@ def draw_as_moco_v3(model: nn.Module) -> None:
             bias.zero_()
     if model.cls_token is not None:
         model.cls_token.normal_(std=1e-6)
+
+
+class PlainPositions(VisionTransformer):
+    """A ViT whose positions are resampled without antialiasing for views of other sizes."""
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        assert isinstance(self.pos_embed, Tensor) and isinstance(self.patch_embed, PatchEmbed)
+        height, width = x.shape[1:3]
+        prefix = 0 if self.no_embed_class else self.num_prefix_tokens
+        own_1TD, grid = self.pos_embed, self.patch_embed.grid_size
+        patches_1TD = resample_plainly(own_1TD[:, prefix:].unflatten(1, grid), height, width).flatten(1, 2)
+        embedded = x.flatten(1, 2) + patches_1TD
+        extra: list[Tensor] = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        if not extra:
+            return self.pos_drop(embedded)
+        tokens = torch.cat(extra, 1) + own_1TD[:, :prefix] if prefix else torch.cat(extra, 1)
+        return self.pos_drop(torch.cat([tokens.expand(len(x), -1, -1), embedded], 1))
+
+
+def resample_plainly(positions_1HWD: Tensor, height: int, width: int) -> Tensor:
+    """[1, height, width, D]: a bicubic value of the four nearest positions each way, however much the grid shrinks.
+
+    As in DINO's code (vision_transformer.py, interpolate_pos_encoding), the grid is taken to be 0.1 longer than it is.
+    """
+    rows, columns = positions_1HWD.shape[1:3]
+    if (rows, columns) == (height, width):
+        return positions_1HWD
+    scale = ((height + 0.1) / rows, (width + 0.1) / columns)
+    values_1DHW = positions_1HWD.permute(0, 3, 1, 2).float()
+    resampled_1DHW = F.interpolate(values_1DHW, scale_factor=scale, mode="bicubic")
+    return resampled_1DHW.permute(0, 2, 3, 1).to(positions_1HWD.dtype)
 
 
 def fix_sincos_positions(model: nn.Module) -> None:

@@ -191,7 +191,7 @@ def open_producer(
 def cores() -> int:
     """CPU cores for this process: its share of those it may use, where torchrun has started several on this machine."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, allowed // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, allowed // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
 
 
 def _hand_over(tensor: Tensor) -> None:

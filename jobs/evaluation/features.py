@@ -5,7 +5,6 @@ Suffixes: n images, B of a batch, D width.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from jobs.evaluation.frozen import Frozen
 from jobs.evaluation.images import ImageSet, open_images
 from jobs.evaluation.loading import Loader, Transform, centre_crop
+from jobs.run.folder import whole_file
 from jobs.run.terminal import progress, warn
 from jobs.run.world import World
 from shards.errors import InputError
@@ -108,16 +108,9 @@ def _stored(place: Path | None, images: int) -> Found | None:
 
 def _keep(place: Path, features_nD: Tensor, rows_n: Tensor, broken: dict[int, str]) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(f".{place.name}.{os.getpid()}")
     content = {"features": features_nD.contiguous(), "rows": rows_n.contiguous()}
-    try:
-        with temporary.open("wb") as file:
-            file.write(safetensors.torch.save(content, {"broken": json.dumps(broken)}))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(place)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(place) as temporary:
+        temporary.write_bytes(safetensors.torch.save(content, {"broken": json.dumps(broken)}))
 
 
 @torch.inference_mode()

@@ -175,7 +175,7 @@ class CheckpointConfig:
     """When checkpoints are written and which are kept."""
 
     every: int = 1000
-    """Steps between checkpoints; one more is written at the end, on SIGTERM and on Ctrl-C."""
+    """Steps between checkpoints; one more is written at the end, and where a signal stops the run."""
     keep: int = 3
     """Newest checkpoints that are kept; the one with the best held-out kNN accuracy is kept besides."""
 

@@ -1,12 +1,15 @@
 """The run folder: everything a run leaves behind, and where it lies."""
 
 import fcntl
+import glob
 import json
+import math
 import os
 import shutil
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +51,11 @@ class RunFolder:
     @property
     def quarantine(self) -> Path:
         return self.path / "quarantine.jsonl"
+
+    @property
+    def failure(self) -> Path:
+        """Tracebacks of the program's own faults."""
+        return self.path / "failure.txt"
 
     @property
     def tensorboard(self) -> Path:
@@ -163,18 +171,49 @@ def open_run(path: str | Path) -> RunFolder:
     return folder
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON so that the file under its name is always whole: temporary name, sync, rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """The temporary name of a file that gets its own name when all is written and on the disk: it is never half.
+
+    What killed processes left beside it goes; a living one holds a lock on its own.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        with suppress(OSError), left.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
+    with temporary.open("wb") as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield temporary
             os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file that is always whole."""
+    with whole_file(path) as temporary:
+        temporary.write_text(strict_json(content, indent=1))
+
+
+def strict_json(content: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: numbers that are infinite or none are null."""
+    try:
+        return json.dumps(content, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(without_nan(content), indent=indent, allow_nan=False)
+
+
+def without_nan(content: Any) -> Any:
+    """The same with None for numbers that are not finite."""
+    if isinstance(content, Mapping):
+        return {key: without_nan(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def keep_lines(path: Path, last_step: int) -> None:
@@ -192,6 +231,5 @@ def keep_lines(path: Path, last_step: int) -> None:
             continue
         if entry.get("step", 0) <= last_step:
             kept.append(line)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in kept))

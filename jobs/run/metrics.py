@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import socket
 import time
@@ -10,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
-from jobs.run.folder import RunFolder, keep_lines
+from jobs.run.folder import RunFolder, keep_lines, strict_json
 from shards.errors import InputError, install_extra
 
 
@@ -30,7 +31,7 @@ class JsonLines:
         self._file = folder.metrics.open("a", buffering=1)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **scalars}) + "\n")
+        self._file.write(strict_json({"step": step, "time": round(time.time(), 3), **scalars}) + "\n")
 
     def close(self) -> None:
         self._file.close()
@@ -49,12 +50,13 @@ class TensorBoard:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         folder.tensorboard.mkdir(parents=True, exist_ok=True)
+        resumed = any(folder.tensorboard.iterdir())
         # Readers take files in the order of their names, and those alone that have `tfevents` in them.
         name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
         self._file = (folder.tensorboard / name).open("wb")
         self._records = RecordWriter(self._file)
         self._write(Event(file_version="brain.Event:2"))
-        if step:
+        if resumed:
             self._write(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -144,7 +146,7 @@ class Loggers:
             self._loggers.append(logger)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes scalars of one step everywhere; non-finite values are written too (JSON as NaN)."""
+        """Writes scalars of one step everywhere; non-finite values are written too (JSON as null)."""
         for logger in self._loggers:
             logger.log(step, scalars)
 
@@ -153,12 +155,13 @@ class Loggers:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, a half-written last one left out."""
+    """The lines of a `metrics.jsonl`, a half-written last one left out; values that were not finite are NaN."""
     lines = []
     if path.is_file():
         for line in path.read_text().splitlines():
             try:
-                lines.append(json.loads(line))
+                entry = json.loads(line)
             except json.JSONDecodeError:
                 continue
+            lines.append({name: math.nan if value is None else value for name, value in entry.items()})
     return lines

@@ -150,7 +150,7 @@ def progress(description: str, total: float | None, unit: str, completed: int = 
 
 def speaks() -> bool:
     """Whether this process speaks for all of its job: under torchrun, the leading one."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def note(message: str) -> None:

@@ -66,9 +66,14 @@ def open_world(
     Collectives wait up to `timeout_s` seconds, as long as an evaluation on the leading rank may take; a rank that is
     gone is noticed long before, by its broken connection or by its missing heartbeat. Where a missing heartbeat ends
     this process, `last_words` is called with the reason.
+
+    Raises:
+        InputError: the environment names several processes, but not which of them this is or where they meet.
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    place = pick_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    size, rank, local_rank = number_of("WORLD_SIZE", 1), number_of("RANK", 0), number_of("LOCAL_RANK", 0)
+    if size > 1:
+        check_environment(size, rank)
+    place = pick_device(device, local_rank if size > 1 else 0)
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if size == 1:
@@ -87,6 +92,32 @@ def open_world(
     finally:
         alive.close()
         dist.destroy_process_group()
+
+
+def number_of(name: str, least: int) -> int:
+    """A number from the environment; `least` where it is not there.
+
+    Raises:
+        InputError: it is something else.
+    """
+    text = os.environ.get(name, str(least))
+    if not text.isdecimal() or int(text) < least:
+        raise InputError(f"{name}: {text!r} in the environment is no number of processes; unset it, or use torchrun")
+    return int(text)
+
+
+def check_environment(size: int, rank: int) -> None:
+    """Job managers set WORLD_SIZE too; by itself it starts no processes.
+
+    Raises:
+        InputError: what else torchrun sets is not there, or the rank is none of them.
+    """
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing or rank >= size:
+        why = f"{', '.join(missing)} not" if missing else f"RANK {rank}"
+        raise InputError(
+            f"WORLD_SIZE: {size} processes, but {why}, in the environment; start with torchrun, or unset WORLD_SIZE"
+        )
 
 
 def give_up(last_words: Callable[[str], None] | None, reason: str) -> None:

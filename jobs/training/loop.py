@@ -1,5 +1,6 @@
 """The training loop."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,10 @@ from jobs.training.opening import open_training
 from jobs.training.state import Training, save
 from jobs.training.step import train_step
 from jobs.training.verdict import Verdict
+from shards.errors import InputError
+
+# Ctrl-C, a job's end, a closed terminal, and what Slurm's users have it send before a time limit.
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def train(config: PretrainConfig, folder: RunFolder, world: World, *, resume: bool = False) -> str:
@@ -28,15 +33,24 @@ def train(config: PretrainConfig, folder: RunFolder, world: World, *, resume: bo
         TrainingFailedError: too many steps in a row were not finite, the disk is full, another rank is gone; the folder
             keeps the last good checkpoint.
     """
+    before = written(folder)
     with ExitStack() as signals:  # are heard until all else is closed
         try:
             with as_training_failure(folder.path):
                 return run(config, folder, world, signals, resume)
-        except TrainingFailedError as error:
-            record_failure(folder, error)
+        except BaseException as error:
+            # Before it has begun, a run that is not resumed has no state; there may be that of a run to be replaced.
+            mistake = isinstance(error, InputError | KeyboardInterrupt)
+            if written(folder) != before or (resume and not mistake):
+                record_failure(folder, error)
             if world.size > 1:
                 ignore_termination()
             raise
+
+
+def written(folder: RunFolder) -> int | None:
+    """When the state was recorded; None where none is."""
+    return folder.state.stat().st_mtime_ns if folder.state.is_file() else None
 
 
 def run(config: PretrainConfig, folder: RunFolder, world: World, signals: ExitStack, resume: bool) -> str:
@@ -45,7 +59,7 @@ def run(config: PretrainConfig, folder: RunFolder, world: World, signals: ExitSt
         t = open_training(config, folder, world, stack, resume)
         stop = signals.enter_context(stop_signals())
         bar = stack.enter_context(step_bar(t))
-        if t.step == 0:
+        if not resume:
             t.monitor.evaluate(t.step)
             save(t)
         state = loop(t, stop, bar)
@@ -115,18 +129,24 @@ def note_state(t: Training, state: str) -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; a second Ctrl-C interrupts at once."""
+    """An event that STOPS set; a second Ctrl-C interrupts at once."""
     stop = threading.Event()
+    terminals = [number for number in (1, 2) if os.isatty(number)]
 
     def note(number: int, _: object) -> None:
         if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if number == signal.SIGHUP:  # what is still to be said would fail on a terminal that is closed
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for terminal in terminals:
+                os.dup2(nowhere, terminal)
         stop.set()
 
     if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
         yield stop
         return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup has it
+    before = {number: signal.signal(number, note) for number in heard}
     try:
         yield stop
     finally:

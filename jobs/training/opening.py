@@ -83,7 +83,7 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
     check_batch(config, world)
     check_loggers(config.monitor.loggers)
     if config.monitor.knn_train:
-        check_held_out(config.monitor.knn_train, config.monitor.knn_test)
+        check_held_out(config.monitor.knn_train, config.monitor.knn_test, world.leads)
     check_labels(config, data)
     objective = make_objective(config, length, world.device)
     if weights is not None:

@@ -55,6 +55,8 @@ class Scores:
     """The target's features that the online encoder's were predicted from, where the target alone scored."""
     local_BPL: Tensor | None = None
     """Multi-crop: for each pair, the numbers of the local views that go with it (its hardest ones)."""
+    mask_BNHW: Tensor | None = None
+    """bool, on the host: the patches that were hidden from the online encoder, where masked views were scored."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Chosen:
     """The target's features that the online encoder's were predicted from."""
     views_BM: Tensor | None = None
     """Multi-crop: numbers of all chosen views, over all groups side by side; None where it is just the pair."""
+    mask_B2HW: Tensor | None = None
+    """bool, on the host: the pair's masks, where it was scored with them; None = the loss draws its own."""
 
 
 class Encoder(nn.Module):
@@ -153,11 +157,16 @@ class Objective(nn.Module):
             check_layer(self.online.backbone, selection.layer)
 
     def check_batch(self, images: int) -> None:
-        """Checks before training whether `images` images of all ranks are enough; by default any number is.
+        """Checks before training whether `images` images of all ranks are enough.
 
         Raises:
-            ValueError: the objective wants more images at once.
+            ValueError: BatchNorm, which has no statistics of one image, or the objective wants more images at once.
         """
+        if images < 2 and any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self.modules()):
+            raise ValueError(
+                "batch: BatchNorm needs two images or more at once, and batch / accumulate is 1; give a larger batch "
+                "or a smaller accumulate"
+            )
 
     def chance(self, images: int, *, real: bool = False) -> float | None:
         """The loss of the coming step, of `images` images of all ranks at once, where embeddings tell nothing apart;

@@ -59,6 +59,7 @@ class MoCoV3(MomentumObjective):
         self.config = config
 
     def check_batch(self, images: int) -> None:
+        super().check_batch(images)
         check_others(self.config.negatives, images, 1)
 
     def chance(self, images: int, *, real: bool = False) -> float:

@@ -56,6 +56,7 @@ class SimCLR(Objective):
         self.online = Encoder(model, projector)
 
     def check_batch(self, images: int) -> None:
+        super().check_batch(images)
         check_others(self.config.negatives, images, 2)
 
     def chance(self, images: int, *, real: bool = False) -> float:

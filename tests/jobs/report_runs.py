@@ -45,7 +45,8 @@ def make_run(path: Path, *, lines: int = 40, seed: int = 0) -> Path:
             "kind": kind,
             "model": {"name": path.name, "source": "run", "step": 390, "which": "target"},
             "scores": {"top1": top1, "top5": 0.9, "top1_deviation": 0.01},
-            "confusion": [[3, 1], [0, 4]],
+            "confusion": [[3, 1, 0], [0, 4, 0], [0, 0, 0]],
+            "classes": ["cat", "dog", "emu without images"],
             "per_class": [{"class": "cat", "images": 4, "top1": 0.75}, {"class": "dog", "images": 4, "top1": 1.0}],
         }
         (path / "evaluation" / f"{kind}.json").write_text(json.dumps(scores))

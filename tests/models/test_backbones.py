@@ -1,5 +1,6 @@
 """Backbones from timm and MoCo v3's changes: what is asked for is what is built, or it is refused."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from models.backbones import (
     build_backbone,
     feature_width,
     first_blocks,
+    resample_plainly,
     sincos_positions,
 )
 from models.heads import BatchNorm2d
@@ -184,3 +186,39 @@ def test_moco_v3_s_initial_weights_have_its_standard_deviations():
         build_backbone(BackboneConfig("resnet18", init="moco_v3"), 0.0)
     with pytest.raises(ValueError, match=r"backbone.init: 'moco' is unknown; take timm or moco_v3"):
         BackboneConfig(init="moco")  # type: ignore[arg-type]
+
+
+def cubic_row(place, length):
+    """Weights of `length` values for the cubic convolution, a = −0.75, at `place`; the ends stand for all beyond."""
+    row = torch.zeros(length)
+    for near in range(math.floor(place) - 1, math.floor(place) + 3):
+        x, a = abs(place - near), -0.75
+        weight = (a + 2) * x**3 - (a + 3) * x**2 + 1 if x <= 1 else a * (x**3 - 5 * x**2 + 8 * x - 4)
+        row[min(max(near, 0), length - 1)] += weight
+    return row
+
+
+def test_plain_positions_are_the_cubic_convolution_without_antialiasing():
+    own = torch.randn(1, 14, 14, 5)
+    rows = torch.stack([cubic_row((i + 0.5) * 14 / 6.1 - 0.5, 14) for i in range(6)])
+    wanted = torch.einsum("ir,jc,rcd->ijd", rows, rows, own[0])
+    torch.testing.assert_close(resample_plainly(own, 6, 6)[0], wanted, rtol=1e-4, atol=1e-5)
+    assert resample_plainly(own, 14, 14) is own
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_medium_patch16_reg4_gap_256"])
+def test_only_views_of_other_sizes_see_how_positions_are_resampled(name):
+    config = BackboneConfig(name, 64, patch_size=8, width=32, depth=1, heads=2)
+    torch.manual_seed(0)
+    smooth = build_backbone(config, 0.0).eval()
+    plain = build_backbone(replace(config, positions="plain"), 0.0).eval()
+    plain.load_state_dict(smooth.state_dict())
+    large, small = torch.randn(2, 3, 64, 64), torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(large), smooth(large))
+        tokens, others = (model._pos_embed(model.patch_embed(small)) for model in (plain, smooth))
+    first = tokens.shape[1] - 9  # behind class and register tokens
+    assert torch.equal(tokens[:, :first], others[:, :first])
+    assert ((tokens - others)[:, first:].abs().mean((0, 2)) > 1e-3).all()
+    with pytest.raises(ValueError, match=r"backbone.positions: resnet18 has no such option"):
+        build_backbone(BackboneConfig("resnet18", positions="plain"), 0.0)

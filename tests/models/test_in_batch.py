@@ -224,7 +224,9 @@ def test_more_hardest_than_other_images_are_refused_before_training(name, others
     with pytest.raises(ValueError, match=f"hardest: 9 is more than the {others} negatives that 5 images at once give"):
         objective.check_batch(5)
     objective.check_batch(10)
-    built(name).check_batch(1)  # without synthetic negatives
+    built(name).check_batch(2)  # without synthetic negatives
+    with pytest.raises(ValueError, match="BatchNorm needs two images"):
+        built(name).check_batch(1)
 
 
 def test_more_hardest_than_rows_are_refused():

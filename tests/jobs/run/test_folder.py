@@ -4,11 +4,13 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from jobs.run.folder import RunFolder, keep_lines, open_run, write_json
+from jobs.run.folder import RunFolder, keep_lines, open_run, whole_file, write_json
 from jobs.run.metrics import LOGGERS, Loggers, read_metrics
 from shards.errors import InputError
 
@@ -109,11 +111,47 @@ def test_tensorboard_reads_back_and_a_resumed_run_replaces_what_it_repeats(tmp_p
 
     folder = RunFolder(tmp_path / "run")
     folder.check(resume=False, overwrite=False)
-    for resumed, steps in ((0, (7, 8, 9)), (7, (8, 10))):
+    for resumed, steps in ((0, (1, 2)), (0, (1, 7, 8, 9)), (7, (8, 10))):
         loggers = Loggers(["tensorboard"], folder, resumed, {})
         for step in steps:
             loggers.log(step, {"train/loss": step + resumed / 2, "knn/top1": 0.5})
         loggers.close()
     events = EventAccumulator(str(folder.tensorboard)).Reload()
     assert events.Tags()["scalars"] == ["train/loss", "knn/top1"]
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(7, 7), (8, 11.5), (10, 13.5)]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1), (7, 7), (8, 11.5), (10, 13.5)]
+
+
+def test_values_that_are_not_finite_are_null_to_every_reader_and_nan_to_ours(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.clear()
+    loggers = Loggers(["json"], folder, 0, {})
+    loggers.log(1, {"train/loss": math.nan, "train/grad_norm": math.inf, "train/lr": 0.5})
+    loggers.close()
+    folder.write_state("failed", verdict_figures={"loss": -math.inf, "spread": [0.5, math.nan]})
+
+    def strict(text: str) -> dict[str, Any]:
+        return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+    line = strict(folder.metrics.read_text())
+    assert (line["train/loss"], line["train/grad_norm"], line["train/lr"]) == (None, None, 0.5)
+    assert strict(folder.state.read_text())["verdict_figures"] == {"loss": None, "spread": [0.5, None]}
+    assert math.isnan(read_metrics(folder.metrics)[0]["train/loss"])
+
+
+def test_what_a_killed_process_left_of_a_file_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+    path = tmp_path / "views[1].parquet"
+    left = tmp_path / f".{path.name}.12345"
+    left.write_text("half")
+    other = tmp_path / ".views.parquet.12345"
+    other.write_text("of another file")
+    with whole_file(path) as one:
+        one.write_text("one")
+        thread = threading.Thread(target=lambda: write_json(path, "two"))
+        thread.start()
+        thread.join()
+        assert path.read_text() == '"two"' and one.read_text() == "one"
+    assert path.read_text() == "one"
+    with pytest.raises(RuntimeError), whole_file(path) as half:
+        half.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "one" and {*tmp_path.iterdir()} == {path, other}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import random
 import shutil
 import signal
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from runs_of_training import WORKER, finish, ranks, rows, same_rows, same_run, start, torchrun, two_ranks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from jobs import cli
 from jobs.pretrain import pretrain
@@ -27,6 +29,7 @@ from jobs.run.folder import RunFolder
 from jobs.run.metrics import read_metrics
 from jobs.training import loop as trainer
 from jobs.training.ending import as_training_failure, record_failure
+from shards.errors import InputError
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +72,114 @@ def test_a_signal_writes_a_checkpoint_and_resume_is_exact(tiny: PretrainConfig, 
         assert steps == sorted(set(steps)) and steps[-1] == 6
     curves = [entry["step"] for entry in read_metrics(tmp_path / "parts" / "curves.jsonl")]
     assert curves == [3, 6]
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_closed_terminal_and_a_warning_of_the_job_manager_stop_behind_a_checkpoint(
+    tiny: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    in_step(monkeypatch, 3, lambda: os.kill(os.getpid(), number))
+    assert pretrain(tiny, tmp_path / "run") == "interrupted"
+    assert checkpoint.load_newest(RunFolder(tmp_path / "run").checkpoints)["step"] == 3
+
+
+@pytest.mark.slow
+def test_what_is_said_to_a_terminal_that_is_closed_fails_no_run(tiny: PretrainConfig, tmp_path: Path) -> None:
+    save_config(replace(tiny, steps=100_000), tmp_path / "config.json")
+    folder = RunFolder(tmp_path / "run")
+    mine, its = pty.openpty()
+    command = [sys.executable, WORKER, str(tmp_path / "config.json"), str(folder.path), "new"]
+    process = subprocess.Popen(command, stdin=its, stdout=its, stderr=its, start_new_session=True)
+    os.close(its)
+    try:
+        while process.poll() is None and folder.read_state().get("step", 0) < 2:
+            os.read(mine, 65536)
+        os.close(mine)
+        os.kill(process.pid, signal.SIGHUP)  # the kernel sends it to a session that the terminal leads
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+    state = folder.read_state()
+    assert state["state"] == "interrupted"
+    assert checkpoint.load_newest(folder.checkpoints)["step"] == state["step"] >= 2
+
+
+class Odd(BaseException):
+    """As what some extension modules raise."""
+
+
+def fail_with(error: BaseException) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes\ndiffer"), Odd("odd"), InputError("data: gone; bring it back")])
+def test_whatever_ends_a_run_is_recorded_and_a_fault_of_the_program_keeps_its_traceback(
+    tiny: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    in_step(monkeypatch, 3, lambda: fail_with(error))
+    with pytest.raises(type(error)):
+        pretrain(tiny, folder.path)
+    state = folder.read_state()
+    assert (state["state"], state["step"], state["steps"]) == ("failed", 2, 6)
+    if isinstance(error, InputError):
+        assert state["reason"] == str(error) and "log" not in state and not folder.failure.exists()
+    else:
+        name = type(error).__name__
+        assert state["reason"] == f"{name}: {str(error).splitlines()[0]}"
+        kept = Path(state["log"]).read_text()
+        assert "Traceback" in kept and f"{name}: {error}" in kept and "fail_with" in kept
+        assert error.__notes__ == [f"This is kept in {folder.failure}."]
+    monkeypatch.undo()
+    assert pretrain(tiny, folder.path, resume=True) == "finished"
+    assert "reason" not in folder.read_state()
+
+
+def test_a_second_ctrl_c_leaves_a_run_that_was_interrupted(
+    tiny: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_step(monkeypatch, 3, lambda: fail_with(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(tiny, tmp_path / "run")
+    assert RunFolder(tmp_path / "run").read_state()["state"] == "interrupted"
+
+
+def test_what_goes_wrong_before_a_run_begins_changes_nothing_of_the_one_it_would_replace(
+    tiny: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    stop_at(tiny, folder.path, 1)
+    before = folder.read_state()
+    with pytest.raises(InputError, match="batch: BatchNorm needs two images"):
+        pretrain(replace(tiny, batch=1), folder.path, overwrite=True)
+    monkeypatch.setattr("jobs.training.opening.open_data", lambda config: fail_with(ValueError("a fault")))
+    with pytest.raises(ValueError, match="a fault"):
+        pretrain(tiny, folder.path, overwrite=True)
+    assert folder.read_state() == before and not folder.failure.exists()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
+def test_want_of_memory_is_one_line_with_a_remedy(tmp_path: Path, error: Exception) -> None:
+    one_line = r"^run: out of memory .*--batch.*--accumulate"
+    with pytest.raises(TrainingFailedError, match=one_line), as_training_failure(tmp_path):
+        raise error
+
+
+def test_a_run_resumed_from_its_first_checkpoint_repeats_no_line(
+    tiny: PretrainConfig, tmp_path: Path, digits: Path
+) -> None:
+    held_out = replace(
+        tiny.monitor, knn_train=str(digits / "train"), knn_test=str(digits / "test"), loggers=("json", "tensorboard")
+    )
+    config, folder = replace(tiny, steps=2, monitor=held_out), RunFolder(tmp_path / "run")
+    pretrain(config, folder.path)
+    for path in folder.checkpoints.glob("step-00000002.*"):
+        path.unlink()
+    assert pretrain(config, folder.path, resume=True) == "finished"
+    events = EventAccumulator(str(folder.tensorboard)).Reload()
+    for name, steps in (("knn/top1", [0, 2]), ("train/loss", [2])):
+        assert [line["step"] for line in read_metrics(folder.metrics) if name in line] == steps
+        assert [event.step for event in events.Scalars(name)] == steps
 
 
 def test_a_checkpoint_holds_what_a_resumed_run_takes_back_and_nothing_else(
