@@ -47,6 +47,8 @@ def summary(run: RunData) -> Markup:
     settings: list[list[object]] = [
         [name, str(value)] for name, keys in KEY_SETTINGS if (value := run.setting(*keys)) is not None
     ]
+    if run.origin:
+        settings.append(["Started from", run.origin])
     full = json.dumps(run.config, indent=1, ensure_ascii=False)
     return join(
         tag("div", *tiles, class_="tiles") if tiles else None,
@@ -71,6 +73,8 @@ def headline(run: RunData) -> list[tuple[str, str, str]]:
     step = max((line.get("step", 0) for line in run.metrics), default=0)
     if step:
         tiles.append(("Steps", number(step), f"state: {run.state.get('state', 'not recorded')}"))
+    if verdict := run.state.get("verdict"):
+        tiles.insert(0, ("Verdict", verdict.replace("-", " "), "judged while training, see Health"))
     _, knn = run.series("knn/top1")
     if len(knn):
         note = f"{percent(knn[0])} at the first measure" if len(knn) > 1 else "one measure so far"
@@ -143,10 +147,14 @@ def _curve(run: RunData, name: str, title: str, note: str) -> Markup | None:
     broken = int((~np.isfinite(y)).sum())
     note = f"{note}; {broken} values are not finite" if broken else note
     lines = [Series(name, x, smoothed, faint=raw)]
+    marks = run.synthetic_span() if name == "train/loss" else []
     at, chance = run.series("train/chance")
     if name == "train/loss" and len(chance):  # it steps where synthetic negatives begin and end
         lines.append(Series("chance", at, chance, colour=1, dashed=True))
-    return charts.line_chart(title, lines, x_label="step", note=note, shape=shape)
+    if marks:
+        at, real = run.real_loss()
+        lines.append(Series("against real negatives alone", at, charts.smooth(real), colour=2))
+    return charts.line_chart(title, lines, x_label="step", note=note, shape=shape, marks=marks)
 
 
 def _gradients(run: RunData) -> Markup | None:

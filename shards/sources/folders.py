@@ -14,6 +14,7 @@ from shards.errors import InputError
 from shards.files import filesystem, is_left_behind, join, local_path
 from shards.retry import retry
 from shards.sources.base import READ_AHEAD, Options, Record, Runner, Source, cut_short, digest
+from shards.sources.splits import split_folder
 
 IRREGULAR = -1  # size of what must not be opened: reading a named pipe waits for ever
 
@@ -98,7 +99,8 @@ def fetch_many(system: AbstractFileSystem, sizes: Mapping[str, int]) -> dict[str
 
 
 def open_imagefolder(path: str, options: Options, run: Runner) -> Source:
-    """A folder per class. Files beside the class folders have no label."""
+    """A folder per class, or folders of splits with these. Files beside the class folders have no label."""
+    path = split_folder(f"imagefolder:{path}", path, options.split)
     classes, labelled = classed_files(path)
     if not classes:
         raise InputError(
@@ -123,7 +125,8 @@ def classed_files(path: str) -> tuple[tuple[str, ...], list[tuple[str, int, int]
 
 
 def open_folder(path: str, options: Options, run: Runner) -> Source:
-    """All files of a folder, without labels."""
+    """All files of a folder, or of one of its splits, without labels."""
+    path = split_folder(f"folder:{path}", path, options.split)
     _, files = listing(path)
     unlabelled = [(name, size, -1) for name, size in files]
     return Source((), file_parts(f"folder:{path}", path, unlabelled, options, "folder: takes no classes"))

@@ -51,10 +51,10 @@ def open_source(address: str, options: Options, run: Runner) -> Source:
     return source if options.labels is None else with_labels(source, options.labels, options.label)
 
 
-OF_TARS = ("image", "label_from", "labels")
+OF_TARS = ("image", "label_from", "labels", "split")
 CHOICES: dict[str, tuple[str, ...]] = {
-    "imagefolder": (),
-    "folder": ("labels",),
+    "imagefolder": ("split",),
+    "folder": ("labels", "split"),
     "tars": OF_TARS,
     "webdataset": OF_TARS,
     "parquet": ("image", "label", "split"),

@@ -13,6 +13,7 @@ from shards.files import is_left_behind
 from shards.retry import retry
 from shards.sources.base import IMAGE_EXTENSIONS, LARGEST_CLASS, Options, Record, Runner, Source
 from shards.sources.containers import Container, container_parts, containers_at, opened, read_at
+from shards.sources.splits import of_split
 
 LONGEST_CHAIN = 40  # links that lead to links
 LARGEST_SPARSE = 1 << 30  # bytes of a member with holes, whose header may claim any size
@@ -42,14 +43,14 @@ def open_tars(path: str, options: Options, run: Runner) -> Source:
     """WebDataset tars. Labels that are text become classes in sorted order.
 
     Raises:
-        InputError: no tars, no such place of labels, a sample with several images that fit alike, or more different
-            labels than there may be classes.
+        InputError: no tars, several splits and none chosen, no such place of labels, a sample with several images that
+            fit alike, or more different labels than there may be classes.
     """
     address = f"tars:{path}"
     label_from = options.label_from or "cls"
     if label_from not in ("cls", "folder") and not re.fullmatch("json:.+", label_from):
         raise InputError(f"--label-from {label_from}: labels come from cls, folder or json:FIELD")
-    containers = containers_at(address, path, ".tar")
+    containers = of_split(address, containers_at(address, path, ".tar"), options.split)
     tars = [Tar(one.root, one.name, one.size, options.image, label_from) for one in containers]
     counted = dict(run(count_tar, tars))
     classes = class_names(address, (labels for _, labels in counted.values()))
