@@ -68,6 +68,16 @@ class RunData:
         flat = flatten(self.config)
         return next((flat[name] for name in names if flat.get(name) is not None), None)
 
+    def addresses(self, source: str) -> list[str]:
+        """Where the `real` or the `synthetic` shards lie."""
+        return addresses(flatten(self.config), source)
+
+
+def addresses(flat: Mapping[str, Any], source: str) -> list[str]:
+    """Where the shards of a source lie, from settings by dotted key; runs of before have one address as text."""
+    value = flat.get(f"data.{source}") or []
+    return [value] if isinstance(value, str) else list(value)
+
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as one level with dotted keys."""

@@ -3,6 +3,7 @@
 import inspect
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from jobs.log.reader import open_log
 from jobs.log.writer import AugmentationLog, truncate_log
 from jobs.run import checkpoint
 from jobs.run.arithmetic import arithmetic_of, use_arithmetic
-from jobs.run.config import PretrainConfig, save_config, to_plain
+from jobs.run.config import PretrainConfig, from_plain, save_config, to_plain
 from jobs.run.data import (
     Data,
     check_batch,
@@ -64,7 +65,7 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
         InputError: shards, sizes or values that do not fit; no intact checkpoint to resume from.
     """
     saved = checkpoint.load_newest(folder.checkpoints) if resume else None
-    if saved is not None and without_addresses(saved["config"]) != without_addresses(to_plain(config)):
+    if saved is not None and without_addresses(from_plain(saved["config"])) != without_addresses(config):
         raise InputError(f"run: {folder.path / 'config.json'} is not what the checkpoint was trained with; restore it")
     step = saved["step"] if saved else 0
     arithmetic = arithmetic_of(config.precision, world.device)
@@ -212,9 +213,10 @@ def compile_encoders(config: PretrainConfig, objective: Objective, device: torch
                 encoder.backbone.compile(dynamic=False)
 
 
-def without_addresses(plain: dict[str, Any]) -> dict[str, Any]:
+def without_addresses(config: PretrainConfig) -> PretrainConfig:
     """A configuration without where the shards lie: they may move while a run is stopped."""
-    return {**plain, "data": {**plain["data"], "real": "", "synthetic": ""}}
+    nameless = (tuple("?" for _ in addresses) for addresses in (config.data.real, config.data.synthetic))
+    return replace(config, data=replace(config.data, **dict(zip(("real", "synthetic"), nameless, strict=True))))
 
 
 def fingerprints(data: Data) -> list[dict[str, Any]]:
