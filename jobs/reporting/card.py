@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jobs.reporting.html import number, percent
-from jobs.reporting.rundata import RunData, flatten, is_finite
+from jobs.reporting.rundata import RunData, addresses, flatten, is_finite
 
 
 def model_card(run: RunData, step: int | None, which: str) -> str:
@@ -68,9 +68,9 @@ def _data(run: RunData, flat: dict[str, Any]) -> list[list[str]]:
     # Addresses of shards are places on somebody's machine: their last part names the data.
     rows = []
     for source in ("real", "synthetic"):
-        address = str(flat.get(f"data.{source}") or "").rstrip("/")
-        if address:
-            rows.append([f"{source.capitalize()} images", address.rsplit("/", 1)[-1]])
+        names = [address.rstrip("/").rpartition("/")[2] for address in addresses(flat, source)]
+        if names:
+            rows.append([f"{source.capitalize()} images", ", ".join(names)])
     if any(row[0].startswith("Synthetic") for row in rows):
         real_too = any(row[0].startswith("Real") for row in rows)
         share = flat.get("data.synthetic_share") if real_too else 1.0

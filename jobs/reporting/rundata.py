@@ -78,6 +78,16 @@ class RunData:
         encoder = f", {origin['encoder']} encoder" if origin.get("encoder") else ""
         return f"{origin['kind']} {origin['name']}{step}{encoder} (SHA-256 {origin['sha256'][:12]})"
 
+    def addresses(self, source: str) -> list[str]:
+        """Where the `real` or the `synthetic` shards lie."""
+        return addresses(flatten(self.config), source)
+
+
+def addresses(flat: Mapping[str, Any], source: str) -> list[str]:
+    """Where the shards of a source lie, from settings by dotted key; runs of before have one address as text."""
+    value = flat.get(f"data.{source}") or []
+    return [value] if isinstance(value, str) else list(value)
+
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as one level with dotted keys."""
