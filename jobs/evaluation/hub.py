@@ -14,6 +14,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from jobs.evaluation.features import default_crop
 from jobs.evaluation.frozen import IMAGENET_MEAN, IMAGENET_STD
 from models.backbones import BackboneConfig
 from shards.errors import InputError, install_extra
@@ -39,8 +40,8 @@ def timm_arguments(config: BackboneConfig, model: nn.Module) -> dict[str, Any]:
     return {} if "resnet" in config.name else {"img_size": config.image_size}
 
 
-def write_timm_folder(config: BackboneConfig, model: nn.Module, out: Path) -> None:
-    """Writes config.json and model.safetensors.
+def write_timm_folder(config: BackboneConfig, model: nn.Module, out: Path, licence: str = "") -> None:
+    """Writes config.json, with the crop that evaluation takes, and model.safetensors.
 
     Raises:
         InputError: an architecture that timm cannot build.
@@ -63,7 +64,7 @@ def write_timm_folder(config: BackboneConfig, model: nn.Module, out: Path) -> No
             "input_size": [3, size, size],
             "fixed_input_size": "img_size" in arguments,
             "interpolation": "bilinear",
-            "crop_pct": 0.875,
+            "crop_pct": default_crop(size),
             "crop_mode": "center",
             "mean": list(IMAGENET_MEAN),
             "std": list(IMAGENET_STD),
@@ -71,7 +72,7 @@ def write_timm_folder(config: BackboneConfig, model: nn.Module, out: Path) -> No
             "pool_size": None,
             "first_conv": getattr(model, "default_cfg", {}).get("first_conv", "patch_embed.proj"),
             "classifier": getattr(model, "default_cfg", {}).get("classifier", "head"),
-            "license": "apache-2.0",
+            **({"license": licence} if licence else {}),
         },
     }
     out.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -14,18 +15,22 @@ from shards.manifest import open_manifest
 from shards.reader import SampleError, SampleReader
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+# Files of an ImageFolder whose content is in its fingerprint.
+FINGERPRINTED = 256
 
 
 class ImageSet(Protocol):
     """n encoded images with labels.
 
-    name: for people; labels: int64 [n], −1 where unknown; classes: names by label; identity: changes with the content.
+    name: for people; labels: int64 [n], −1 where unknown; classes: names by label; identity: changes with the content
+    and, of files, with when and where they were written; fingerprint: is the same of a copy on another machine.
     """
 
     name: str
     labels: np.ndarray
     classes: tuple[str, ...]
     identity: str
+    fingerprint: str
 
     def read(self, rows: Sequence[int]) -> list[np.ndarray | str]:
         """Encoded bytes, uint8 1-D, that every decoder shows alike, or why an image cannot be used."""
@@ -63,6 +68,7 @@ class FolderImages:
             stamp = f" {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns} {facts.st_ino}\n"
             digest.update(os.fsencode(path.relative_to(root)) + stamp.encode())
         self.identity = digest.hexdigest()
+        self.fingerprint = _fingerprint(root, files)
 
     def read(self, rows: Sequence[int]) -> list[np.ndarray | str]:
         return [_file_bytes(self.files[row]) for row in rows]
@@ -72,6 +78,18 @@ class FolderImages:
 
     def close(self) -> None:
         """Nothing is held open."""
+
+
+def _fingerprint(root: Path, files: Sequence[Path]) -> str:
+    """SHA-256 over names and sizes of all files and the content of some, spread over all: images by the same name and
+    of the same size are nearly always the same."""
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(os.fsencode(path.relative_to(root)) + f" {path.stat().st_size}\n".encode())
+    for path in files[:: -(-len(files) // FINGERPRINTED)]:
+        with suppress(OSError):  # named when it is to be read as an image
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def printable(path: Path) -> str:
@@ -97,7 +115,7 @@ class ShardImages:
         self.labels = manifest.columns(np.arange(len(manifest))).label.astype(np.int64)
         self.classes = tuple(manifest.classes)
         self.name = "/".join(Path(address).resolve().parts[-2:]) if "://" not in address else address
-        self.identity = manifest.fingerprint
+        self.identity = self.fingerprint = manifest.fingerprint
 
     def read(self, rows: Sequence[int]) -> list[np.ndarray | str]:
         items = self._reader.read(np.asarray(rows, dtype=np.int64))

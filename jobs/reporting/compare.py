@@ -7,8 +7,8 @@ import numpy as np
 from jobs.reporting import charts
 from jobs.reporting.charts import Series
 from jobs.reporting.html import Markup, join, number, percent, table, tag
+from jobs.reporting.protocols import side_by_side
 from jobs.reporting.rundata import RunData, flatten, is_finite
-from jobs.reporting.sections import best_scores
 
 COMPARED = (("train/loss", "Training loss", number), ("knn/top1", "kNN top-1 on held-out images", percent))
 # Settings that name the run rather than describe it.
@@ -19,7 +19,6 @@ def comparison(runs: Sequence[RunData]) -> Markup:
     """Final numbers of all runs, what differs between their settings, and their curves in one chart each."""
     rows: list[list[object]] = []
     for run in runs:
-        scores = {name: top1 for name, top1, _ in best_scores(run)}
         share = (run.analysis or {}).get("lowest_iou_share")
         _, speed = run.series("train/images_per_second")
         rows.append([
@@ -28,7 +27,6 @@ def comparison(runs: Sequence[RunData]) -> Markup:
             max((line.get("step", 0) for line in run.metrics), default=0),
             _cell(run.last("train/loss"), lambda x: number(x, 4)),
             _cell(run.last("knn/top1"), percent),
-            *(_cell(scores.get(name), percent) for name in ("Evaluated kNN", "Linear probe", "Fine-tuned")),
             _cell(float(np.median(speed)) if len(speed) else None, lambda x: number(x, 4)),
             _cell(share, percent),
         ])  # fmt: skip
@@ -38,9 +36,6 @@ def comparison(runs: Sequence[RunData]) -> Markup:
         "Steps",
         "Loss",
         "kNN",
-        "Evaluated kNN",
-        "Linear",
-        "Fine-tuned",
         "Images/s",
         "Hardest is lowest IoU",
     ]
@@ -51,8 +46,24 @@ def comparison(runs: Sequence[RunData]) -> Markup:
     figures = [figure for name, title, shape in COMPARED if (figure := _together(runs, name, title, shape)) is not None]
     return join(
         tag("div", overview, class_="card"),
+        tag("div", evaluated(runs), class_="card", style="margin:1rem 0"),
         tag("div", differences(runs), class_="card", style="margin:1rem 0"),
         tag("div", *figures, class_="cards"),
+    )
+
+
+def evaluated(runs: Sequence[RunData]) -> Markup:
+    """Top-1 of the runs' own checkpoints, a row for each protocol."""
+    scored = side_by_side(runs)
+    if not scored:
+        return tag("p", "No run was evaluated yet.")
+    rows: list[list[object]] = [
+        [label, *("" if score is None else (score.top1, f"{percent(score.top1)} (step {number(score.step)})")
+                  for score in row)]
+        for label, row in scored.items()
+    ]  # fmt: skip
+    return table(
+        ["Evaluation", *(run.name for run in runs)], rows, "Top-1 by equal protocols, of the newest step scored"
     )
 
 
