@@ -45,7 +45,8 @@ class BuildConfig:
     """File of labels for folder: and tars: (CSV, TSV or Parquet): a column with the images' names or keys, and one
     with their labels, class numbers or names."""
     split: str | None = None
-    """Which split of Parquet to take, such as train, where there are several."""
+    """Which split to take, such as train, where names of files or folders tell of several (train/cat/1.jpg,
+    train-00000-of-00012.parquet)."""
     check: Literal["full", "header"] = "full"
     """full: decode every image; header: read only its header and end (several times faster, finds fewer faults)."""
     resize_short: int | None = None

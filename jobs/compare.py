@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import tyro
 from rich.table import Table
 
 from jobs.reporting.charts import smooth
-from jobs.reporting.compare import PLACES
+from jobs.reporting.compare import PLACES, arm_differences
 from jobs.reporting.protocols import side_by_side
 from jobs.reporting.rundata import RunData, flatten, read_run, told_apart
 from jobs.run.terminal import console, parse, tables
+from jobs.studies.difference import Difference, in_points
 from shards.errors import InputError
 
 USUAL = ("train/loss", "knn/top1", "train/images_per_second")
@@ -42,7 +43,9 @@ def compare(paths: Sequence[str], metrics: Sequence[str] = ()) -> dict[str, Any]
     Returns:
         `runs`: names; `verdicts`: as judged while they trained, None where nothing was; `metrics`: by name, per run
         the last and the best value and the best one's step (None where it was not logged); `scores`: top-1 by
-        protocol, per run (None where it was not scored so); `settings`: those that differ, per run.
+        protocol, per run (None where it was not scored so); `differences`: where the runs are two arms with seeds in
+        common, by score the second arm's less the first's with its 95 % interval; `settings`: those that differ, per
+        run.
 
     Raises:
         InputError: fewer than two runs, a folder that is none, or a metric that no run logged.
@@ -59,6 +62,7 @@ def compare(paths: Sequence[str], metrics: Sequence[str] = ()) -> dict[str, Any]
         "scores": {
             label: [None if score is None else score.top1 for score in row] for label, row in side_by_side(runs).items()
         },
+        "differences": {name: asdict(pair) for name, pair in arm_differences(runs).items()},
         "settings": {
             key: [flat.get(key) for flat in flats] for key in keys if len({repr(flat.get(key)) for flat in flats}) > 1
         },
@@ -102,12 +106,18 @@ def tables_of(content: dict[str, Any]) -> list[Table]:
         numbers.add_row(name, *texts)
     for name, values in content["scores"].items():
         numbers.add_row(name, *("–" if value is None else f"{value:.1%}" for value in values))
+    found = [numbers]
+    if content["differences"]:
+        beside = Table("score", "second arm less the first", title="over the seeds that both arms have, 95 % interval")
+        for name, pair in content["differences"].items():
+            beside.add_row(name, in_points(Difference(**pair)))
+        found.append(beside)
     if not content["settings"]:
-        return [numbers]
+        return found
     settings = Table("setting", *content["runs"], title="settings that differ")
     for name, values in content["settings"].items():
         settings.add_row(name, *map(str, values))
-    return [numbers, settings]
+    return [*found, settings]
 
 
 def draw(paths: Sequence[str], names: Sequence[str], metrics: Sequence[str], out: Path) -> None:

@@ -72,6 +72,8 @@ class DemoConfig:
     steps besides, about the time that hard views take."""
     diffusion_steps: int = 400
     """Training steps of the diffusion model, of 128 images."""
+    seed: int = 0
+    """Seed of the clone and of all training; the same seed gives the same figures on the same kind of machine."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,8 @@ def make_clone(config: DemoConfig, real: Manifest, setting: Setting) -> bool:
             like=str(shards / "real"),
             out=shards / "synthetic",
             train_on=str(shards / "real"),
-            train=replace(DIFFUSION, steps=config.diffusion_steps),
+            train=replace(DIFFUSION, steps=config.diffusion_steps, seed=config.seed),
+            seed=config.seed,
             batch=200,
             shard_samples=SHARD_SAMPLES,
         )
@@ -221,6 +224,7 @@ def arm_config(config: DemoConfig, arm: Arm, setting: Setting, cloned: bool) -> 
         ),
         checkpoint=CheckpointConfig(every=every),
         steps=arm.steps,
+        seed=config.seed,
     )
 
 

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 import pyarrow as pa
 
 from shards.errors import InputError
-from shards.files import clear_partials, partial_name, publish, settle, write_whole
+from shards.files import clear_partials, is_left_behind, partial_name, publish, settle, write_whole
 from shards.images import Extension
 from shards.manifest import (
     QUARANTINE_NAME,
@@ -384,4 +384,4 @@ def remove_shards(folder: Path, names: Iterable[str]) -> None:
 
 def shards_in(folder: Path) -> list[str]:
     """Names of the tars in a folder, in order."""
-    return sorted(path.name for path in folder.glob("*.tar"))
+    return sorted(path.name for path in folder.glob("*.tar") if not is_left_behind(path.name))

@@ -25,7 +25,7 @@ from jobs.evaluation.backbones import ModelConfig, load_frozen
 from jobs.evaluation.features import Features, default_crop, features_of
 from jobs.evaluation.finetune import FinetuneConfig, finetune
 from jobs.evaluation.frozen import Frozen
-from jobs.evaluation.images import ImageSet, align_labels, label_table, open_images
+from jobs.evaluation.images import ImageSet, align_labels, label_table, open_images, warn_unscored
 from jobs.evaluation.knn import KS, TEMPERATURE, knn_scores
 from jobs.evaluation.loading import Loader, check_crops, crop_and_flip
 from jobs.evaluation.metrics import over_seeds, summarize
@@ -121,6 +121,7 @@ class Scene:
         return features_of(self.frozen, images, role, self.world.device, batch, self.world, self.cache)
 
 
+# What is kept of an evaluation; `scored` is the number of test images behind its scores.
 Measure = Callable[[Scene], dict[str, Any]]
 
 
@@ -136,14 +137,17 @@ def _evaluate(kind: str, config: CommonConfig, measure: Measure, labelled: bool 
         world = stack.enter_context(open_world(config.device))
         run = config.model.run
         cache = open_run(run).evaluation / "features" if config.cache and run is not None else None
+        if world.leads:
+            warn_unscored(train, test)
+        measured = measure(Scene(frozen, facts, train, test, labels_q, world, cache))
         result = {
             "kind": kind,
             "model": facts,
             "protocol": (protocol := protocol_of(config, frozen, train, test)),
             "identity": identity_of(kind, facts, protocol),
             "train": {"name": train.name, "images": len(train.labels)},
-            "test": {"name": test.name, "images": len(test.labels)},
-            **measure(Scene(frozen, facts, train, test, labels_q, world, cache)),
+            "test": {"name": test.name, "images": measured.pop("scored"), "listed": len(test.labels)},
+            **measured,
             "pool": config.model.pool,
             "seconds": 0.0,
         }
@@ -394,16 +398,16 @@ def evaluate_retrieval(config: RetrievalConfig) -> dict[str, Any]:
     def measure(scene: Scene) -> dict[str, Any]:
         train_nD, train_labels_n, _ = scene.features(scene.train, config.forward_batch)
         scores = {"rankme": float(rankme(train_nD))}
-        shared = set(scene.train.classes) & set(scene.test.classes)
-        if not shared:
-            return {"scores": scores, "note": "no labels in common, so no mean average precision"}
+        table = torch.from_numpy(label_table(scene.train, scene.test))
+        if (table < 0).all():
+            return {"scores": scores, "scored": 0, "note": "no labels in common, so no mean average precision"}
         test_qD, own_q, _ = scene.features(scene.test, config.forward_batch)
-        labels_q = torch.from_numpy(label_table(scene.train, scene.test))[own_q]
+        labels_q = table[own_q]
         known = labels_q >= 0
         gallery = train_labels_n >= 0
         scores["map"] = mean_average_precision(
             test_qD[known], labels_q[known], train_nD[gallery], train_labels_n[gallery]
         )
-        return {"scores": scores}
+        return {"scores": scores, "scored": int(known.sum())}
 
     return _evaluate("retrieval", config, measure, labelled=False)

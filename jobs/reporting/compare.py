@@ -9,8 +9,13 @@ from jobs.reporting.charts import Series
 from jobs.reporting.html import Markup, join, number, percent, table, tag
 from jobs.reporting.protocols import side_by_side
 from jobs.reporting.rundata import RunData, flatten, is_finite
+from jobs.studies.difference import Difference, difference, in_points
 
-COMPARED = (("train/loss", "Training loss", number), ("knn/top1", "kNN top-1 on held-out images", percent))
+LOSS = "train/loss"
+COMPARED = (
+    (LOSS, "Training loss, against real negatives alone", number),
+    ("knn/top1", "kNN top-1 on held-out images", percent),
+)
 # Settings that name the run rather than describe it.
 PLACES = ("run.folder", "run.path", "run.run", "run.name", "run")
 
@@ -44,9 +49,13 @@ def comparison(runs: Sequence[RunData]) -> Markup:
         [heads[i] for i in kept], [[row[i] for i in kept] for row in rows], "Newest values; a header sorts"
     )
     figures = [figure for name, title, shape in COMPARED if (figure := _together(runs, name, title, shape)) is not None]
+    arms = arm_differences(runs)
+    beside: list[list[object]] = [[name, in_points(pair)] for name, pair in arms.items()]
+    about = "Second arm less the first, in points, over shared seeds; 95 % interval by Student's t"
     return join(
         tag("div", overview, class_="card"),
         tag("div", evaluated(runs), class_="card", style="margin:1rem 0"),
+        tag("div", table(["Score", "Difference"], beside, about), class_="card", style="margin:1rem 0") if arms else "",
         tag("div", differences(runs), class_="card", style="margin:1rem 0"),
         tag("div", *figures, class_="cards"),
     )
@@ -67,6 +76,35 @@ def evaluated(runs: Sequence[RunData]) -> Markup:
     )
 
 
+def arm_differences(runs: Sequence[RunData]) -> dict[str, Difference]:
+    """By score, what the second of two arms has more than the first, paired over the seeds that both have. Runs that
+    differ in their seed alone are one arm; empty where there are not two arms, or none of their seeds is shared."""
+    scored = scores_of(runs)
+    arms: dict[str, list[int]] = {}
+    for i, run in enumerate(runs):
+        own = {key: value for key, value in flatten(run.config).items() if key not in (*PLACES, "seed")}
+        arms.setdefault(repr(sorted(own.items(), key=lambda item: item[0])), []).append(i)
+    if len(arms) != 2:
+        return {}
+    first, second = ([(runs[i].setting("seed"), scored[i]) for i in arm] for arm in arms.values())
+    pairs = {}
+    for name in dict.fromkeys(name for _, scores in first for name in scores):
+        one, other = ({s: scores[name] for s, scores in arm if name in scores} for arm in (first, second))
+        if (pair := difference(other, one)) is not None:
+            pairs[name] = pair
+    return pairs
+
+
+def scores_of(runs: Sequence[RunData]) -> list[dict[str, float]]:
+    """Each run's accuracies by name: the last held-out kNN while training, and evaluations by protocol."""
+    scored = [{} if (last := run.last("knn/top1")) is None else {"kNN": last} for run in runs]
+    for label, row in side_by_side(runs).items():
+        for scores, score in zip(scored, row, strict=True):
+            if score is not None:
+                scores[label] = score.top1
+    return scored
+
+
 def differences(runs: Sequence[RunData]) -> Markup:
     """The settings in which the runs differ."""
     flats = [flatten(run.config) for run in runs]
@@ -81,11 +119,19 @@ def differences(runs: Sequence[RunData]) -> Markup:
 def _together(runs: Sequence[RunData], name: str, title: str, shape: Callable[[float], str]) -> Markup | None:
     series = []
     for i, run in enumerate(runs):
-        x, y = run.series(name)
+        x, y = run.real_loss() if name == LOSS else run.series(name)
         if np.isfinite(y).any():
             smoothed = charts.smooth(y) if name.startswith("train/") else y
             series.append(Series(run.name, x, smoothed, colour=i, dashed=i >= charts.SERIES_COLOURS))
-    return charts.line_chart(title, series, x_label="step", shape=shape) if series else None
+    references = _chance(runs) if name == LOSS else []
+    return charts.line_chart(title, series, x_label="step", shape=shape, references=references) if series else None
+
+
+def _chance(runs: Sequence[RunData]) -> list[tuple[str, float]]:
+    """The chance level of the loss against real negatives, where it is the same in all runs."""
+    levels = {run.state.get("verdict_figures", {}).get("chance") for run in runs}
+    level = levels.pop()
+    return [("chance", level)] if not levels and is_finite(level) else []
 
 
 def _cell(x: float | None, shape: Callable[[float], str]) -> object:

@@ -3,7 +3,7 @@
 Suffixes: B images, N views, V views of one image.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from jobs.evaluation.maps import MapGrid, Method, checkpoint_models, checkpoint_
 from jobs.log.reader import Rows, open_log
 from jobs.log.replaying import Replayed, replay_step, step_rows
 from jobs.reporting.gallery import HardViews, gallery
-from jobs.reporting.html import Markup, join, number, tag
+from jobs.reporting.html import Markup, attempt, join, number, tag
 from jobs.reporting.images import picture
 from jobs.reporting.rundata import RunData
 from jobs.run.folder import open_run
@@ -33,17 +33,10 @@ def pictures(run: RunData, images: int) -> dict[str, Markup | str]:
     if images == 0:
         return dict.fromkeys(("views", "samples", "attention"), "Pictures were not asked for.")
     return {
-        "views": _part(lambda: hard_views(run.path, images)),
-        "samples": _part(lambda: samples(run, min(SAMPLES, 2 * images))),
-        "attention": _part(lambda: attention(run, min(MAPPED, images))),
+        "views": attempt(lambda: hard_views(run.path, images)),
+        "samples": attempt(lambda: samples(run, min(SAMPLES, 2 * images))),
+        "attention": attempt(lambda: attention(run, min(MAPPED, images))),
     }
-
-
-def _part(make: Callable[[], Markup | str]) -> Markup | str:
-    try:
-        return make()
-    except (InputError, OSError) as error:
-        return f"This part could not be made: {error}."
 
 
 # Hard views

@@ -35,6 +35,21 @@ class RunData:
         both = np.array(points, dtype=np.float64).reshape(-1, 2)
         return both[:, 0], both[:, 1]
 
+    def real_loss(self) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and values of the loss against real negatives alone: the loss itself where no synthetic ones are."""
+        lines = [{"loss": line.get("train/loss_real", line.get("train/loss")), **line} for line in self.metrics]
+        return replace(self, metrics=lines).series("loss")
+
+    def synthetic_span(self) -> list[tuple[str, float]]:
+        """Where synthetic negatives begin and end (steps), as far as they do within the run."""
+        logged = [line for line in self.metrics if "train/loss" in line]
+        used = [row for row, line in enumerate(logged) if "train/loss_real" in line]
+        if not used:
+            return []
+        marks = [("begin", used[0] - 1)] if used[0] > 0 else []
+        marks += [("end", used[-1])] if used[-1] < len(logged) - 1 else []
+        return [(f"synthetic negatives {word}", float(logged[row]["step"])) for word, row in marks]
+
     def names(self, prefix: str = "") -> list[str]:
         """Metrics that start with `prefix`, in the order they first appear."""
         ordered: dict[str, None] = {}
@@ -52,6 +67,16 @@ class RunData:
         """The first of these dotted config keys that is set."""
         flat = flatten(self.config)
         return next((flat[name] for name in names if flat.get(name) is not None), None)
+
+    @property
+    def origin(self) -> str | None:
+        """Where the weights that the run began with come from; None for random ones."""
+        origin = self.config.get("origin")
+        if not origin:
+            return None
+        step = f", step {origin['step']}" if origin.get("step") is not None else ""
+        encoder = f", {origin['encoder']} encoder" if origin.get("encoder") else ""
+        return f"{origin['kind']} {origin['name']}{step}{encoder} (SHA-256 {origin['sha256'][:12]})"
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

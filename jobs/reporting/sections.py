@@ -48,6 +48,8 @@ def summary(run: RunData) -> Markup:
     settings: list[list[object]] = [
         [name, str(value)] for name, keys in KEY_SETTINGS if (value := run.setting(*keys)) is not None
     ]
+    if run.origin:
+        settings.append(["Started from", run.origin])
     full = json.dumps(run.config, indent=1, ensure_ascii=False)
     return join(
         tag("div", *tiles, class_="tiles") if tiles else None,
@@ -131,10 +133,14 @@ def _curve(run: RunData, name: str, title: str, note: str) -> Markup | None:
     broken = int((~np.isfinite(y)).sum())
     note = f"{note}; {broken} values are not finite" if broken else note
     lines = [Series(name, x, smoothed, faint=raw)]
+    marks = run.synthetic_span() if name == "train/loss" else []
     at, chance = run.series("train/chance")
     if name == "train/loss" and len(chance):  # it steps where synthetic negatives begin and end
         lines.append(Series("chance", at, chance, colour=1, dashed=True))
-    return charts.line_chart(title, lines, x_label="step", note=note, shape=shape)
+    if marks:
+        at, real = run.real_loss()
+        lines.append(Series("against real negatives alone", at, charts.smooth(real), colour=2))
+    return charts.line_chart(title, lines, x_label="step", note=note, shape=shape, marks=marks)
 
 
 def _gradients(run: RunData) -> Markup | None:
@@ -211,7 +217,7 @@ def _details(e: dict[str, Any]) -> list[Markup]:
     confusion = np.array(e.get("confusion") or [], dtype=np.float64)
     if confusion.ndim == 2 and 2 <= len(confusion) <= 25:
         shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-        names = [c["class"] for c in per_class] or [str(i) for i in range(len(confusion))]
+        names = e.get("classes") or [str(i) for i in range(len(confusion))]
         parts.append(
             charts.heatmap(
                 f"Confusion: {name}", shares, names, names, note="row: true class, column: predicted, % of the row"

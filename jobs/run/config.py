@@ -4,9 +4,10 @@ import json
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import cattrs
+import tyro
 
 from jobs.run.folder import write_json
 from jobs.run.metrics import LOGGERS
@@ -18,6 +19,24 @@ from models.objectives.moby import MoBYConfig
 from models.selection import SelectionConfig
 from pipelines.policies import POLICIES, IouScript, Policy, ViewPolicy, build_policy
 from shards.errors import InputError
+
+Which = Literal["kept", "online", "target"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the weights that a run began with come from."""
+
+    kind: Literal["timm", "file", "run", "backbone"]
+    """timm's pretrained weights, a file, a run of this project, or a folder of `export-backbone`."""
+    name: str
+    """The model's, file's, run's or folder's name."""
+    sha256: str
+    """Of the file that was read."""
+    step: int | None = None
+    """Of a run's checkpoint."""
+    encoder: str | None = None
+    """Of a run: online or target."""
 
 
 @dataclass(frozen=True)
@@ -216,10 +235,22 @@ class PretrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    preset: Annotated[str, tyro.conf.Suppress] = ""
+    """Name of the preset that the values come from; empty where none does."""
+    init: str = ""
+    """Weights to start from: a timm name (pretrained weights from this machine, or fetched), a safetensors or PyTorch
+    file, a run's folder, or a folder of `export-backbone`; empty = random ones. Schedules begin anew."""
+    which: Which = "kept"
+    """Which encoder's weights --init takes of a run or a checkpoint with two: online, target, or kept = the one that is
+    evaluated. Both encoders begin with them."""
+    init_heads: bool = False
+    """Take the heads of --init's run too, where they fit; otherwise they begin at random."""
+    origin: Annotated[Origin | None, tyro.conf.Suppress] = None
+    """What --init was; written when the run begins."""
     epochs: float = 300.0
     """Length in epochs: passes over the real images (over the synthetic ones where there are no real ones)."""
     steps: int | None = None
-    """Length in steps; overrides epochs."""
+    """Length in steps; overrides epochs. 0 = write the first checkpoint and end, for the weights of --init as a run."""
     batch: int = 512
     """Images per step over all processes."""
     accumulate: int = 1
@@ -242,8 +273,11 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.epochs <= 0:
             raise InputError(f"epochs: {self.epochs} must be above 0")
-        if self.steps is not None and self.steps < 1:
-            raise InputError(f"steps: {self.steps} must be at least 1")
+        if self.steps is not None and self.steps < 0:
+            raise InputError(f"steps: {self.steps} must be 0 or above")
+        if not self.init and (self.which != "kept" or self.init_heads):
+            field = "init_heads" if self.init_heads else "which"
+            raise InputError(f"{field}: it is about the weights of --init, and there is none; leave it out or give one")
         for name in ("batch", "accumulate"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: {getattr(self, name)} must be at least 1")

@@ -72,7 +72,8 @@ def shares(config: DataConfig, epochs: int) -> list[list[float]]:
 def run_length(config: PretrainConfig, order: SampleOrder) -> Length:
     """Steps of the run and of an epoch."""
     per_epoch = order.epoch_length / config.batch
-    return Length(config.steps or max(1, ceil(config.epochs * per_epoch - 1e-9)), per_epoch)
+    by_epochs = max(1, ceil(config.epochs * per_epoch - 1e-9))
+    return Length(by_epochs if config.steps is None else config.steps, per_epoch)
 
 
 def run_policy(config: PretrainConfig) -> Policy:

@@ -188,6 +188,12 @@ def speaks() -> bool:
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
+def note(message: str) -> None:
+    """A line on stderr about what a job does."""
+    if speaks():
+        console.print(message, highlight=False)
+
+
 def warn(message: str) -> None:
     """A line on stderr that something was left out or changed, while the job goes on."""
     if speaks():

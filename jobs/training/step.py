@@ -93,9 +93,11 @@ def train_step(t: Training, batch: ViewBatch, asked_to_stop: Callable[[], bool] 
         )  # the one time that a step waits for the device
         update(t, float(loss), bool(np.isfinite(loss) and np.isfinite(norm)))
     with t.timer.phase("log", host=True):
-        choice_B, losses_BP = record(t, batch, *recorded)
-        stopping = bool(asked > 0)
-        result = StepResult(float(loss), float(norm), choice_B, losses_BP, metrics, layer_norms, stopping)
+        record(t, batch, *recorded)
+        choice_B, at_random_B, losses_BP, _ = recorded
+        result = StepResult(
+            float(loss), float(norm), choice_B, at_random_B, losses_BP, metrics, layer_norms, bool(asked > 0)
+        )
     t.step += 1
     t.timer.step()
     return result
@@ -179,14 +181,13 @@ def record(
     at_random_B: np.ndarray,
     losses_BP: np.ndarray | None,
     views_BM: np.ndarray | None,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Hands the step's rows to the log; returns choices [B] and losses [B, P]."""
+) -> None:
+    """Hands the step's rows to the log."""
     chosen_BN = None
     if views_BM is not None:
         chosen_BN = np.zeros(batch.params.shape, np.bool_)
         np.put_along_axis(chosen_BN, views_BM, True, axis=1)
     t.log.append(batch_rows(batch, t.step, t.log.scored, losses_BP, choice_B, at_random_B, chosen_BN))
-    return choice_B, losses_BP
 
 
 def split(batch: ViewBatch, parts: int) -> list[ViewBatch]:

@@ -8,7 +8,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-Name = Literal["learning", "not-learning-yet", "not-learning", "collapsed", "diverging"]
+Name = Literal["learning", "not-learning-yet", "not-learning", "forgetting", "collapsed", "diverging"]
 
 BELOW_CHANCE = 0.03  # a loss that is below chance by this share of it tells keys from negatives
 # Uniformity (Wang & Isola 2020, t = 2) is 0 where all embeddings are one, and falls to about −3.9 on the whole sphere.
@@ -16,12 +16,14 @@ SPREAD = -0.3
 ONE_POINT = -0.02
 DIVERGED = 1.25  # times chance, and times the first loss
 FALLEN = 0.05  # by so much a loss without chance level has to fall below its start
+FORGOTTEN = 0.02  # by so much the held-out kNN accuracy has to lie below that of the starting weights
 LONGEST_PATIENCE = 2000  # steps
 
 ADVICE: dict[Name, str] = {
     "learning": "",
     "not-learning-yet": "wait",
     "not-learning": "weaken the views (crops, blur, colour), begin synthetic negatives later, or change optimizer.lr",
+    "forgetting": "lower the learning rate, lengthen its warm-up, or train longer: the starting weights are better",
     "collapsed": "choose the hardest or random pairs, raise the target's momentum, or lower the learning rate",
     "diverging": "lower the learning rate, lengthen its warm-up, or clip gradients",
 }
@@ -41,6 +43,10 @@ class Signs:
     best_uniformity: float = math.nan
     rankme: float = math.nan
     first_rankme: float = math.nan
+    knn: float = math.nan
+    """Newest held-out kNN accuracy of a run that began with weights of --init."""
+    first_knn: float = math.nan
+    """That of those weights."""
     lost: bool = False
     """Whether a loss of the newest line was not finite."""
 
@@ -62,12 +68,17 @@ class Signs:
             self.rankme = rankme
             self.first_rankme = rankme if math.isnan(self.first_rankme) else self.first_rankme
 
+    def take_knn(self, top1: float) -> None:
+        """Takes in a held-out kNN accuracy, the starting weights' first."""
+        self.knn = top1
+        self.first_knn = top1 if math.isnan(self.first_knn) else self.first_knn
+
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for field in fields(self):
-            setattr(self, field.name, state[field.name])
+            setattr(self, field.name, state.get(field.name, field.default))
 
 
 @dataclass(frozen=True)
@@ -88,15 +99,17 @@ def judge(signs: Signs, step: int, steps: int) -> Verdict:
 
     learning: the loss is below chance by 3 % of it, or where it has no chance level, below its start; and embeddings
     are spread (uniformity below −0.3). collapsed: embeddings are one point, after they were spread or when patience
-    is over. diverging: the loss is not finite, or far above both chance and its start. not-learning: none of these
-    when patience is over, which is half of the run, 2,000 steps at most.
+    is over. forgetting: learning, but when patience is over, held-out kNN accuracy is 2 points below that of the
+    weights that the run began with. diverging: the loss is not finite, or far above both chance and its start.
+    not-learning: none of these when patience is over, which is half of the run, 2,000 steps at most.
     """
     figures = {name: value for name, value in asdict(signs).items() if name != "lost" and math.isfinite(value)}
     over = step >= min(steps / 2, LONGEST_PATIENCE)
     loss = f"loss {signs.loss:.2f}" + (f", chance {signs.chance:.2f}" if math.isfinite(signs.chance) else "")
     spread = f"uniformity {signs.uniformity:.2f}" if math.isfinite(signs.uniformity) else "spread of embeddings unknown"
     rank = f", RankMe {signs.rankme:.1f} ({signs.first_rankme:.1f} at first)" if math.isfinite(signs.rankme) else ""
-    reason = f"{loss}, {spread}{rank}"
+    knn = f", kNN {signs.knn:.1%} ({signs.first_knn:.1%} by the starting weights)" if math.isfinite(signs.knn) else ""
+    reason = f"{loss}, {spread}{rank}{knn}"
 
     def verdict(name: Name) -> Verdict:
         return Verdict(name, reason, figures)
@@ -111,5 +124,5 @@ def judge(signs: Signs, step: int, steps: int) -> Verdict:
     else:
         below = signs.loss < signs.first_loss - FALLEN
     if below and signs.uniformity < SPREAD:
-        return verdict("learning")
+        return verdict("forgetting" if over and signs.knn < signs.first_knn - FORGOTTEN else "learning")
     return verdict("not-learning" if over else "not-learning-yet")

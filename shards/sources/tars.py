@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from shards.errors import InputError
+from shards.files import is_left_behind
 from shards.retry import retry
 from shards.sources.base import IMAGE_EXTENSIONS, LARGEST_CLASS, Options, Record, Runner, Source
 from shards.sources.containers import Container, container_parts, containers_at, opened, read_at
+from shards.sources.splits import of_split
 
 LONGEST_CHAIN = 40  # links that lead to links
 LARGEST_SPARSE = 1 << 30  # bytes of a member with holes, whose header may claim any size
@@ -41,14 +43,14 @@ def open_tars(path: str, options: Options, run: Runner) -> Source:
     """WebDataset tars. Labels that are text become classes in sorted order.
 
     Raises:
-        InputError: no tars, no such place of labels, a sample with several images that fit alike, or more different
-            labels than there may be classes.
+        InputError: no tars, several splits and none chosen, no such place of labels, a sample with several images that
+            fit alike, or more different labels than there may be classes.
     """
     address = f"tars:{path}"
     label_from = options.label_from or "cls"
     if label_from not in ("cls", "folder") and not re.fullmatch("json:.+", label_from):
         raise InputError(f"--label-from {label_from}: labels come from cls, folder or json:FIELD")
-    containers = containers_at(address, path, ".tar")
+    containers = of_split(address, containers_at(address, path, ".tar"), options.split)
     tars = [Tar(one.root, one.name, one.size, options.image, label_from) for one in containers]
     counted = dict(run(count_tar, tars))
     classes = class_names(address, (labels for _, labels in counted.values()))
@@ -94,7 +96,7 @@ def groups(file: Any) -> Iterator[Group | str]:
     Where that would join several images whose names are numbered behind that dot (`photo.0001.jpg`), each is a sample.
     A second member of the same name begins a new sample. Links to files of the tar stand for those. Tars that were
     joined by appending are read to the last one. Yields an error message at last where the tar ends too early or its
-    headers are damaged. Nothing is extracted.
+    headers are damaged. What systems left behind is passed over, and nothing is extracted.
     """
     key, members, problem = "", [], ""
     names: dict[str, Member | str] | None = None
@@ -103,7 +105,7 @@ def groups(file: Any) -> Iterator[Group | str]:
             problem = info
             break
         name, extension = split_name(info.name)
-        if not name or not (info.isreg() or info.islnk() or info.issym()):
+        if not name or is_left_behind(info.name) or not (info.isreg() or info.islnk() or info.issym()):
             continue
         if members and (name != key or any(extension == member.extension for member in members)):
             yield from samples(key, members)

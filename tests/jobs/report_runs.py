@@ -58,7 +58,8 @@ def make_run(path: Path, *, lines: int = 40, seed: int = 0) -> Path:
             "identity": f"{kind}0123456789"[:12],
             "train": protocol(kind)["train"],
             "test": protocol(kind)["test"],
-            "confusion": [[3, 1], [0, 4]],
+            "confusion": [[3, 1, 0], [0, 4, 0], [0, 0, 0]],
+            "classes": ["cat", "dog", "emu without images"],
             "per_class": [{"class": "cat", "images": 4, "top1": 0.75}, {"class": "dog", "images": 4, "top1": 1.0}],
         }
         (path / "evaluation" / f"{kind}.json").write_text(json.dumps(scores))

@@ -24,7 +24,7 @@ from pipelines.policies import ViewPolicy
 from shards.manifest import Manifest, open_manifest
 
 ARMS = {"random": 2, "hard": 2, "random_same_time": 4}
-FLAGS = ["demo", "--steps", "2", "--diffusion-steps", "2"]
+FLAGS = ["demo", "--steps", "2", "--diffusion-steps", "2", "--seed", "3"]
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,7 @@ def learned(out: Path) -> dict[str, Any]:
 def test_the_arms_differ_in_pairs_and_steps_alone(out: Path) -> None:
     configs = {name: load_config(RunFolder(out / name).config) for name in ARMS}
     assert {name: config.steps for name, config in configs.items()} == ARMS
+    assert {config.seed for config in configs.values()} == {3}
     assert [(c.selection.views, c.selection.rule) for c in configs.values()] == [
         (2, "random"),
         (4, "hardest"),

@@ -198,6 +198,61 @@ def test_labels_are_matched_by_class_name(train: Path, tmp_path: Path) -> None:
     assert aligned.tolist() == [1, 2, 3, 4, 5, -1]
 
 
+def test_classes_match_by_name_in_any_unicode_form_and_others_are_named(
+    run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, test = (image_folder(tmp_path / name, 3, seed, classes=3) for seed, name in enumerate(("known", "new")))
+    (train / "amber").rename(train / "caf\u00e9")
+    (test / "amber").rename(test / "cafe\u0301")
+    for folder in (train, test):  # between the two forms of é, so that it has another number in each
+        (folder / "green").rename(folder / "cafz")
+    assert align_labels(open_images(train), open_images(test)).tolist() == [0] * 3 + [2] * 3 + [1] * 3
+    (test / "cafz").rename(test / "bird")
+    shutil.copy(test / "bird" / "000.png", test / "loose.png")
+    for kind in ("knn", "retrieval"):
+        evaluate.main([kind, *flags(run, train, test), "--no-cache", "--out", str(tmp_path / "scores.json")])
+        told = " ".join(capsys.readouterr().err.split())
+        assert "3 images of" in told and "has no class bird" in told and "1 images of" in told
+        kept = json.loads((tmp_path / "scores.json").read_text())
+        assert kept["test"]["images"] == 6 and kept["test"]["listed"] == 10
+    assert kept["scores"]["map"] > 0.5
+
+
+def test_a_folder_is_walked_as_build_does(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "images", 2, classes=2)
+    for name in ("__MACOSX/a/._0.png", "amber/._0.png", "amber/.ipynb_checkpoints/0.png", "@eaDir/a/0.png", ".x/0.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "amber" / "000.png", folder / name)
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name in ("amber", "blue"):
+        (linked / name).symlink_to(folder / name)
+    os.mkfifo(folder / "blue" / "pipe.png")
+    (folder / "amber" / "gone.png").symlink_to(tmp_path / "nowhere")
+    for root in (folder, linked):
+        images = open_images(root)
+        built = build(BuildConfig(f"imagefolder:{root}", tmp_path / "shards", keep_order=True, overwrite=True))
+        assert images.classes == built.classes == ("amber", "blue")
+        read = images.read(range(len(images.labels)))
+        assert [isinstance(item, str) for item in read] == [False, False, True, False, False, True]
+        assert len(built) == 4
+
+
+def test_a_folder_s_images_are_shown_as_shards_are(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "images", 2, classes=2)
+    turned, half = Image.open(folder / "amber" / "000.png"), Image.open(folder / "blue" / "000.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.crop((0, 0, 20, 10)).save(folder / "amber" / "turned.jpg", exif=exif)
+    half.putalpha(100)
+    half.save(folder / "blue" / "half.png")
+    build(BuildConfig(f"imagefolder:{folder}", tmp_path / "shards", keep_order=True))
+    own, stored = open_images(folder), open_images(tmp_path / "shards")
+    rows = range(len(own.labels))
+    assert (own.labels == stored.labels).all()
+    assert all(np.array_equal(a, b) for a, b in zip(own.read(rows), stored.read(rows), strict=True))
+
+
 # kNN and the others
 
 

@@ -1,15 +1,16 @@
 """View parameters as arrays, and the geometry of pairs against a naive count of pixels."""
 
 import itertools
+from dataclasses import fields
 
 import numpy as np
 import pytest
 
 from pipelines.draw import draw
 from pipelines.params import (
-    DTYPES,
     FIELDS,
     PAIR_COLUMNS,
+    PARAMETERS,
     ViewParams,
     pair_colour_distance,
     pair_columns,
@@ -28,9 +29,9 @@ def params() -> ViewParams:
 
 
 def test_fields_have_their_types_and_shape(params: ViewParams) -> None:
-    assert tuple(DTYPES) == FIELDS
+    assert tuple(field.name for field in fields(ViewParams)) == FIELDS
     for name in FIELDS:
-        assert getattr(params, name).dtype == DTYPES[name]
+        assert getattr(params, name).dtype == PARAMETERS[name].dtype
         assert getattr(params, name).shape == params.shape == (3, 4)
     assert len(params) == 3
 

@@ -61,8 +61,18 @@ def test_patience_is_half_of_the_run_and_at_most_2000_steps() -> None:
     assert names == ["not-learning-yet", "not-learning", "not-learning"]
 
 
+def test_a_run_that_is_worse_than_its_starting_weights_forgets() -> None:
+    for last, step, name in ((0.5, 240, "forgetting"), (0.5, 60, "learning"), (0.79, 240, "learning")):
+        found = signs([13.6, 11.3], [-0.07, -2.3])
+        found.take_knn(0.8)
+        found.take_knn(last)
+        verdict = judge(found, step, 240)
+        assert verdict.name == name and f"kNN {last:.1%} (80.0% by the starting weights)" in verdict.reason
+
+
 def test_signs_survive_a_checkpoint() -> None:
     one, other = signs([13.6, 12.8], [-0.1, -0.9]), Signs()
+    one.take_knn(0.8)
     other.load_state_dict(json.loads(json.dumps(one.state_dict())))
     assert other == one
 

@@ -160,8 +160,6 @@ def test_images_that_fit_alike_are_refused_until_one_is_chosen(tmp_path: Path) -
     index(tmp_path, "real", LOCAL, image="JPG")
     assert list(images(tmp_path)) == list(images(tmp_path / "out")) == [photo(0)]
     assert left_out(tmp_path / "out") == {"a.tar/1": "no jpg among its files (png)"}
-    with pytest.raises(InputError, match="--split: tars: has no choice of it"):
-        build_at(f"tars:{tmp_path}", tmp_path / "out", split="train")
 
 
 def sparse_tar(path: Path, form: str, content: bytes, stretches: list[tuple[int, int]]) -> None:
