@@ -48,7 +48,7 @@ def test_a_run_leaves_everything_behind(tiny: PretrainConfig, tmp_path: Path) ->
     assert load_config(RunFolder(run).config) == tiny
     assert RunFolder(run).read_state()["state"] == "finished"
     assert [entry.step for entry in checkpoint.entries(RunFolder(run).checkpoints)] == [4, 6]
-    backbone, _ = checkpoint.load_backbone(run)
+    backbone = checkpoint.load_backbone(run).backbone
     assert backbone(torch.zeros(2, 3, 16, 16)).shape == (2, 32)
 
 
