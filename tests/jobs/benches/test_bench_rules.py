@@ -5,11 +5,13 @@ import json
 import pytest
 
 from jobs import bench
+from jobs.benches import rules
 from jobs.studies.ready import COST, RULES
 
 
 @pytest.mark.slow
-def test_every_rule_is_timed_beside_random_pairs(capsys):
+def test_every_rule_is_timed_beside_random_pairs(capsys, monkeypatch):
+    monkeypatch.setattr(rules, "TURN", 1)
     bench.main(["rules", "--width", "32", "--depth", "1", "--batch", "16", "--rounds", "1", "--json"])
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(figures) == set(RULES) == set(COST)
