@@ -52,6 +52,9 @@ class Picture:
     extension: Extension
     height: int
     width: int
+    converted: str = ""
+    """From what to what, in a few words that are the same for all images of a kind; empty where the bytes are as they
+    came."""
 
 
 def prepare(content: bytes, rules: Rules) -> Picture:
@@ -89,8 +92,10 @@ def _prepare(content: bytes, image: Image.Image, rules: Rules) -> Picture:
         if whole is not None and (rules.check == "header" or decodes(whole, image, extension)):
             return Picture(whole, extension, height, width)
     target = rules.format or ("jpg" if rules.quality or image.format in LOSSY else "png")
+    changes = [*(["turned"] if orientation(image) != 1 else []), *(["reduced"] if smaller else [])]
+    converted = f"{image.format} {image.mode} to {' '.join([*changes, target])}"
     shown = as_shown(image, rules.resize_short if smaller else None)
-    return Picture(encode(shown, target, rules.quality), target, shown.height, shown.width)
+    return Picture(encode(shown, target, rules.quality), target, shown.height, shown.width, converted)
 
 
 def plain_extension(content: bytes, image: Image.Image) -> Extension | None:

@@ -86,7 +86,9 @@ def _from_timm(config: ModelConfig) -> tuple[Frozen, dict[str, Any]]:
     if not name.startswith("local-dir:") and not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5]) or "see timm.list_models()"
         raise InputError(f"timm: {name} is no model of timm {timm.__version__}; known ones: {near}")
-    options: dict[str, Any] = {"img_size": config.size} if config.size and not name.startswith("local-dir:") else {}
+    known = None if name.startswith("local-dir:") else timm.get_pretrained_cfg(name)
+    fixed = known is not None and known.fixed_input_size  # others take any size, and no such argument
+    options: dict[str, Any] = {"img_size": config.size} if config.size and fixed else {}
     with fresh(seed=0):
         try:
             model: Any = timm.create_model(name, num_classes=0, **weights_of(config), **options)

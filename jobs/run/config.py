@@ -17,7 +17,7 @@ from models.backbones import BackboneConfig
 from models.objectives import OBJECTIVES, ObjectiveConfig
 from models.objectives.moby import MoBYConfig
 from models.selection import SelectionConfig
-from pipelines.policies import POLICIES, IouScript, Policy, ViewPolicy, build_policy
+from pipelines.policies import POLICIES, Interpolation, IouScript, Policy, ViewPolicy, build_policy
 from shards.errors import InputError
 
 Which = Literal["kept", "online", "target"]
@@ -117,6 +117,8 @@ class ViewsConfig:
     """Range of the blur's sigma (pixels of the view)."""
     solarize: float | None = None
     """Probability of solarization (0 to 1)."""
+    interpolation: Interpolation = "bilinear"
+    """How crops are resized: bilinear, or bicubic as in DINO's and iBOT's code."""
     colour: Literal["fused", "exact"] = "fused"
     """Colour operations: fused into few passes, or one by one by Kornia."""
     iou: IouScript = field(default_factory=IouScript)
@@ -154,7 +156,7 @@ class ViewsConfig:
         local = tuple(replace(group, size=self.local_size or group.size) for group in policy.groups[1:])
         groups = (first, *local)
         groups = tuple(replace(g, views=tuple(self._changed(view) for view in g.views)) for g in groups)
-        return replace(policy, groups=groups, iou=self.iou)
+        return replace(policy, groups=groups, iou=self.iou, interpolation=self.interpolation)
 
     def given(self) -> dict[str, Any]:
         """The fields of `ViewPolicy` that are set here for all views, by their names there."""
@@ -219,6 +221,11 @@ class MonitorConfig:
                 raise InputError(f"monitor.{name}: {getattr(self, name)} must be 0 or above")
         if unknown := set(self.loggers) - set(LOGGERS):
             raise InputError(f"monitor.loggers: {', '.join(sorted(unknown))} unknown; known: {', '.join(LOGGERS)}")
+        if self.stop_not_learning and not 0 < self.health_every <= self.stop_not_learning:
+            raise InputError(
+                f"monitor.stop_not_learning: {self.stop_not_learning} comes before embeddings are looked at "
+                f"(monitor.health_every {self.health_every}), without which no run is learning; lower the latter"
+            )
         if bool(self.knn_train) != bool(self.knn_test):
             raise InputError("monitor.knn_train and monitor.knn_test: one is given without the other; give both")
 

@@ -100,7 +100,7 @@ def check_crops(config: PretrainConfig, backbone: nn.Module) -> None:
 
 
 def strong_blur(config: PretrainConfig) -> str | None:
-    """What to say of a blur that takes away more of a view than its policy's own does from views of 224 pixels."""
+    """Advice where the blur, in proportion to the view's side, exceeds its policy's at 224 pixels; else None."""
     drawn = run_policy(config).groups
     for group, published in zip(drawn, build_policy(config.views.policy, PUBLISHED_SIZE).groups, strict=True):
         share = group.size / published.size

@@ -117,7 +117,6 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
         stack.callback(monitor.loggers.close)
         saver = CheckpointWriter(folder.checkpoints, config.checkpoint.keep)
         stack.callback(saver.close)
-        folder.write_state("running", step=step, steps=length.steps)
     world.barrier()
     policy = run_policy(config)
     log = AugmentationLog(
