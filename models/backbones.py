@@ -88,8 +88,9 @@ VIT_OPTIONS = {
 }
 
 
-# Options that a family has, beside those of all; ViTs have all options.
+# Options that ViTs alone have: switches, and choices with what others do.
 ONLY_VIT = ("fixed_patch", "sincos", "batchnorm_mlp")
+OF_VITS = {"init": "timm", "positions": "antialiased"}
 
 
 def timm_options(config: BackboneConfig) -> dict[str, Any]:
@@ -104,8 +105,7 @@ def timm_options(config: BackboneConfig) -> dict[str, Any]:
     )
     given = [field for field in refused if getattr(config, field)]
     if kind != "vit":
-        own = {"init": "timm", "positions": "antialiased"}
-        given += [field for field, value in own.items() if getattr(config, field) != value]
+        given += [name for name, own in OF_VITS.items() if getattr(config, name) != own]
     if given:
         lacks = "has no LayerNorm before MLPs" if given[0] == "batchnorm_mlp" else "has no such option"
         raise ValueError(f"backbone.{given[0]}: {config.name} {lacks}; leave it out")
