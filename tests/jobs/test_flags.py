@@ -72,6 +72,7 @@ def commands(at: Inputs) -> dict[str, list[str]]:
         "evaluate finetune": f"{sets} --epochs 1",
         "evaluate retrieval": sets,
         "evaluate maps": f"--run {at.run} --images {at.test} --count 1 --device cpu --out {at.out}",
+        "embed": f"--run {at.run} --data {at.test} --out {at.out}/features --device cpu",
         "export": f"{at.run} --out {at.out}",
         "export-backbone": f"{at.run} --out {at.out}",
         "analyse": f"{at.run} --pairs 1000 --no-pictures",
