@@ -21,7 +21,7 @@ KEPT = 1 / 3  # share of the margins that keeps a run learning that was: single 
 ONE_POINT = -0.02
 STILL = ", the target has not moved since the start: lower objective.momentum"
 DIVERGED = 1.25  # times chance, and times the first loss
-LONGEST_PATIENCE = 2000  # steps
+SHORTEST_PATIENCE, LONGEST_PATIENCE = 50, 2000  # steps
 
 
 @dataclass(frozen=True)
@@ -142,12 +142,12 @@ def judge(signs: Signs, step: int, steps: int, margins: Margins = Margins()) -> 
     an image nearer to each other than to others', which a loss far below chance shows by itself; and the target,
     where there is one, moves. collapsed: embeddings are one point, after the run learned or when patience is over.
     forgetting: learning, but when patience is over, held-out kNN accuracy is 2 points below that of the weights
-    that the run began with. diverging: the loss is not finite, or far above both chance and its start. not-
-    learning: none of these when patience is over, which is half of the run, 2,000 steps at most. While nothing is
+    that the run began with. diverging: the loss is not finite, or far above both chance and its start.
+    not-learning: none of these when patience is over, which is half of the run, 50 to 2,000 steps. While nothing is
     known about embeddings a run is diverging or not learning yet.
     """
     figures = {name: value for name, value in asdict(signs).items() if type(value) is float and math.isfinite(value)}
-    over = step >= min(steps / 2, LONGEST_PATIENCE)
+    over = step >= max(SHORTEST_PATIENCE, min(steps / 2, LONGEST_PATIENCE))
     still = signs.target_norm == signs.first_target_norm
 
     def verdict(name: Name) -> Verdict:
