@@ -143,8 +143,9 @@ class ViewsConfig:
     """Probability of solarization (0 to 1)."""
     interpolation: Interpolation = "bilinear"
     """How crops are resized: bilinear, or bicubic as in DINO's and iBOT's code."""
-    colour: Literal["fused", "exact"] = "fused"
-    """Colour operations: fused into few passes, or one by one by Kornia."""
+    colour: Literal["fused", "clamped", "exact"] = "fused"
+    """Colour operations: fused into few passes; clamped = the same, but values are clamped after each operation, as
+    torchvision does; exact = one by one by Kornia."""
     iou: IouScript = field(default_factory=IouScript)
     """Scripted overlap of an image's views instead of free draws."""
 
