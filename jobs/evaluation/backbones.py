@@ -14,6 +14,7 @@ from jobs.evaluation.frozen import IMAGENET_MEAN, IMAGENET_STD, Frozen, Pool
 from jobs.run.checkpoint import Which, entries, load_backbone
 from jobs.run.config import load_config
 from jobs.run.folder import open_run
+from jobs.run.weights import cached_weights
 from models.backbones import build_backbone
 from shards.errors import InputError
 
@@ -119,18 +120,6 @@ def weights_of(config: ModelConfig) -> dict[str, Any]:
             f"weights: those of {config.timm} are not on this machine; give --weights FILE, or --download to fetch them"
         )
     return {"pretrained": True, "pretrained_cfg_overlay": {"file": cached}}
-
-
-def cached_weights(name: str) -> str | None:
-    """The file of timm's pretrained weights in Hugging Face's local cache, if it is there."""
-    from huggingface_hub import try_to_load_from_cache
-
-    cfg = timm.get_pretrained_cfg(name)
-    for file in ("model.safetensors", "pytorch_model.bin"):
-        cached = try_to_load_from_cache(cfg.hf_hub_id, file) if cfg is not None and cfg.hf_hub_id else None
-        if isinstance(cached, str):
-            return cached
-    return None
 
 
 @contextmanager

@@ -85,7 +85,10 @@ def _settings(run: RunData, flat: dict[str, Any]) -> list[list[str]]:
     )  # fmt: skip
     last = max((line.get("step", 0) for line in run.metrics), default=0)
     rows = [[key, str(flat[key])] for key in shown if flat.get(key) is not None]
-    verdict = [["verdict while training", run.state["verdict"]]] if run.state.get("verdict") else []
+    if run.origin:
+        rows.append(["started from", run.origin])
+    state = run.state
+    verdict = [["verdict", f"{state['verdict']} ({state.get('verdict_reason')})"]] if state.get("verdict") else []
     return [*rows, *([["steps run", number(last)]] if last else []), *verdict]
 
 

@@ -102,8 +102,10 @@ def caption(params_V: ViewParams, v: int, area: int) -> str:
     """What was done to one view, in few words: share of the image, colour factors, other operations."""
     words = [f"{100 * int(params_V.height[v]) * int(params_V.width[v]) / area:.0f} % area"]
     if params_V.jitter[v]:
-        words += [f"{name[0]} {getattr(params_V, name)[v]:.2f}" for name in ("brightness", "contrast", "saturation")]
-        words.append(f"h {params_V.hue[v]:+.2f}".replace("-", "−"))
+        factors = {name[0]: f"{getattr(params_V, name)[v]:.2f}" for name in ("brightness", "contrast", "saturation")}
+        words += [f"{letter} {factor}" for letter, factor in factors.items() if factor != "1.00"]
+        hue = f"{params_V.hue[v]:+.2f}".replace("-", "−")
+        words += [f"h {hue}"] if hue[1:] != "0.00" else []
     words += [word for word in ("flip", "gray", "solarize") if getattr(params_V, word)[v]]
     if params_V.blur[v] > 0:
         words.append(f"blur {params_V.blur[v]:.1f}")

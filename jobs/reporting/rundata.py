@@ -68,6 +68,16 @@ class RunData:
         flat = flatten(self.config)
         return next((flat[name] for name in names if flat.get(name) is not None), None)
 
+    @property
+    def origin(self) -> str | None:
+        """Where the weights that the run began with come from; None for random ones."""
+        origin = self.config.get("origin")
+        if not origin:
+            return None
+        step = f", step {origin['step']}" if origin.get("step") is not None else ""
+        encoder = f", {origin['encoder']} encoder" if origin.get("encoder") else ""
+        return f"{origin['kind']} {origin['name']}{step}{encoder} (SHA-256 {origin['sha256'][:12]})"
+
     def addresses(self, source: str) -> list[str]:
         """Where the `real` or the `synthetic` shards lie."""
         return addresses(flatten(self.config), source)

@@ -47,6 +47,8 @@ def summary(run: RunData) -> Markup:
     settings: list[list[object]] = [
         [name, str(value)] for name, keys in KEY_SETTINGS if (value := run.setting(*keys)) is not None
     ]
+    if run.origin:
+        settings.append(["Started from", run.origin])
     full = json.dumps(run.config, indent=1, ensure_ascii=False)
     return join(
         tag("div", *tiles, class_="tiles") if tiles else None,
@@ -71,6 +73,8 @@ def headline(run: RunData) -> list[tuple[str, str, str]]:
     step = max((line.get("step", 0) for line in run.metrics), default=0)
     if step:
         tiles.append(("Steps", number(step), f"state: {run.state.get('state', 'not recorded')}"))
+    if verdict := run.state.get("verdict"):
+        tiles.insert(0, ("Verdict", verdict.replace("-", " "), "judged while training, see Health"))
     _, knn = run.series("knn/top1")
     if len(knn):
         note = f"{percent(knn[0])} at the first measure" if len(knn) > 1 else "one measure so far"

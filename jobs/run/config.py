@@ -5,9 +5,10 @@ import math
 import re
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import cattrs
+import tyro
 
 from jobs.run.folder import write_json
 from jobs.run.metrics import LOGGERS
@@ -16,8 +17,26 @@ from models.backbones import BackboneConfig
 from models.objectives import OBJECTIVES, ObjectiveConfig
 from models.objectives.moby import MoBYConfig
 from models.selection import SelectionConfig
-from pipelines.policies import POLICIES, IouScript, Policy, ViewPolicy, build_policy
+from pipelines.policies import POLICIES, Interpolation, IouScript, Policy, ViewPolicy, build_policy
 from shards.errors import InputError
+
+Which = Literal["kept", "online", "target"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the weights that a run began with come from."""
+
+    kind: Literal["timm", "file", "run", "backbone"]
+    """timm's pretrained weights, a file, a run of this project, or a folder of `export-backbone`."""
+    name: str
+    """The model's, file's, run's or folder's name."""
+    sha256: str
+    """Of the file that was read."""
+    step: int | None = None
+    """Of a run's checkpoint."""
+    encoder: str | None = None
+    """Of a run: online or target."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +141,8 @@ class ViewsConfig:
     """Range of the blur's sigma (pixels of the view)."""
     solarize: float | None = None
     """Probability of solarization (0 to 1)."""
+    interpolation: Interpolation = "bilinear"
+    """How crops are resized: bilinear, or bicubic as in DINO's and iBOT's code."""
     colour: Literal["fused", "exact"] = "fused"
     """Colour operations: fused into few passes, or one by one by Kornia."""
     iou: IouScript = field(default_factory=IouScript)
@@ -159,7 +180,7 @@ class ViewsConfig:
         local = tuple(replace(group, size=self.local_size or group.size) for group in policy.groups[1:])
         groups = (first, *local)
         groups = tuple(replace(g, views=tuple(self._changed(view) for view in g.views)) for g in groups)
-        return replace(policy, groups=groups, iou=self.iou)
+        return replace(policy, groups=groups, iou=self.iou, interpolation=self.interpolation)
 
     def given(self) -> dict[str, Any]:
         """The fields of `ViewPolicy` that are set here for all views, by their names there."""
@@ -224,6 +245,11 @@ class MonitorConfig:
                 raise InputError(f"monitor.{name}: {getattr(self, name)} must be 0 or above")
         if unknown := set(self.loggers) - set(LOGGERS):
             raise InputError(f"monitor.loggers: {', '.join(sorted(unknown))} unknown; known: {', '.join(LOGGERS)}")
+        if self.stop_not_learning and not 0 < self.health_every <= self.stop_not_learning:
+            raise InputError(
+                f"monitor.stop_not_learning: {self.stop_not_learning} comes before embeddings are looked at "
+                f"(monitor.health_every {self.health_every}), without which no run is learning; lower the latter"
+            )
         if bool(self.knn_train) != bool(self.knn_test):
             raise InputError("monitor.knn_train and monitor.knn_test: one is given without the other; give both")
 
@@ -240,10 +266,22 @@ class PretrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    preset: Annotated[str, tyro.conf.Suppress] = ""
+    """Name of the preset that the values come from; empty where none does."""
+    init: str = ""
+    """Weights to start from: a timm name (pretrained weights from this machine, or fetched), a safetensors or PyTorch
+    file, a run's folder, or a folder of `export-backbone`; empty = random ones. Schedules begin anew."""
+    which: Which = "kept"
+    """Which encoder's weights --init takes of a run or a checkpoint with two: online, target, or kept = the one that is
+    evaluated. Both encoders begin with them."""
+    init_heads: bool = False
+    """Take the heads of --init's run too, where they fit; otherwise they begin at random."""
+    origin: Annotated[Origin | None, tyro.conf.Suppress] = None
+    """What --init was; written when the run begins."""
     epochs: float = 300.0
     """Length in epochs: passes over the real images (over the synthetic ones where there are no real ones)."""
     steps: int | None = None
-    """Length in steps; overrides epochs."""
+    """Length in steps; overrides epochs. 0 = write the first checkpoint and end, for the weights of --init as a run."""
     batch: int = 512
     """Images per step over all processes."""
     accumulate: int = 1
@@ -266,8 +304,11 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.epochs <= 0:
             raise InputError(f"epochs: {self.epochs} must be above 0")
-        if self.steps is not None and self.steps < 1:
-            raise InputError(f"steps: {self.steps} must be at least 1")
+        if self.steps is not None and self.steps < 0:
+            raise InputError(f"steps: {self.steps} must be 0 or above")
+        if not self.init and (self.which != "kept" or self.init_heads):
+            field = "init_heads" if self.init_heads else "which"
+            raise InputError(f"{field}: it is about the weights of --init, and there is none; leave it out or give one")
         for name in ("batch", "accumulate"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: {getattr(self, name)} must be at least 1")

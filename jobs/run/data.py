@@ -99,7 +99,8 @@ def shares(config: DataConfig, counts: Sequence[np.ndarray], epochs: int) -> lis
 def run_length(config: PretrainConfig, order: SampleOrder) -> Length:
     """Steps of the run and of an epoch."""
     per_epoch = order.epoch_length / config.batch
-    return Length(config.steps or max(1, ceil(config.epochs * per_epoch - 1e-9)), per_epoch)
+    by_epochs = max(1, ceil(config.epochs * per_epoch - 1e-9))
+    return Length(by_epochs if config.steps is None else config.steps, per_epoch)
 
 
 def run_policy(config: PretrainConfig) -> Policy:
@@ -126,7 +127,7 @@ def check_crops(config: PretrainConfig, backbone: nn.Module) -> None:
 
 
 def strong_blur(config: PretrainConfig) -> str | None:
-    """What to say of a blur that takes away more of a view than its policy's own does from views of 224 pixels."""
+    """Advice where the blur, in proportion to the view's side, is stronger than its policy's at 224 pixels; else None."""
     drawn = run_policy(config).groups
     for group, published in zip(drawn, build_policy(config.views.policy, PUBLISHED_SIZE).groups, strict=True):
         share = group.size / published.size

@@ -16,7 +16,7 @@ from shards.errors import InputError, install_extra
 
 
 class Logger(Protocol):
-    """Takes scalars of one step."""
+    """Writes scalars, a step at a time."""
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None: ...
 

@@ -26,7 +26,7 @@ MINUTE = 60.0
 
 
 class _Output(Console):
-    """Leaves it to `jobs.cli` to end the process where nobody reads what is printed."""
+    """Lets a closed pipe raise, so that `jobs.cli` ends the process."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
@@ -117,7 +117,7 @@ class Bar:
 
     @staticmethod
     def silent() -> "Bar":
-        """A bar that nobody sees, for processes that do not lead."""
+        """A bar that prints nothing, for processes that do not lead."""
         return Bar(Progress(disable=True), "", None)
 
     def advance(self, amount: float = 1, note: str | None = None) -> None:
@@ -151,6 +151,12 @@ def progress(description: str, total: float | None, unit: str, completed: int = 
 def speaks() -> bool:
     """Whether this process speaks for all of its job: under torchrun, the leading one."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
+def note(message: str) -> None:
+    """A line on stderr about what a job does."""
+    if speaks():
+        console.print(message, highlight=False)
 
 
 def warn(message: str) -> None:

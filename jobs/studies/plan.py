@@ -89,8 +89,8 @@ def changed(config: PretrainConfig, changes: Changes) -> PretrainConfig:
 
 
 def differences(one: PretrainConfig, other: PretrainConfig) -> list[str]:
-    """Dotted names of the fields in which two configurations differ."""
-    flat = [dict(_leaves(to_plain(config))) for config in (one, other)]
+    """Dotted names of the fields in which two configurations differ, but for what a run notes of its beginning."""
+    flat = [dict(_leaves(to_plain(replace(config, origin=None, preset="")))) for config in (one, other)]
     return sorted(name for name in flat[0].keys() | flat[1].keys() if flat[0].get(name) != flat[1].get(name))
 
 

@@ -33,9 +33,10 @@ from jobs.run.world import World
 from jobs.training.health import FiniteGuard, forward_flops, peak_flops
 from jobs.training.memory_bank import MemoryBank
 from jobs.training.timing import StepTimer
-from jobs.training.verdict import Signs, Verdict, judge
+from jobs.training.verdict import DISTILLATION, Margins, Signs, Verdict, judge
 from models.distributed import gather
 from models.objectives import Length, Objective
+from models.objectives.dino import DINO
 from models.probes import by_source, contrast_report, feature_std, positives_report, rankme
 from pipelines.batch import ViewBatch
 from pipelines.params import pair_iou
@@ -95,6 +96,10 @@ class Monitor:
     _flops: float | None = None
     _sums: dict[str, tuple[Total, Total]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.objective.target is not None:
+            self.signs.first_target_norm = parameters_norm(self.objective.target)
+
     def watches(self, step: int) -> bool:
         """Whether features, embeddings and contrastive tasks of step number `step` (from 1) are analysed."""
         return bool(self.config.monitor.health_every) and step % self.config.monitor.health_every == 0
@@ -125,15 +130,24 @@ class Monitor:
     def judge(self, step: int) -> None:
         """Judges the run after step number `step`, where a line of metrics was written."""
         if self.signs.lost or math.isfinite(self.signs.loss):
-            self.verdict = judge(self.signs, step, self.length.steps)
+            margins = DISTILLATION if isinstance(self.objective, DINO) else Margins()
+            self.verdict = judge(self.signs, step, self.length.steps, margins)
+            self.signs.learned |= self.verdict.name == "learning"
 
     def evaluate(self, step: int) -> None:
-        """kNN top-1 of the held-out images, on the leading rank, where the configuration names some."""
+        """kNN top-1 of the held-out images, where the configuration names some; the leading rank measures it."""
         settings = self.config.monitor
-        if settings.knn_train and self.loggers is not None:
-            top1 = held_out_knn(self.objective.backbone, settings.knn_train, settings.knn_test, self.config, self.world)
-            self.newest_knn = top1
-            self.loggers.log(step, {"knn/top1": top1})
+        if settings.knn_train:
+            top1 = 0.0
+            if self.loggers is not None:
+                backbone, names = self.objective.backbone, (settings.knn_train, settings.knn_test)
+                top1 = held_out_knn(backbone, *names, self.config, self.world)
+                self.loggers.log(step, {"knn/top1": top1})
+            shared = self.world.mean(torch.tensor([top1], dtype=torch.float64, device=self.world.device))
+            self.newest_knn = float(shared) * self.world.size  # the other ranks gave 0
+            if self.config.origin is not None:
+                self.signs.take_knn(self.newest_knn)
+                self.judge(step)
         self.world.barrier()
 
     def state_dict(self) -> dict[str, Any]:
@@ -209,7 +223,7 @@ class Monitor:
             scalars["health/target_norm"] = parameters_norm(objective.target)
         objective.positives.clear()
         objective.contrasts.clear()
-        self.signs.take_health(scalars.get("health/uniformity"), scalars.get("health/rankme"))
+        self.signs.take_health(scalars)
         if self.loggers is not None:
             self.loggers.log(step, scalars)
             write_curves(self.curves, step, curves)

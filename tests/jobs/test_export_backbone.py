@@ -71,6 +71,7 @@ def test_the_model_card_states_data_settings_and_scores(tmp_path: Path) -> None:
     config = json.loads(run.config.read_text())
     config["data"] |= {"real": "/somewhere/private/photos", "synthetic": "s3://bucket/clone", "synthetic_share": 0.25}
     run.config.write_text(json.dumps(config))
+    run.write_state("finished", verdict="learning", verdict_reason="loss 11.02, chance 13.86")
     run.evaluation.mkdir()
     score = {"kind": "linear", "model": {"source": "run", "step": 4}, "test": {"name": "held/out"}}
     (run.evaluation / "linear.json").write_text(
@@ -80,7 +81,14 @@ def test_the_model_card_states_data_settings_and_scores(tmp_path: Path) -> None:
     card = (tmp_path / "out" / "README.md").read_text()
     front, body = card.split("---\n")[1:3]
     assert "library_name: timm" in front
-    for words in ("# my-run", "photos |", "clone |", "25.0 %", "| linear | held/out | 4 | 73.1 % ± 0.4 | 95.0 % |"):
+    for words in (
+        "| verdict | learning (loss 11.02, chance 13.86) |",
+        "# my-run",
+        "photos |",
+        "clone |",
+        "25.0 %",
+        "| linear | held/out | 4 | 73.1 % ± 0.4 | 95.0 % |",
+    ):
         assert words in body, words
     settings = body.split("<details>")[0]
     assert "/somewhere/private" not in settings

@@ -20,7 +20,6 @@ import tyro
 
 from jobs import cli
 from jobs.bench import BENCHES
-from jobs.evaluate import PROTOCOLS
 from jobs.run.folder import RunFolder
 
 WALKER = str(Path(__file__).with_name("flag_walker.py"))
@@ -64,8 +63,8 @@ def commands(at: Inputs) -> dict[str, list[str]]:
         "index": f"{at.test} --overwrite --workers 1",
         "verify": f"{at.test} --workers 1",
         "info": f"{at.test}",
-        "generate": f"--pipeline {at.out}/pipeline --like {at.test} --out {at.out}/clone --train-on {at.test} --steps 1 "
-        "--train.side 8 --train.width 8 --train.steps 1 --count 2 --device cpu --size 8",
+        "generate": f"--pipeline {at.out}/pipeline --like {at.test} --out {at.out}/clone --train-on {at.test} "
+        "--steps 1 --train.side 8 --train.width 8 --train.steps 1 --count 2 --device cpu --size 8",
         "evaluate knn": sets,
         "evaluate linear": f"{sets} --epochs 1 --no-augment",
         "evaluate finetune": f"{sets} --epochs 1",
@@ -78,7 +77,8 @@ def commands(at: Inputs) -> dict[str, list[str]]:
         "replay": f"{at.run} --step 0 --images 1 --device cpu --out {at.out}",
         "runs": f"{at.run.parent}",
         "compare": f"{at.run} {at.run} --out {at.out}/comparison.png",
-        "sweep": f"synby-vit-tiny --real {at.test} --test {at.test} --out {at.out} --seeds 1 --steps 1 --probe-epochs 0",
+        "sweep": f"synby-vit-tiny --real {at.test} --test {at.test} --out {at.out} --seeds 1 --steps 1 "
+        "--probe-epochs 0",
         "doctor": "",
         "demo": f"--out {at.out} --images {at.images}",
         **{f"bench {name}": "" for name in BENCHES},

@@ -134,9 +134,61 @@ def test_what_a_run_says_that_ends_so_is_what_helps(
     calm = [*command, "--optimizer.lr", "1e-4"]
     assert cli.run([*calm, "--resume"]) == 2
     assert "optimizer.lr: 0.0001 is not what the run was begun with, and a resumed" in capsys.readouterr().err
-    assert cli.run(["pretrain", "byol-vit-s", "--run", "run", "--resume"]) == 2
-    assert "preset: this one trains BYOL, but the run was begun with MoBY" in capsys.readouterr().err
+    for other in ("byol-vit-s", "synby-vit-tiny"):
+        assert cli.run(["pretrain", other, "--run", "run", "--resume"]) == 2
+        said = capsys.readouterr().err
+        assert f"preset: {other} is not what the run was begun with, which is moby-vit-tiny, and a resumed" in said
     assert cli.run([*calm, "--overwrite"]) == 0
+
+
+def constant(tiny: PretrainConfig) -> PretrainConfig:
+    """Without any schedule."""
+    optimizer = replace(tiny.optimizer, warmup_share=0.0, final_lr=tiny.optimizer.lr)
+    return replace(tiny, optimizer=optimizer, objective=replace(tiny.objective, momentum=1.0))
+
+
+def test_a_finished_run_goes_on_as_if_it_had_been_meant_so(
+    tiny: PretrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the bit where nothing follows a schedule; else by the longer run's schedules."""
+    config = constant(tiny)
+    pretrain(replace(config, steps=4), tmp_path / "short")
+    assert pretrain(config, tmp_path / "short", resume=True) == "finished"
+    assert "the run has 6 steps instead of 4, with all schedules as if" in " ".join(capsys.readouterr().err.split())
+    pretrain(config, tmp_path / "long")
+    same_run(tmp_path / "short", tmp_path / "long")
+    assert load_config(tmp_path / "short" / "config.json") == config
+
+
+def test_flags_lengthen_a_run_and_change_nothing_else(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = f"--data.real {digits / 'train'} --backbone.depth 1 --batch 16 --monitor.bank 0".split()
+    command = ["pretrain", "moby-vit-tiny", "--run", "run"]
+    assert cli.run([*command, *flags, "--steps", "2", "--epochs", "7"]) == 0
+    for more, message in (
+        (["--steps", "1"], "steps: 1 are 1 steps, and the run has done 2; give more, or begin another run"),
+        (
+            ["--steps", "3", "--seed", "1"],
+            "seed: 1 is not what the run was begun with, and a resumed run keeps all but",
+        ),
+    ):
+        assert cli.run([*command, "--resume", *more]) == 2
+        assert message in capsys.readouterr().err
+    assert load_config(tmp_path / "run" / "config.json").steps == 2
+    assert cli.run([*command, "--resume"]) == 0
+    assert cli.run([*command, "--resume", "--epochs", "0.05"]) == 0  # of 1,437 images: 5 steps
+    assert RunFolder(tmp_path / "run").read_state()["step"] == 5
+    own = load_config(tmp_path / "run" / "config.json")
+    assert (own.steps, own.epochs, own.preset) == (None, 0.05, "moby-vit-tiny")
+
+
+def test_a_run_whose_order_depends_on_its_length_keeps_it(tiny: PretrainConfig, tmp_path: Path) -> None:
+    config = replace(tiny, data=replace(tiny.data, final_synthetic_share=0.5), steps=2)
+    pretrain(config, tmp_path / "run")
+    with pytest.raises(InputError, match=r"steps: 6 is another length, and with data\.final_synthetic_share"):
+        pretrain(replace(config, steps=6), tmp_path / "run", resume=True)
 
 
 def test_held_out_knn_is_measured_at_start_and_end(tiny: PretrainConfig, digits: Path, tmp_path: Path) -> None:

@@ -249,7 +249,7 @@ def test_the_small_study_runs_all_its_arms(digits, tmp_path):
         ({"test": "nowhere"}, "nowhere"),
         ({"minutes": -1.0}, "minutes: -1 must be 0 or above"),
         ({"probe_epochs": -1}, "probe_epochs: -1 must be 0 or above"),
-        ({"steps": 0}, "steps: 0 must be at least 1"),
+        ({"steps": -1}, "steps: -1 must be 0 or above"),
         (
             {"study": "simsiam-rn50", "axis": ("selection.encoder=online,target",), "change": ()},
             r"selection.encoder: target asked of an objective without a target encoder; take online \(arm encoder=tar",
