@@ -139,13 +139,13 @@ def headers(file: Any, start: int = 0, stop: int | None = None) -> Iterator[tarf
     Args:
         start, stop: where the tar lies in the file; None for up to the file's end.
     """
-    stop = file.seek(0, os.SEEK_END) if stop is None else stop
-    while 0 <= start < stop:
+    last: int = file.seek(0, os.SEEK_END) if stop is None else stop
+    while 0 <= start < last:
         file.seek(start)
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for info in tar:
-                    if info.offset >= stop:  # the tar has no end mark, and what follows is not its own
+                    if info.offset >= last:  # the tar has no end mark, and what follows is not its own
                         return
                     yield info
                     # tarfile keeps every header it has seen, and grows with the tar
@@ -155,7 +155,7 @@ def headers(file: Any, start: int = 0, stop: int | None = None) -> Iterator[tarf
             yield f"the tar is damaged here: {error}"
             return
         # tarfile takes a damaged header for the end.
-        if end < stop and any(read_at(file, end, tarfile.BLOCKSIZE)):
+        if end < last and any(read_at(file, end, tarfile.BLOCKSIZE)):
             yield "the tar is damaged here: no header and no end mark"
             return
         start = after_zeros(file, end)
