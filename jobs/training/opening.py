@@ -216,9 +216,8 @@ def compile_encoders(config: PretrainConfig, objective: Objective, device: torch
 
 def comparable(config: PretrainConfig) -> PretrainConfig:
     """A configuration without what may change while a run is stopped: where the shards lie, and its length."""
-    nameless = (tuple("?" for _ in addresses) for addresses in (config.data.real, config.data.synthetic))
-    data = replace(config.data, **dict(zip(("real", "synthetic"), nameless, strict=True)))
-    return replace(config, data=data, epochs=1.0, steps=None)
+    real, synthetic = (("?",) * len(addresses) for addresses in (config.data.real, config.data.synthetic))
+    return replace(config, data=replace(config.data, real=real, synthetic=synthetic), epochs=1.0, steps=None)
 
 
 def check_length(config: PretrainConfig, before: PretrainConfig, data: Data, step: int) -> None:
