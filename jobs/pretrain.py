@@ -35,12 +35,16 @@ class PretrainArguments:
     """Resume from the run's newest intact checkpoint, with the run's own configuration; flags cannot change it."""
     overwrite: bool = False
     """Replace the run in that folder."""
+    profile: int = 0
+    """Trace so many steps, from the sixth on, into profile/ in the run folder, for Chrome, Perfetto or TensorBoard."""
     config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = field(default_factory=PretrainConfig)
 
 
-def pretrain(config: PretrainConfig, run: Path, *, resume: bool = False, overwrite: bool = False) -> str:
+def pretrain(
+    config: PretrainConfig, run: Path, *, resume: bool = False, overwrite: bool = False, profile: int = 0
+) -> str:
     """Trains into a run folder; returns `finished` or `interrupted`. A resumed run keeps its own configuration, but for
-    where `config` says that its shards lie now.
+    where `config` says that its shards lie now. Of `profile` steps, from the sixth on, the folder gets a trace.
 
     Raises:
         InputError: a folder, value or file that does not fit.
@@ -57,7 +61,7 @@ def pretrain(config: PretrainConfig, run: Path, *, resume: bool = False, overwri
         world.barrier()
         if resume:
             config = moved(load_config(folder.config), config)
-        return train(config, folder, world, resume=resume)
+        return train(config, folder, world, resume=resume, traced_steps=profile)
 
 
 def absolute(config: PretrainConfig) -> PretrainConfig:
@@ -115,7 +119,8 @@ def main(argv: Sequence[str]) -> None:
     arguments = parse(PretrainArguments, flags, f"hardviews pretrain {name}", default)
     if arguments.resume and (kept := RunFolder(arguments.run).config).is_file():
         check_kept(absolute(arguments.config), default.config, load_config(kept))
-    state = pretrain(arguments.config, arguments.run, resume=arguments.resume, overwrite=arguments.overwrite)
+    how = {name: getattr(arguments, name) for name in ("resume", "overwrite", "profile")}
+    state = pretrain(arguments.config, arguments.run, **how)
     if state == "interrupted":
         raise SystemExit(130)
     if speaks():
