@@ -225,3 +225,18 @@ def test_every_flag_with_boundary_values(job: str, inputs: Inputs, tmp_path: Pat
         walker.close()
     print(f"{job}: {len(flags_of(job))} flags, {len(walked)} commands, {late} still at work after {SECONDS:g} s")
     assert not wrong, f"{len(wrong)} of {len(walked)}:\n" + "\n\n".join(wrong)
+
+
+@pytest.mark.parametrize("job", ["evaluate linear", "evaluate finetune", "analyse", "replay", "generate", "sweep"])
+def test_numbers_that_are_none_are_refused_by_every_flag(job: str, tmp_path: Path) -> None:
+    """The part of the walk that takes no time: a command line is read before anything is opened."""
+    base, tried = commands(Inputs(*[tmp_path] * 5))[job], 0
+    for words in cases(job, base):
+        if words[-1] == "nan" and words[-2].startswith("--"):
+            try:
+                code = cli.run(words)
+            except SystemExit as ended:
+                code = ended.code
+            assert code == 2, words[-2:]
+            tried += 1
+    assert tried > 2
