@@ -215,7 +215,9 @@ def arm_config(config: DemoConfig, arm: Arm, setting: Setting, cloned: bool) -> 
     return replace(
         base,
         data=DataConfig(
-            real=str(shards / "real"), synthetic=str(shards / "synthetic") if cloned else "", synthetic_share=0.5
+            real=(str(shards / "real"),),
+            synthetic=(str(shards / "synthetic"),) if cloned else (),
+            synthetic_share=0.5,
         ),
         views=setting.views,
         selection=arm.selection,

@@ -216,7 +216,9 @@ def compile_encoders(config: PretrainConfig, objective: Objective, device: torch
 
 def comparable(config: PretrainConfig) -> PretrainConfig:
     """A configuration without what may change while a run is stopped: where the shards lie, and its length."""
-    return replace(config, data=replace(config.data, real="", synthetic=""), epochs=1.0, steps=None)
+    nameless = (tuple("?" for _ in addresses) for addresses in (config.data.real, config.data.synthetic))
+    data = replace(config.data, **dict(zip(("real", "synthetic"), nameless, strict=True)))
+    return replace(config, data=data, epochs=1.0, steps=None)
 
 
 def check_length(config: PretrainConfig, before: PretrainConfig, data: Data, step: int) -> None:

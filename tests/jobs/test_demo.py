@@ -153,7 +153,7 @@ def test_a_clone_is_trained_on_where_two_thirds_are_confirmed(
     assert demo.make_clone(config, open_manifest(out / "shards" / "real"), setting) == mixed
     assert ("hardviews generate --pipeline" in capsys.readouterr().err) == (not mixed)
     data = demo.arm_config(config, demo.arms_of(2)["hard"], setting, mixed).data
-    assert data.synthetic == (str(out / "shards" / "synthetic") if mixed else "")
+    assert data.synthetic == ((str(out / "shards" / "synthetic"),) if mixed else ())
 
 
 def test_the_words_follow_the_figures() -> None:

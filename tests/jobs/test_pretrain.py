@@ -48,7 +48,7 @@ def test_a_run_leaves_everything_behind(tiny: PretrainConfig, tmp_path: Path) ->
     assert load_config(RunFolder(run).config) == tiny
     assert RunFolder(run).read_state()["state"] == "finished"
     assert [entry.step for entry in checkpoint.entries(RunFolder(run).checkpoints)] == [4, 6]
-    backbone, _ = checkpoint.load_backbone(run)
+    backbone = checkpoint.load_backbone(run).backbone
     assert backbone(torch.zeros(2, 3, 16, 16)).shape == (2, 32)
 
 
@@ -378,7 +378,7 @@ def test_a_run_goes_on_with_its_own_shards_wherever_they_lie(
     shutil.copytree(digits / "train", tmp_path / "moved")
     assert resume(real="moved") == "finished"
     same_run(tmp_path / "whole", tmp_path / "run")
-    assert load_config(tmp_path / "run" / "config.json").data.real == str(tmp_path / "moved")
+    assert load_config(tmp_path / "run" / "config.json").data.real == (str(tmp_path / "moved"),)
 
 
 def test_a_scripted_overlap_reaches_the_draws() -> None:
