@@ -55,7 +55,7 @@ def names(rows: list[dict[str, str]]) -> set[frozenset[str]]:
     return {frozenset(group) for group in groups.values()}
 
 
-def test_planted_copies_are_groups_and_left_out(
+def test_planted_copies_are_grouped_and_left_out(
     planted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sets = [str(planted / "train-shards"), str(planted / "test-shards")]
