@@ -38,6 +38,7 @@ from shards.generation.pixels import confirmed, read_images
 from shards.generation.request import TrainSettings
 from shards.manifest import Manifest, open_manifest
 
+MINUTES = 6 / 960  # a step, on two cores with bf16 units
 SHARD_SAMPLES = 200  # several shards even of a small data set, so that shuffling has something to shuffle
 CONFIRMED = 2 / 3  # share of a clone's classes that a kNN has to confirm before it is trained on
 CLONED_SIDE = 40  # pixels a side up to which minutes of diffusion training draw more than mush
@@ -103,9 +104,11 @@ def demo(config: DemoConfig) -> Path:
     start = time.perf_counter()
     out, arms = config.out, arms_of(config.steps)
     out.mkdir(parents=True, exist_ok=True)
+    steps = sum(arm.steps for arm in arms.values())
     say(
-        f"Trains a small ViT without labels three times, with random pairs of views and with hard ones, in "
-        f"{sum(arm.steps for arm in arms.values()):,} steps of 128 images: 960 take about 7 minutes on two free cores."
+        f"Builds shards and, of small images, a synthetic clone; trains a small ViT without labels three times, with "
+        f"random pairs of views and with hard ones, {steps:,} steps of 128 images in all; then measures and reports. "
+        f"About {1 + MINUTES * steps:.0f} minutes on two free cores."
     )
     heading(1, "real images, as shards")
     if config.images is None:
@@ -212,7 +215,9 @@ def arm_config(config: DemoConfig, arm: Arm, setting: Setting, cloned: bool) -> 
     return replace(
         base,
         data=DataConfig(
-            real=str(shards / "real"), synthetic=str(shards / "synthetic") if cloned else "", synthetic_share=0.5
+            real=(str(shards / "real"),),
+            synthetic=(str(shards / "synthetic"),) if cloned else (),
+            synthetic_share=0.5,
         ),
         views=setting.views,
         selection=arm.selection,
@@ -220,7 +225,11 @@ def arm_config(config: DemoConfig, arm: Arm, setting: Setting, cloned: bool) -> 
         objective=replace(base.objective, negatives=NONE),
         backbone=backbone(base.backbone, setting),
         monitor=MonitorConfig(
-            every=5, health_every=40, knn_every=every, knn_train=str(shards / "real"), knn_test=str(shards / "test")
+            every=5,
+            health_every=min(40, every),
+            knn_every=every,
+            knn_train=str(shards / "real"),
+            knn_test=str(shards / "test"),
         ),
         checkpoint=CheckpointConfig(every=every),
         steps=arm.steps,
@@ -323,11 +332,25 @@ def in_words(results: dict[str, Any], analysis: dict[str, Any]) -> list[str]:
         f"{points(knn['hard'] - knn['random_same_time'])} random pairs.",
     ]
     if knn["raw"] > max(knn[name] for name in arms):
-        lines.append("Raw pixels are better still: these images differ in single pixels, and the runs are short.")
+        lines.append(
+            "Raw pixels are better still: these classes differ in their pixels already, and the runs are short."
+        )
     for name, verdict in results["verdict"].items():
         if advice := ADVICE.get(verdict):
             lines.append(f"The run with {NAMES[name]} is {verdict}: {advice}.")
+    lines.append(what_helps(results))
     return lines
+
+
+def what_helps(results: dict[str, Any]) -> str:
+    """What to do next, by the verdicts."""
+    steps = results["arms"]["random"]["steps"]
+    if all(verdict == "learning" for verdict in results["verdict"].values()):
+        return f"What would help: more steps (--steps {4 * steps:,}), as all runs were learning when they ended."
+    return (
+        f"What would help: more steps (--steps {4 * steps:,}; a small ViT needs some hundreds before it learns), other "
+        f"views for these images, or weights to start from (`hardviews pretrain --init NAME`)."
+    )
 
 
 def points(difference: float) -> str:

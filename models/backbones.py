@@ -94,7 +94,7 @@ OF_VITS = {"init": "timm", "positions": "antialiased"}
 
 
 def timm_options(config: BackboneConfig) -> dict[str, Any]:
-    """Arguments with which timm.create_model builds the config's architecture, but for what it computes alike.
+    """Arguments of timm.create_model for the config's architecture.
 
     Raises:
         ValueError: an unknown name, or an option that this kind of model does not have.

@@ -9,6 +9,7 @@ Shape suffixes: V views, S side of a view in pixels, 3 channels.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,12 +30,14 @@ _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(len(JITTER_OPS))
 _ORDERS = np.array(JITTER_ORDERS)
 
 
-def blur_kernel_size(size: int) -> int:
-    """Side in pixels of the Gaussian's window for views of `size` pixels: odd, a tenth of the view.
+def blur_radius(size: int, sigma: float, sigmas: float = 6) -> int:
+    """Pixels to each side of the middle that a Gaussian's window has in a view of `size` pixels: `sigmas` sigma, no
+    more than can be reflected at the border.
 
-    23 at 224, as in BYOL's and MoCo v3's code (SimCLR, appendix A: 10 % of the image's side); at least 3.
+    Beyond 6 sigma lies no weight that float32 holds. BYOL's window of 23 pixels at 224 (SimCLR, appendix A: 10 % of the
+    image's side) ends at 5.5 sigma of its largest sigma, so that nothing is cut off there either.
     """
-    return max(3, int(0.1 * size) | 1)
+    return min(size - 1, math.ceil(sigmas * sigma))
 
 
 @dataclass(frozen=True)

@@ -8,21 +8,21 @@ convolution with another kernel per view is far slower). Where float32 matrix pr
 blur is 0.1/255 less exact. What the host knows of the views goes to the device in a few copies from pinned memory,
 and nothing comes back, so the host never waits. A view's pixels are the same in any batch.
 
-Shape suffixes: V views, G groups of R views with a blur, S side of a view in pixels, K taps of the Gaussian, C columns
-of the table of values, 3 channels; a plane is one channel, [V, S, S].
+Shape suffixes: V views, G groups of R views with a blur, S side of a view in pixels, C columns of the table of values,
+3 channels; a plane is one channel, [V, S, S].
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.colour import LUMA, MEAN, SOLARIZE_FROM, STD, ColourPlan, blur_kernel_size, plan_colour
+from pipelines.colour import LUMA, MEAN, SOLARIZE_FROM, STD, ColourPlan, plan_colour
 from pipelines.params import ViewParams
 
 _CHUNK = 512  # views at a time, at most: bounds the memory of intermediates to about 1 GB at 224 pixels
@@ -166,23 +166,18 @@ def _shift_hue(planes: Planes, sextants_V1: Tensor) -> Planes:
 
 
 def blur(images_R3SS: Tensor, sigma_R: Tensor) -> Tensor:
-    """Rows, then columns: G X Gᵀ, with the reflection at the border folded into each view's S × S matrix G."""
+    """Rows, then columns: G X Gᵀ. G, S × S, holds the Gaussian of each pixel's distance from each other one, and from
+    its reflections at both borders, which do not repeat the edge; nothing is cut off."""
     size = images_R3SS.shape[-1]
-    radius = blur_kernel_size(size) // 2
-    taps_K = torch.arange(-radius, radius + 1, device=images_R3SS.device)
-    weights_RK = torch.exp(-0.5 * (taps_K / sigma_R[:, None]).square())
-    weights_RK /= weights_RK.sum(1, keepdim=True)
-    matrix_RSS = (weights_RK @ _reflected_shifts(size, radius, images_R3SS.device)).view(-1, size, size)
+    place_S = torch.arange(size, device=images_R3SS.device)
+    from_S1, to_S = place_S[:, None], place_S
+    twice_R11 = 2 * sigma_R[:, None, None].square()
+
+    def weight(apart_SS: Tensor) -> Tensor:
+        return torch.exp(-apart_SS.square() / twice_R11)
+
+    matrix_RSS = weight(to_S - from_S1) + weight(to_S + from_S1) * (to_S > 0)
+    matrix_RSS += weight(2 * (size - 1) - to_S - from_S1) * (to_S < size - 1)
+    matrix_RSS /= matrix_RSS.sum(2, keepdim=True)
     along_R3SS = torch.bmm(images_R3SS.flatten(1, 2), matrix_RSS.mT).view_as(images_R3SS)
     return matrix_RSS[:, None] @ along_R3SS
-
-
-@lru_cache(maxsize=8)
-def _reflected_shifts(size: int, radius: int, device: torch.device) -> Tensor:
-    """[K, S·S]: matrix k takes pixel i from i + k − radius, reflected at the border without repeating the edge.
-
-    Made on the host, so that it is whole on the device when it is there: streams that share it need not wait.
-    """
-    source_KS = (torch.arange(size) + torch.arange(-radius, radius + 1)[:, None]).abs()
-    source_KS = torch.where(source_KS >= size, 2 * (size - 1) - source_KS, source_KS)
-    return torch.nn.functional.one_hot(source_KS, size).float().flatten(1).to(device)

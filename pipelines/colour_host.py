@@ -11,7 +11,6 @@ Shape suffixes: V views, S side of a view in pixels, 3 channels; crops are [V, S
 
 from __future__ import annotations
 
-import math
 import threading
 
 import cv2
@@ -20,7 +19,7 @@ from cv2.typing import MatLike
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.colour import MEAN, STD, AffineMaps, ColourPlan, blur_kernel_size, plan_colour
+from pipelines.colour import MEAN, STD, AffineMaps, ColourPlan, blur_radius, plan_colour
 from pipelines.params import ViewParams
 
 # uint8 value → normalised value, per channel.
@@ -129,7 +128,7 @@ def _blur(image: MatLike, sigma: float, out: MatLike) -> MatLike:
     if sigma == 0:
         return image
     # Beyond 3 sigma lie 0.3 % of the weight: leaving them out costs at most 0.3/255 and saves half of the window.
-    radius = min(blur_kernel_size(len(image)) // 2, math.ceil(3 * sigma))
+    radius = blur_radius(len(image), sigma, sigmas=3)
     kernel = cv2.getGaussianKernel(2 * radius + 1, sigma, cv2.CV_32F)
     return cv2.sepFilter2D(image, -1, kernel, kernel, dst=out, borderType=cv2.BORDER_REFLECT_101)
 

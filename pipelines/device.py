@@ -57,7 +57,8 @@ class DeviceProducer:
         # Selection at the trained size shares the crops.
         self._cropped = list({output.key: output for output in recipe.outputs}.values())
         groups = [(output.count, output.size) for output in self._cropped]
-        self._open_graph = partial(DaliViews, batch, groups, device, max(1, threads // _LANES))
+        each = max(1, threads // _LANES)
+        self._open_graph = partial(DaliViews, batch, groups, device, each, recipe.policy.interpolation)
         self._local = threading.local()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pool = ThreadPoolExecutor(_LANES, thread_name_prefix="hardviews-views")

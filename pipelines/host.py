@@ -184,5 +184,5 @@ def _crop(images: Sequence[Tensor], params: ViewParams, output: Output) -> Tenso
     """uint8 [R, n, S, S, 3]: all views of R images."""
     crops_RnSS3 = torch.empty(len(images), output.count, output.size, output.size, 3, dtype=torch.uint8)
     for row, image in enumerate(images):
-        crop_views(image, params[row], crops_RnSS3[row])
+        crop_views(image, params[row], crops_RnSS3[row], output.interpolation)
     return crops_RnSS3

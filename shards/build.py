@@ -96,6 +96,7 @@ def sample_of(
         picture.width,
         record.label,
         unlabelled=record.unlabelled,
+        converted=picture.converted,
     )
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from jobs.benches.photographs import photograph
-from pipelines.colour import MEAN, SOLARIZE_FROM, STD, blur_kernel_size
+from pipelines.colour import MEAN, SOLARIZE_FROM, STD, blur_radius
 from pipelines.colour_device import fused_on_device
 from pipelines.colour_exact import exact
 from pipelines.colour_host import fused
@@ -74,7 +74,8 @@ def torchvision_view(crop_SS3: NDArray[np.uint8], params: ViewParams, row: int, 
     if params.gray[row]:
         image = tv.rgb_to_grayscale(image, num_output_channels=3)
     if params.blur[row]:
-        size, sigma = blur_kernel_size(len(crop_SS3)), float(params.blur[row])
+        sigma = float(params.blur[row])
+        size = 2 * blur_radius(len(crop_SS3), sigma) + 1
         image = tv.gaussian_blur(image, [size, size], [sigma, sigma])
     if params.solarize[row]:
         image = tv.solarize(image, SOLARIZE_FROM / 255 if floating else SOLARIZE_FROM)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from jobs.evaluation.frozen import IMAGENET_MEAN, IMAGENET_STD, Frozen, Pool
-from jobs.run.checkpoint import Which, entries, load_backbone
+from jobs.run.checkpoint import Which, load_backbone
 from jobs.run.config import load_config
 from jobs.run.folder import open_run
 from jobs.run.weights import cached_weights
@@ -71,10 +71,8 @@ def _from_run(config: ModelConfig, run: Path) -> tuple[Frozen, dict[str, Any]]:
             model = build_backbone(settings.backbone, 0.0)
         facts: dict[str, Any] = {"source": "untrained", "name": f"untrained {settings.backbone.name}", "step": None}
     else:
-        model, settings = load_backbone(folder.path, which=config.which, step=config.step)
-        newest = [entry.step for entry in entries(folder.checkpoints)][-1:]
-        step = config.step if config.step is not None else next(iter(newest), None)
-        facts = {"source": "run", "name": name, "step": step, "which": config.which}
+        model, settings, step, which = load_backbone(folder.path, which=config.which, step=config.step)
+        facts = {"source": "run", "name": name, "step": step, "which": which}
     size = config.size or settings.backbone.image_size
     return Frozen(model, facts["name"], size, config.pool), facts
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -16,12 +17,16 @@ from shards.manifest import Columns, open_manifest
 from shards.reader import SampleError, SampleReader
 from shards.sources.folders import classed_files, read_file
 
+# Files of an ImageFolder whose content is in its fingerprint.
+FINGERPRINTED = 256
+
 
 class ImageSet(Protocol):
     """n encoded images with labels.
 
-    name: for people; source: tag such as real, empty where there is none;
-    labels: int64 [n], −1 where unknown; classes: names by label; identity: changes with the content.
+    name: for people; source: tag such as real, empty where there is none; labels: int64 [n], −1 where unknown;
+    classes: names by label; identity: changes with the content and, of files, with when and where they were written;
+    fingerprint: is the same of a copy on another machine.
     """
 
     name: str
@@ -29,6 +34,7 @@ class ImageSet(Protocol):
     labels: np.ndarray
     classes: tuple[str, ...]
     identity: str
+    fingerprint: str
 
     def read(self, rows: Sequence[int]) -> list[np.ndarray | str]:
         """Encoded bytes, uint8 1-D, that every decoder shows alike, or why an image cannot be used."""
@@ -63,6 +69,7 @@ class FolderImages:
         for name, _, _ in self._files:
             digest.update(os.fsencode(name) + _stamp(root / name).encode())
         self.identity = digest.hexdigest()
+        self.fingerprint = _fingerprint(root, [name for name, _, _ in self._files])
 
     def read(self, rows: Sequence[int]) -> list[np.ndarray | str]:
         return [_file_bytes(self._root / name, size) for name, size, _ in (self._files[row] for row in rows)]
@@ -75,6 +82,18 @@ class FolderImages:
 
     def close(self) -> None:
         """Nothing is held open."""
+
+
+def _fingerprint(root: Path, names: Sequence[str]) -> str:
+    """SHA-256 over names and sizes of all files and the content of some, spread over all: images by the same name and
+    of the same size are nearly always the same."""
+    digest = hashlib.sha256()
+    for number, name in enumerate(names):
+        with suppress(OSError):  # named when it is to be read as an image
+            digest.update(os.fsencode(name) + f" {(root / name).stat().st_size}\n".encode())
+            if number % -(-len(names) // FINGERPRINTED) == 0:
+                digest.update((root / name).read_bytes())
+    return digest.hexdigest()
 
 
 def printable(path: Path) -> str:
@@ -109,7 +128,7 @@ class ShardImages:
         self.classes = tuple(manifest.classes)
         self.name = "/".join(Path(address).resolve().parts[-2:]) if "://" not in address else address
         self._manifest, self.source = manifest, manifest.source
-        self.identity = manifest.fingerprint
+        self.identity = self.fingerprint = manifest.fingerprint
 
     def read(self, rows: Sequence[int]) -> list[np.ndarray | str]:
         items = self._reader.read(np.asarray(rows, dtype=np.int64))

@@ -153,7 +153,7 @@ def test_a_clone_is_trained_on_where_two_thirds_are_confirmed(
     assert demo.make_clone(config, open_manifest(out / "shards" / "real"), setting) == mixed
     assert ("hardviews generate --pipeline" in capsys.readouterr().err) == (not mixed)
     data = demo.arm_config(config, demo.arms_of(2)["hard"], setting, mixed).data
-    assert data.synthetic == (str(out / "shards" / "synthetic") if mixed else "")
+    assert data.synthetic == ((str(out / "shards" / "synthetic"),) if mixed else ())
 
 
 def test_the_words_follow_the_figures() -> None:
@@ -165,9 +165,11 @@ def test_the_words_follow_the_figures() -> None:
     assert "5.0 points above random pairs (kNN). A step costs 1.8 plain ones" in said[2]
     assert "they are 5.0 points below random pairs" in said[2] and "Raw pixels are better still" in said[3]
     assert said[4].startswith("The run with hard views, as many steps is collapsed: choose the hardest")
+    assert said[5].startswith("What would help: more steps (--steps 40; ") and "weights to start from" in said[5]
     results["verdict"]["hard"] = "learning"
     results["knn"] = knn | {"raw": 0.5}
-    assert len(demo.in_words(results, {"lowest_iou_share": 0.4, "chance": 1 / 6})) == 3
+    said = demo.in_words(results, {"lowest_iou_share": 0.4, "chance": 1 / 6})
+    assert len(said) == 4 and "(--steps 40), as all runs were learning" in said[3]
 
 
 @pytest.mark.parametrize("flag", ["--steps", "--diffusion-steps"])
