@@ -25,6 +25,7 @@ JOBS = {
     "index": "a manifest for WebDataset tars that others wrote",
     "verify": "re-read shards and name every damaged shard and sample",
     "info": "counts, sizes and provenance of shards",
+    "duplicates": "images that are there twice, within and across data sets",
     "generate": "sample a synthetic clone of a data set from a diffusion pipeline",
     "pretrain": "pretrain a backbone on streamed shards with hard views",
     "evaluate": "kNN, linear probe, fine-tuning, retrieval",

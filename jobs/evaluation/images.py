@@ -13,7 +13,7 @@ import numpy as np
 from jobs.run.terminal import warn
 from shards.errors import InputError
 from shards.images import BadImageError, Rules, prepare
-from shards.manifest import open_manifest
+from shards.manifest import Columns, open_manifest
 from shards.reader import SampleError, SampleReader
 from shards.sources.folders import classed_files, read_file
 
@@ -133,6 +133,10 @@ class ShardImages:
     def read(self, rows: Sequence[int]) -> list[np.ndarray | str]:
         items = self._reader.read(np.asarray(rows, dtype=np.int64))
         return [item.reason if isinstance(item, SampleError) else item for item in items]
+
+    def columns(self) -> Columns:
+        """What the shards say of every image."""
+        return self._manifest.columns(np.arange(len(self._manifest)))
 
     def names(self, rows: np.ndarray) -> list[tuple[str, str]]:
         columns = self._manifest.columns(rows)

@@ -65,6 +65,7 @@ def commands(at: Inputs) -> dict[str, list[str]]:
         "index": f"{at.test} --overwrite --workers 1",
         "verify": f"{at.test} --workers 1",
         "info": f"{at.test}",
+        "duplicates": f"{at.test} --out {at.out}/duplicates",
         "generate": f"--pipeline {at.out}/pipeline --like {at.test} --out {at.out}/clone --train-on {at.test} "
         "--steps 1 --train.side 8 --train.width 8 --train.steps 1 --count 2 --device cpu --size 8",
         "evaluate knn": sets,
