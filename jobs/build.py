@@ -7,11 +7,12 @@ from typing import Literal
 
 import tyro
 
-from jobs.run.terminal import console, parse, progress, warn, warn_unlabelled
+from jobs.run.summary import summary_table
+from jobs.run.terminal import console, parse, progress
 from shards.build import build, plan
 from shards.engines import run_tasks
 from shards.images import Rules
-from shards.manifest import QUARANTINE_NAME, Manifest
+from shards.manifest import Manifest
 from shards.writer import ShardResult
 
 
@@ -93,11 +94,7 @@ def run(config: BuildConfig) -> Manifest:
             bar.advance(result.entry.count + len(result.rejected), f"{left_out} left out" if left_out else None)
 
         manifest = build(planned, config.source, tasks, overwrite=config.overwrite, on_shard=on_shard)
-    if left_out:
-        warn(f"{left_out} images left out; the reasons are in {config.out / QUARANTINE_NAME}")
-    size = sum(entry.size for entry in manifest.entries)
-    console.print(f"{len(manifest)} images in {len(manifest.entries)} shards, {size / 1e6:.1f} MB, in {config.out}")
-    warn_unlabelled(manifest.unlabelled, manifest.provenance.get("unlabelled", {}))
+    console.print(summary_table(manifest), soft_wrap=False)
     return manifest
 
 

@@ -65,10 +65,14 @@ def absolute(config: PretrainConfig) -> PretrainConfig:
     """The configuration with paths that hold in any working directory."""
 
     def fixed(part: Part, *names: str) -> Part:
-        paths = {name: local_path(text) for name in names if (text := getattr(part, name))}
-        return replace(part, **{name: str(path.absolute()) for name, path in paths.items() if path is not None})
+        return replace(part, **{name: whole(getattr(part, name)) for name in names})
 
-    data = fixed(config.data, "real", "synthetic", "cache")
+    def whole(address: str) -> str:
+        path = local_path(address) if address else None
+        return address if path is None else str(path.absolute())
+
+    data = fixed(config.data, "cache")
+    data = replace(data, real=tuple(map(whole, data.real)), synthetic=tuple(map(whole, data.synthetic)))
     init = str(Path(config.init).absolute()) if config.init and Path(config.init).exists() else config.init
     return replace(config, init=init, data=data, monitor=fixed(config.monitor, "knn_train", "knn_test"))
 

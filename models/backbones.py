@@ -94,7 +94,7 @@ OF_VITS = {"init": "timm", "positions": "antialiased"}
 
 
 def timm_options(config: BackboneConfig) -> dict[str, Any]:
-    """Arguments with which timm.create_model builds the config's architecture, but for what it computes alike.
+    """Arguments of timm.create_model for the config's architecture.
 
     Raises:
         ValueError: an unknown name, or an option that this kind of model does not have.
@@ -105,9 +105,7 @@ def timm_options(config: BackboneConfig) -> dict[str, Any]:
     )
     given = [field for field in refused if getattr(config, field)]
     if kind != "vit":
-        given += [
-            name for name, own in (("init", "timm"), ("positions", "antialiased")) if getattr(config, name) != own
-        ]
+        given += [name for name, own in OF_VITS.items() if getattr(config, name) != own]
     if given:
         lacks = "has no LayerNorm before MLPs" if given[0] == "batchnorm_mlp" else "has no such option"
         raise ValueError(f"backbone.{given[0]}: {config.name} {lacks}; leave it out")

@@ -98,7 +98,7 @@ def matching_probabilities(task: Contrast, count: int = 1024) -> Tensor:
 
 @torch.no_grad()
 def task_statistics(task: Contrast, count: int = 1024) -> dict[str, Tensor]:
-    """What a contrastive task was like, per image: float [B] by name (MoCHi, section 3; figures 2b and 2c).
+    """Statistics of a contrastive task per image: float [B] by name (MoCHi, section 3; figures 2b and 2c).
 
     - `proxy`, `proxy_synthetic`: 1 where the key ranks above all real negatives, above these and all synthetic ones
     - `false_negatives`: share of the `count` most similar negatives that have the query's class

@@ -144,7 +144,7 @@ class Recipe:
 
 @dataclass
 class BatchPlan:
-    """A batch before its pixels: who is in it and every parameter. A broken sample's row is drawn anew for another."""
+    """A batch before its pixels: its samples and all parameters. A broken sample is replaced and its row drawn anew."""
 
     recipe: Recipe
     position: int

@@ -87,6 +87,7 @@ def sample_of(number: int, record: Record, rules: Rules) -> Sample | Rejected:
         picture.width,
         record.label,
         unlabelled=record.unlabelled,
+        converted=picture.converted,
     )
 
 

@@ -180,7 +180,7 @@ def self_distillation(batch: int) -> OptimizerConfig:
 
 
 def hard(config: PretrainConfig) -> PretrainConfig:
-    """The same with the hardest of four views' pairs (HVP); multi-crop chooses among twice as many local views too."""
+    """The configuration with the hardest pair of four views (HVP); with multi-crop of twice as many local views."""
     config = replace(config, selection=SelectionConfig(views=4, rule="hardest"))
     if not isinstance(config.objective, DINOConfig) or not config.objective.local_views:
         return config
@@ -188,7 +188,7 @@ def hard(config: PretrainConfig) -> PretrainConfig:
 
 
 def small(config: PretrainConfig) -> PretrainConfig:
-    """The same at a size that a CPU trains in minutes: narrower heads, a shorter queue, views that suit images of 32
+    """At a size that a CPU trains in minutes: narrower heads, a shorter queue, views that suit images of 32
     pixels, fewer epochs, of which the warm-up is a tenth, however many."""
     assert isinstance(config.objective, MoBYConfig)
     objective = replace(config.objective, hidden=512, width=128, queue=1024, momentum=0.95)

@@ -33,9 +33,10 @@ from jobs.run.world import World
 from jobs.training.health import FiniteGuard, forward_flops, peak_flops
 from jobs.training.memory_bank import MemoryBank
 from jobs.training.timing import StepTimer
-from jobs.training.verdict import Signs, Verdict, judge
+from jobs.training.verdict import DISTILLATION, Margins, Signs, Verdict, judge
 from models.distributed import gather
 from models.objectives import Length, Objective
+from models.objectives.dino import DINO
 from models.probes import by_source, contrast_report, feature_std, positives_report, rankme
 from pipelines.batch import ViewBatch
 from pipelines.params import pair_iou
@@ -95,6 +96,10 @@ class Monitor:
     _flops: float | None = None
     _sums: dict[str, tuple[Total, Total]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.objective.target is not None:
+            self.signs.first_target_norm = parameters_norm(self.objective.target)
+
     def watches(self, step: int) -> bool:
         """Whether features, embeddings and contrastive tasks of step number `step` (from 1) are analysed."""
         return bool(self.config.monitor.health_every) and step % self.config.monitor.health_every == 0
@@ -125,7 +130,9 @@ class Monitor:
     def judge(self, step: int) -> None:
         """Judges the run after step number `step`, where a line of metrics was written."""
         if self.signs.lost or math.isfinite(self.signs.loss):
-            self.verdict = judge(self.signs, step, self.length.steps)
+            margins = DISTILLATION if isinstance(self.objective, DINO) else Margins()
+            self.verdict = judge(self.signs, step, self.length.steps, margins)
+            self.signs.learned |= self.verdict.name == "learning"
 
     def evaluate(self, step: int) -> None:
         """kNN top-1 of the held-out images, where the configuration names some; the leading rank measures it."""
@@ -190,6 +197,7 @@ class Monitor:
         scalars["system/mfu"] = self._utilisation(scalars["train/images_per_second"])
         self.images_per_second = scalars["train/images_per_second"]
         chance = self.objective.chance(self.config.batch // self.config.accumulate, real=True)
+        self.signs.filled = step * self.config.batch >= getattr(self.config.objective, "queue", 0)
         real = scalars.get("train/loss_real", scalars["train/loss"])
         self.signs.take_loss(scalars.get("train/loss_random_pair", real), chance)
         self.note = note(scalars)
@@ -216,7 +224,7 @@ class Monitor:
             scalars["health/target_norm"] = parameters_norm(objective.target)
         objective.positives.clear()
         objective.contrasts.clear()
-        self.signs.take_health(scalars.get("health/uniformity"), scalars.get("health/rankme"))
+        self.signs.take_health(scalars)
         if self.loggers is not None:
             self.loggers.log(step, scalars)
             write_curves(self.curves, step, curves)

@@ -89,7 +89,7 @@ class Tap:
 
     @contextmanager
     def noting(self, mask_VHW: Tensor | None = None) -> Iterator[None]:
-        """Inside, `patches` are those of the newest forward, whose masked patches were replaced."""
+        """Inside, a forward replaces the masked patches by the token, and `patches` are its patch tokens."""
         self.open, self.mask_VHW = True, mask_VHW
         try:
             yield
@@ -151,7 +151,7 @@ class IBOT(DINO):
                 raise ValueError(f"{what} cannot go with objective.masked_scores; leave one of them out")
 
     def reuses_features(self, selection: SelectionConfig, device: torch.device) -> bool:
-        """Never: the loss wants patch tokens too, which scoring does not keep."""
+        """Never: the loss needs patch tokens too, and scoring does not keep them."""
         return False
 
     def chance(self, images: int, *, real: bool = False) -> float:
@@ -222,7 +222,7 @@ class IBOT(DINO):
 
     @torch.no_grad()
     def patch_targets(self, patches_VTD: Tensor, masked_M: Tensor) -> Tensor:
-        """[M, K]: what the target makes of the masked patches; the outputs of all patches go into the centre."""
+        """[M, K]: the target's distributions for the masked patches; the outputs of all patches go into the centre."""
         head = head_of(self.target)
         bottleneck = head.bottleneck(patches_VTD.flatten(0, 1))
         last_KD = head.last()

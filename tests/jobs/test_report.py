@@ -182,6 +182,21 @@ def test_health_tells_a_sound_run_from_a_broken_one(tmp_path: Path) -> None:
     assert states["Gradients"] == "warn"
 
 
+def test_a_verdict_stands_on_top_with_what_to_try_and_a_falling_rank_is_no_tick(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "one")
+    words = {"verdict_reason": "loss 13.95, chance 13.86", "verdict_advice": "weaken the views"}
+    (run / "state.json").write_text(json.dumps({"state": "finished", "verdict": "not-learning", **words}))
+    lines = [{"step": step, "health/rankme": rank} for step, rank in ((40, 8.7), (240, 3.8))]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    first, *others = checks(read_run(run))
+    assert (first.name, first.state) == ("Verdict", "bad")
+    assert first.text == "not-learning: loss 13.95, chance 13.86; what to try first: weaken the views"
+    (rank,) = [check for check in others if check.name == "RankMe"]
+    assert rank.state == "warn" and rank.text == "3.8 effective dimensions, 8.7 at the start"
+    text = report.write_report([run], tmp_path / "report.html").read_text()
+    assert re.search(r'class="tiles"><dl class="tile"><dt>Verdict</dt><dd>not learning</dd>', text)
+
+
 # Charts
 
 
