@@ -2,8 +2,10 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from pipelines.draw import draw
 from pipelines.policies import POLICIES, IouScript, Policy, ViewGroup, ViewPolicy, build_policy
 from shards.errors import InputError
 
@@ -38,6 +40,40 @@ def test_multi_crop_has_global_and_local_views() -> None:
     assert policy.spans == (slice(0, 4), slice(4, 10))
     assert policy.views == len(policy.view_policies) == 10
     assert policy.view_policies[3].scale == (0.4, 1.0) and policy.view_policies[4].scale == (0.05, 0.4)
+
+
+@pytest.mark.parametrize(
+    ("name", "colours", "areas"),
+    [
+        ("byol", (0.4, 0.4, 0.2, 0.1), [(0.08, 1.0)] * 2),
+        ("moco_v2", (0.4, 0.4, 0.4, 0.1), [(0.2, 1.0)] * 2),
+        ("moco_v3", (0.4, 0.4, 0.2, 0.1), [(0.08, 1.0)] * 2),
+        ("simclr", (0.8, 0.8, 0.8, 0.2), [(0.08, 1.0)] * 2),
+        ("dino", (0.4, 0.4, 0.2, 0.1), [(0.4, 1.0)] * 2 + [(0.05, 0.4)] * 8),
+        ("ibot", (0.4, 0.4, 0.2, 0.1), [(0.25, 1.0)] * 2 + [(0.05, 0.25)] * 10),
+    ],
+)
+def test_draws_fill_the_published_ranges(
+    name: str, colours: tuple[float, float, float, float], areas: list[tuple[float, float]]
+) -> None:
+    """Factors from 1 − s to 1 + s, hue from −h to h, sigma from 0.1 to 2, areas of the image: by 400 images' draws."""
+    ids = np.arange(400)
+    params = draw(build_policy(name, 224), ids, np.zeros_like(ids), 0, np.full((400, 2), 400))
+    jittered = params.jitter
+    assert jittered.mean() == pytest.approx(0.8, abs=0.05) and params.gray.mean() == pytest.approx(0.2, abs=0.05)
+    names = ("brightness", "contrast", "saturation", "hue")
+    for field, strength, middle in zip(names, colours, (1, 1, 1, 0), strict=True):
+        drawn = getattr(params, field)[jittered]
+        assert drawn.min() == pytest.approx(middle - strength, abs=0.05 * strength)
+        assert drawn.max() == pytest.approx(middle + strength, abs=0.05 * strength)
+    sigmas = params.blur[params.blur > 0]
+    assert (sigmas.min(), sigmas.max()) == pytest.approx((0.1, 2.0), abs=0.05)
+    shares = params.height * params.width / 400**2
+    for view, (least, most) in enumerate(areas):
+        # Boxes are whole pixels, and large ones of another shape do not fit.
+        assert least - 0.01 <= shares[:, view].min() <= least + 0.03
+        assert most - 0.08 <= shares[:, view].max() <= most + 0.01
+    assert shares.shape[1] == len(areas)
 
 
 @pytest.mark.parametrize("name", POLICIES)
