@@ -28,6 +28,7 @@ JOBS = {
     "generate": "sample a synthetic clone of a data set from a diffusion pipeline",
     "pretrain": "pretrain a backbone on streamed shards with hard views",
     "evaluate": "kNN, linear probe, fine-tuning, retrieval",
+    "embed": "features of every image, as Parquet",
     "export": "augmentation log → Parquet tables",
     "export-backbone": "checkpoint → safetensors that timm loads",
     "analyse": "IoU, fANOVA and choice statistics of a run's log",

@@ -40,7 +40,7 @@ from torch import Tensor
 from pipelines.params import ViewParams
 from pipelines.policies import Interpolation
 from shards.errors import InputError
-from shards.images import END_OF_JPEG, END_OF_PNG, trimmed
+from shards.formats import END_OF_JPEG, END_OF_PNG, trimmed
 
 Bytes = NDArray[np.uint8]
 HAS_DALI = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None

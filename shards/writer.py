@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from shards.errors import InputError
 from shards.files import clear_partials, is_left_behind, partial_name, publish, settle, write_whole
-from shards.images import Extension
+from shards.formats import Extension
 from shards.manifest import (
     QUARANTINE_NAME,
     Manifest,

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -120,6 +120,17 @@ def read_run(path: Path) -> RunData:
         quarantine=read_metrics(folder.quarantine),
         problems=problems,
     )
+
+
+def told_apart(runs: Sequence[RunData]) -> list[RunData]:
+    """The runs by names that differ: where folders have the same, by as many of those above as it takes."""
+    places = [run.path.resolve().parts for run in runs]
+    names = []
+    for place in places:
+        alike = {other for other in places if other[-1] == place[-1] and other != place}
+        depth = next(n for n in range(1, len(place) + 1) if not any(other[-n:] == place[-n:] for other in alike))
+        names.append("/".join(place[-depth:]))
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
 def _analysis(folder: RunFolder, problems: list[str]) -> dict[str, Any] | None:

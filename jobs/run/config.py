@@ -1,9 +1,8 @@
 """The configuration of a pretraining run: frozen dataclasses, and their JSON form."""
 
 import json
-import math
 import re
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -13,6 +12,7 @@ import tyro
 from jobs.run.folder import write_json
 from jobs.run.metrics import LOGGERS
 from jobs.run.optim import OptimizerConfig
+from jobs.run.terminal import check_numbers
 from models.backbones import BackboneConfig
 from models.objectives import OBJECTIVES, ObjectiveConfig
 from models.objectives.moby import MoBYConfig
@@ -312,21 +312,7 @@ class PretrainConfig:
         for name in ("batch", "accumulate"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: {getattr(self, name)} must be at least 1")
-        _check_finite(self)
-
-
-def _check_finite(config: Any, prefix: str = "") -> None:
-    """Checks all numbers once: comparisons with NaN are false, so range checks alone would let it pass.
-
-    Raises:
-        InputError: a value that is infinite or not a number.
-    """
-    for name, value in vars(config).items():
-        if is_dataclass(value):
-            _check_finite(value, f"{prefix}{name}.")
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float) and not math.isfinite(number):
-                raise InputError(f"{prefix}{name}: {number} is not finite; give a number")
+        check_numbers(self, "")
 
 
 KINDS_OF_VALUE = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

@@ -127,7 +127,7 @@ def check_crops(config: PretrainConfig, backbone: nn.Module) -> None:
 
 
 def strong_blur(config: PretrainConfig) -> str | None:
-    """Advice where the blur, in proportion to the view's side, is stronger than its policy's at 224 pixels; else None."""
+    """Advice where the blur, in proportion to the view's side, exceeds its policy's at 224 pixels; else None."""
     drawn = run_policy(config).groups
     for group, published in zip(drawn, build_policy(config.views.policy, PUBLISHED_SIZE).groups, strict=True):
         share = group.size / published.size

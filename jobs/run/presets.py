@@ -180,7 +180,7 @@ def self_distillation(batch: int) -> OptimizerConfig:
 
 
 def hard(config: PretrainConfig) -> PretrainConfig:
-    """The configuration with the hardest pair of four views (HVP); with multi-crop also of twice as many local views."""
+    """The configuration with the hardest pair of four views (HVP); with multi-crop of twice as many local views."""
     config = replace(config, selection=SelectionConfig(views=4, rule="hardest"))
     if not isinstance(config.objective, DINOConfig) or not config.objective.local_views:
         return config

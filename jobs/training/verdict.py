@@ -74,6 +74,9 @@ class Signs:
     """Before the first step."""
     learned: bool = False
     """Whether it was learning at any line so far."""
+    filled: bool = True
+    """Whether the queue of negatives, where there is one, holds keys alone: against the random rows of its start any
+    loss is low."""
     lost: bool = False
     """Whether a loss of the newest line was not finite."""
 
@@ -163,6 +166,6 @@ def judge(signs: Signs, step: int, steps: int, margins: Margins = Margins()) -> 
         told = below > margin and (nearer or below > CLEARLY * margin > 0)
     else:
         told = signs.loss < signs.first_loss - share * FALLEN and nearer
-    if told and signs.uniformity < margins.spread and not still:
+    if told and signs.filled and signs.uniformity < margins.spread and not still:
         return verdict("forgetting" if over and signs.knn < signs.first_knn - FORGOTTEN else "learning")
     return verdict("not-learning" if over else "not-learning-yet")

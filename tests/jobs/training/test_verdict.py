@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from jobs.pretrain import pretrain
-from jobs.run.config import DataConfig, MonitorConfig, PretrainConfig, ViewsConfig
+from jobs.run import checkpoint
+from jobs.run.config import CheckpointConfig, DataConfig, MonitorConfig, PretrainConfig, ViewsConfig
 from jobs.run.failure import TrainingFailedError
 from jobs.run.folder import RunFolder
 from jobs.run.metrics import read_metrics
@@ -138,6 +139,19 @@ def test_a_run_that_learned_is_not_doubted_for_one_line() -> None:
     assert judge(signs, 150, 150).name == "learning"
     signs.loss = 0.995 * MOBY_256
     assert judge(signs, 150, 150).name == "not-learning"
+
+
+def test_a_loss_against_a_queue_s_first_random_rows_tells_nothing() -> None:
+    signs = LEARNS.signs()
+    signs.filled = False
+    assert judge(signs, 5, 150).name == "not-learning-yet"
+
+
+def test_a_run_notes_when_its_queue_is_filled(tiny: PretrainConfig, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")  # 50 rows, 16 of them a step
+    pretrain(replace(judged(tiny, 4), checkpoint=CheckpointConfig(every=1, keep=4)), folder.path)
+    saved = [checkpoint.load(entry.path)["monitor"]["signs"] for entry in checkpoint.entries(folder.checkpoints)]
+    assert [signs["filled"] for signs in saved[-4:]] == [False, False, False, True]
 
 
 def test_patience_is_half_of_the_run_and_at_most_2000_steps() -> None:
