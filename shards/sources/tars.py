@@ -17,6 +17,13 @@ from shards.sources.splits import of_split
 
 LONGEST_CHAIN = 40  # links that lead to links
 LARGEST_SPARSE = 1 << 30  # bytes of a member with holes, whose header may claim any size
+PACKED = {
+    rb"\x1f\x8b\x08": "compressed by gzip",
+    rb"\x28\xb5\x2f\xfd": "compressed by zstd",
+    rb"\xfd7zXZ\0": "compressed by xz",
+    rb"BZh[1-9]1AY&SY": "compressed by bzip2",
+    rb"PK\x03\x04": "a zip archive",
+}
 LOOK_AHEAD = 1 << 20  # bytes read at a time where zeros are skipped
 WHOLE_NUMBER = re.compile(r"[+-]?\d+", re.ASCII)
 
@@ -126,6 +133,11 @@ def groups(file: Any) -> Iterator[Group | str]:
 
 def headers(file: Any) -> Iterator[tarfile.TarInfo | str]:
     """All headers of a tar, or of several that were joined, and at last what is wrong with it, if anything is."""
+    head = read_at(file, 0, 10)
+    packed = next((kind for magic, kind in PACKED.items() if re.match(magic, head, re.DOTALL)), None)
+    if packed:
+        yield f"{packed}, whatever its name says: unpack it first"
+        return
     start = 0
     while start >= 0:
         file.seek(start)
@@ -252,7 +264,8 @@ def tar_record(tar: Tar, group: Group | str, file: Any, numbers: Mapping[str, in
     image = image_member(tar.name, group, tar.image)
     if image is None:
         kinds = ", ".join(member.extension for member in group.members)
-        return Record(name, -1, b"", f"no {tar.image or 'image'} among its files ({kinds})")
+        hint = "; unpack the outer tar first, and name the tars in it" if kinds == "tar" else ""
+        return Record(name, -1, b"", f"no {tar.image or 'image'} among its files ({kinds}){hint}")
     if image.problem:
         return Record(f"{name}.{image.extension}", -1, b"", image.problem)
     content = content_of(image, file)
