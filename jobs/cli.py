@@ -5,6 +5,7 @@ Exit code 2 is a user's mistake, 1 training that cannot go on, 75 a sweep with r
 """
 
 import difflib
+import errno
 import importlib
 import importlib.metadata
 import os
@@ -44,6 +45,15 @@ JOBS = {
 }
 
 
+# What a disk may refuse anywhere → the remedy.
+DISK = {
+    errno.ENOSPC: "make room there, or write to another disk",
+    errno.EDQUOT: "make room there, or write to another disk",
+    errno.EROFS: "make it writable, or copy it to a disk that is",
+    errno.EACCES: "give this user the rights, or choose another place",
+}
+
+
 def usage() -> str:
     width = max(map(len, JOBS))
     lines = [f"  {name:{width}}  {text}" for name, text in JOBS.items()]
@@ -73,6 +83,10 @@ def run(argv: list[str]) -> int:
         if os.environ.get("HARDVIEWS_TRACEBACK"):
             raise
         return fail(str(error), 1 if isinstance(error, TrainingFailedError) else 2)
+    except OSError as error:
+        if os.environ.get("HARDVIEWS_TRACEBACK") or error.errno not in DISK:
+            raise
+        return fail(f"{error.filename or name}: {error.strerror}; {DISK[error.errno]}")
     except KeyboardInterrupt:
         print("hardviews: interrupted", file=sys.stderr)
         return 130

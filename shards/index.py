@@ -131,7 +131,7 @@ def index(
         raise InputError(f"{folder}: there are no .tar files in it; name a folder that holds WebDataset tars")
     if (folder / MANIFEST_NAME).exists() and not overwrite and not indexed(folder):
         raise InputError(f"{folder}: its shards have a manifest from their making; pass --overwrite to replace it")
-    with output_folder(folder):
+    with output_folder(folder, flag=""):
         tasks = [IndexTask(str(folder.resolve()), name, rules, image, tuple(classes)) for name in names]
         results, missing = ([], tasks) if overwrite else split_done(folder, tasks, overwrite)
         for result in results:

@@ -349,7 +349,8 @@ def finish(
     labels = sum((Counter(result.labels) for result in ordered), Counter[int]())
     if not labels:
         where = folder / QUARANTINE_NAME
-        raise InputError(f"{folder}: none of {len(rejected)} images can be read; the reasons are in {where}")
+        first = f" ({rejected[0].origin}: {rejected[0].reason})" if rejected else ""
+        raise InputError(f"{folder}: none of {len(rejected)} images can be read{first}; the reasons are in {where}")
     names = [*classes, *map(str, range(len(classes), max(labels) + 1))]
     write_manifest(
         folder,
@@ -387,8 +388,11 @@ def by_kind(reasons: Iterable[str]) -> Counter[str]:
 
 
 @contextlib.contextmanager
-def output_folder(folder: Path) -> Iterator[None]:
+def output_folder(folder: Path, flag: str = "--out ") -> Iterator[None]:
     """Makes the folder, keeps other processes from writing it meanwhile, clears what a killed one left half-written.
+
+    Args:
+        flag: what names the folder in messages; empty where no flag does.
 
     Raises:
         InputError: it cannot be made, or another process is writing it.
@@ -399,12 +403,12 @@ def output_folder(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK_NAME).open("w")
     except OSError as error:
-        raise InputError(f"--out {folder}: {error.strerror}; choose a folder that can be written") from error
+        raise InputError(f"{flag}{folder}: {error.strerror}; choose a folder that can be written") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it when the process ends, however
         except OSError as error:
-            raise InputError(f"--out {folder}: another process is writing it; wait, or choose another") from error
+            raise InputError(f"{flag}{folder}: another process is writing it; wait, or choose another") from error
         clear_partials(folder)
         yield
 

@@ -198,6 +198,10 @@ def whole_file(path: Path) -> Iterator[Path]:
             yield temporary
             os.fsync(file.fileno())
             temporary.replace(path)
+        except OSError as error:
+            if error.errno is None or error.filename is not None:
+                raise
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error  # a full disk has no name
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -18,6 +18,13 @@ from shards.sources.splits import of_split
 
 LONGEST_CHAIN = 40  # links that lead to links
 LARGEST_SPARSE = 1 << 30  # bytes of a member with holes, whose header may claim any size
+PACKED = {
+    rb"\x1f\x8b\x08": "compressed by gzip",
+    rb"\x28\xb5\x2f\xfd": "compressed by zstd",
+    rb"\xfd7zXZ\0": "compressed by xz",
+    rb"BZh[1-9]1AY&SY": "compressed by bzip2",
+    rb"PK\x03\x04": "a zip archive",
+}
 LOOK_AHEAD = 1 << 20  # bytes read at a time where zeros are skipped
 WHOLE_NUMBER = re.compile(r"[+-]?\d+", re.ASCII)
 
@@ -139,6 +146,11 @@ def headers(file: Any, start: int = 0, stop: int | None = None) -> Iterator[tarf
     Args:
         start, stop: where the tar lies in the file; None for up to the file's end.
     """
+    head = read_at(file, start, 10)
+    packed = next((kind for magic, kind in PACKED.items() if re.match(magic, head, re.DOTALL)), None)
+    if packed:
+        yield f"{packed}, whatever its name says: unpack it first"
+        return
     last: int = file.seek(0, os.SEEK_END) if stop is None else stop
     while 0 <= start < last:
         file.seek(start)

@@ -1,5 +1,6 @@
 """The `hardviews` command: jobs are found, a user's mistake is one line and exit code 2."""
 
+import errno
 import importlib.metadata
 import os
 import subprocess
@@ -55,6 +56,15 @@ def test_a_mistake_is_one_line_without_a_traceback(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("hardviews: ") and done.stderr.count("\n") == 1
+
+
+def test_other_errors_of_the_system_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(argv: list[str]) -> None:
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+    monkeypatch.setattr("jobs.info.main", refuse)
+    with pytest.raises(ConnectionResetError):
+        cli.run(["info"])
 
 
 HELP, PRESET = ["--help"], ["pretrain", "moby-vit-tiny", "--help"]

@@ -1,3 +1,5 @@
+import errno
+import os
 import re
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pyarrow.parquet
 import pytest
 from log_rows import losses_at, params_at, write_log
 
+from jobs import cli
 from jobs.analysis.tables import SCHEMAS
 from jobs.export import export, main
 from jobs.log.format import COLUMNS
@@ -123,6 +126,18 @@ def test_a_failed_export_leaves_the_old_tables(run, tmp_path, monkeypatch):
         export(run, tmp_path, steps=":1")
     assert done.pairs.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.parquet", "views.parquet"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_a_full_or_read_only_disk_is_one_line_that_names_the_place(run, tmp_path, monkeypatch, capsys, code):
+    def refuse(*_):
+        raise OSError(code, "as the kernel says it")  # without a name, as for a descriptor
+
+    monkeypatch.setattr("os.fsync", refuse)
+    assert cli.run(["export", str(run), "--out", str(tmp_path)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"hardviews: {tmp_path}/") and cli.DISK[code] in line and os.strerror(code) in line
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -219,7 +219,8 @@ def test_bad_images_are_left_out_listed_and_counted(tmp_path: Path) -> None:
 def test_no_readable_image_at_all(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "text.jpg").write_bytes(b"text")
-    with pytest.raises(InputError, match=r"none of 1 images can be read; the reasons are in .*quarantine\.jsonl"):
+    reasons = r"none of 1 images can be read \(text\.jpg: not an image.*\); the reasons are in .*quarantine\.jsonl"
+    with pytest.raises(InputError, match=reasons):
         build_at(f"folder:{tmp_path / 'images'}", tmp_path / "out")
 
 

@@ -100,3 +100,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
     build_at(f"imagefolder:{imagefolder(tmp_path / 'images', 3)}", tmp_path / "built")
     with pytest.raises(InputError, match="have a manifest from their making; pass --overwrite"):
         index(tmp_path / "built", "web", LOCAL)
+
+
+def test_a_folder_that_cannot_be_written_is_named_without_a_flag(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("a.jpg", photo(0))])
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(InputError, match=rf"^{tmp_path}: Is a directory; choose a folder that can be written"):
+        index(tmp_path, "real", LOCAL)

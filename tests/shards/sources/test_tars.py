@@ -1,7 +1,10 @@
 """Tars that others packed: names with dots, joined tars, links, the same name twice, holes; no image is lost unsaid."""
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import tarfile
 from pathlib import Path
 
@@ -230,3 +233,12 @@ def test_files_with_holes_are_read_right(tmp_path: Path, form: str) -> None:
     index(tmp_path, "real", LOCAL)
     assert list(images(tmp_path)) == [photo(1)]
     assert "sparse" in left_out(tmp_path)["a.tar/a"]
+
+
+@pytest.mark.parametrize(("pack", "kind"), [(gzip.compress, "gzip"), (bz2.compress, "bzip2"), (lzma.compress, "xz")])
+def test_a_packed_tar_is_named_for_what_it_is(tmp_path: Path, pack, kind: str) -> None:
+    inner = tmp_path / "inner.tar"
+    write_tar(inner, [("a.jpg", photo(0))])
+    inner.write_bytes(pack(inner.read_bytes()))
+    with pytest.raises(InputError, match=rf"none of 1 images can be read \(inner\.tar: compressed by {kind}.*unpack"):
+        build_at(f"tars:{inner}", tmp_path / "packed")
