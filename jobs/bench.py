@@ -13,6 +13,7 @@ BENCHES = {
     "training": "what the data, hard views and synthetic negatives cost of real training steps",
     "run": "what checkpoints and monitors add to a training step",
     "negatives": "synthetic negatives in closed form, beside building their vectors",
+    "rules": "a step by each rule of choice, beside one on random pairs",
     "multicrop": "DINO's exact choice among multi-crop views, beside a loop over sampled candidates",
 }
 

@@ -7,11 +7,12 @@ from typing import Literal
 
 import tyro
 
-from jobs.run.terminal import console, parse, progress, warn, warn_unlabelled
+from jobs.run.summary import summary_table
+from jobs.run.terminal import console, parse, progress
 from shards.build import build, plan
 from shards.engines import run_tasks
 from shards.images import Rules
-from shards.manifest import QUARANTINE_NAME, Manifest
+from shards.manifest import Manifest
 from shards.writer import ShardResult
 
 
@@ -45,7 +46,11 @@ class BuildConfig:
     """File of labels for folder: and tars: (CSV, TSV or Parquet): a column with the images' names or keys, and one
     with their labels, class numbers or names."""
     split: str | None = None
-    """Which split of Parquet to take, such as train, where there are several."""
+    """Which split to take, such as train, where names of files or folders tell of several (train/cat/1.jpg,
+    train-00000-of-00012.parquet)."""
+    exclude: Path | None = None
+    """duplicates.csv of `hardviews duplicates` from shards of these images, built with the same settings: all of a
+    group but the first are left out."""
     check: Literal["full", "header"] = "full"
     """full: decode every image; header: read only its header and end (several times faster, finds fewer faults)."""
     resize_short: int | None = None
@@ -82,6 +87,7 @@ def run(config: BuildConfig) -> Manifest:
         label_from=config.label_from,
         labels=config.labels,
         split=config.split,
+        exclude=config.exclude,
     )
     left_out = 0
     with progress("building", planned.images, "images") as bar:
@@ -92,11 +98,7 @@ def run(config: BuildConfig) -> Manifest:
             bar.advance(result.entry.count + len(result.rejected), f"{left_out} left out" if left_out else None)
 
         manifest = build(planned, config.source, tasks, overwrite=config.overwrite, on_shard=on_shard)
-    if left_out:
-        warn(f"{left_out} images left out; the reasons are in {config.out / QUARANTINE_NAME}")
-    size = sum(entry.size for entry in manifest.entries)
-    console.print(f"{len(manifest)} images in {len(manifest.entries)} shards, {size / 1e6:.1f} MB, in {config.out}")
-    warn_unlabelled(manifest.unlabelled, manifest.provenance.get("unlabelled", {}))
+    console.print(summary_table(manifest), soft_wrap=False)
     return manifest
 
 

@@ -7,13 +7,14 @@ from typing import Literal
 
 import tyro
 
-from jobs.run.terminal import console, parse, progress, warn, warn_unlabelled
+from jobs.run.summary import summary_table
+from jobs.run.terminal import console, parse, progress
 from shards.engines import run_tasks
 from shards.errors import InputError
 from shards.files import local_path
 from shards.images import Rules
 from shards.index import index
-from shards.manifest import QUARANTINE_NAME, Manifest
+from shards.manifest import Manifest
 from shards.writer import ShardResult, shards_in
 
 
@@ -63,10 +64,7 @@ def run(config: IndexConfig) -> Manifest:
             overwrite=config.overwrite,
             on_shard=on_shard,
         )
-    if left_out:
-        warn(f"{left_out} images left out; the reasons are in {folder / QUARANTINE_NAME}")
-    console.print(f"{len(manifest)} images in {len(manifest.entries)} shards, in {folder}")
-    warn_unlabelled(manifest.unlabelled, manifest.provenance.get("unlabelled", {}))
+    console.print(summary_table(manifest), soft_wrap=False)
     return manifest
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import tyro
 from rich.table import Table
 
+from jobs.run.summary import COUNTED, summary_table
 from jobs.run.terminal import parse, tables
 from shards.manifest import Manifest, open_manifest
 
@@ -23,22 +24,18 @@ class InfoConfig:
 
 
 def facts(manifest: Manifest) -> dict[str, str]:
-    """Facts about a data set: name → text."""
-    size = sum(entry.size for entry in manifest.entries)
+    """Facts about a data set, but for its summary: name → text."""
     shards = np.unique(np.linspace(0, len(manifest.entries) - 1, SAMPLED_SHARDS).round().astype(int))
     columns = [manifest.shard_columns(int(shard)) for shard in shards]
     heights = np.concatenate([one.height for one in columns])
     widths = np.concatenate([one.width for one in columns])
     scope = "" if len(shards) == len(manifest.entries) else f" (in {len(shards)} of the shards)"
-    labelled = int(manifest.class_counts.sum())
+    shown = {name: value for name, value in manifest.provenance.items() if name not in COUNTED and value is not None}
     return {
         "source": manifest.source,
-        "images": f"{len(manifest):,} in {len(manifest.entries):,} shards",
-        "labelled": f"{labelled:,} in {len(manifest.classes):,} classes",
-        "size": f"{size / 1e6:,.1f} MB, {size / len(manifest) / 1e3:,.1f} kB an image",
         f"width{scope}": f"{widths.min()} to {widths.max()} px, median {np.median(widths):.0f}",
         f"height{scope}": f"{heights.min()} to {heights.max()} px, median {np.median(heights):.0f}",
-        **{f"provenance: {name}": str(value) for name, value in manifest.provenance.items() if value is not None},
+        **{f"provenance: {name}": str(value) for name, value in shown.items()},
     }
 
 
@@ -60,10 +57,7 @@ def run(config: InfoConfig) -> None:
     """Prints the tables."""
     manifests = [open_manifest(folder) for folder in config.folders]
     for manifest in manifests:
-        table = Table("", manifest.root, show_header=True)
-        for name, text in facts(manifest).items():
-            table.add_row(name, text)
-        tables.print(table)
+        tables.print(summary_table(manifest, facts(manifest)))
     if config.classes and any(manifest.classes for manifest in manifests):
         tables.print(class_table(manifests, config.classes))
 

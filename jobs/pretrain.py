@@ -32,7 +32,8 @@ class PretrainArguments:
     run: Path
     """Run folder to write: configuration, checkpoints, metrics, augmentation log."""
     resume: bool = False
-    """Resume from the run's newest intact checkpoint, with the run's own configuration; flags cannot change it."""
+    """Resume from the run's newest intact checkpoint, with the run's own configuration; --epochs or --steps make it
+    longer, also when it has ended, and no other flag can change it."""
     overwrite: bool = False
     """Replace the run in that folder."""
     profile: int = 0
@@ -44,7 +45,8 @@ def pretrain(
     config: PretrainConfig, run: Path, *, resume: bool = False, overwrite: bool = False, profile: int = 0
 ) -> str:
     """Trains into a run folder; returns `finished` or `interrupted`. A resumed run keeps its own configuration, but for
-    where `config` says that its shards lie now. Of `profile` steps, from the sixth on, the folder gets a trace.
+    where `config` says that its shards lie now, and for its length. Of `profile` steps, from the sixth on, the folder
+    gets a trace.
 
     Raises:
         InputError: a folder, value or file that does not fit.
@@ -60,7 +62,7 @@ def pretrain(
             stack.enter_context(folder.locked())
         world.barrier()
         if resume:
-            config = moved(load_config(folder.config), config)
+            config = continued(load_config(folder.config), config)
         return train(config, folder, world, resume=resume, traced_steps=profile)
 
 
@@ -68,38 +70,54 @@ def absolute(config: PretrainConfig) -> PretrainConfig:
     """The configuration with paths that hold in any working directory."""
 
     def fixed(part: Part, *names: str) -> Part:
-        paths = {name: local_path(text) for name in names if (text := getattr(part, name))}
-        return replace(part, **{name: str(path.absolute()) for name, path in paths.items() if path is not None})
+        return replace(part, **{name: whole(getattr(part, name)) for name in names})
 
-    data = fixed(config.data, "real", "synthetic", "cache")
-    return replace(config, data=data, monitor=fixed(config.monitor, "knn_train", "knn_test"))
+    def whole(address: str) -> str:
+        path = local_path(address) if address else None
+        return address if path is None else str(path.absolute())
+
+    data = fixed(config.data, "cache")
+    data = replace(data, real=tuple(map(whole, data.real)), synthetic=tuple(map(whole, data.synthetic)))
+    init = str(Path(config.init).absolute()) if config.init and Path(config.init).exists() else config.init
+    return replace(config, init=init, data=data, monitor=fixed(config.monitor, "knn_train", "knn_test"))
 
 
-def moved(own: PretrainConfig, given: PretrainConfig) -> PretrainConfig:
-    """A run's own configuration with the shards at the addresses that are given, where any are."""
+def continued(own: PretrainConfig, given: PretrainConfig) -> PretrainConfig:
+    """A run's own configuration with the shards at the addresses that are given, where any are, and as long as given:
+    where only the epochs are new, they replace a length in steps."""
     data = replace(
         own.data, real=given.data.real or own.data.real, synthetic=given.data.synthetic or own.data.synthetic
     )
-    return replace(own, data=data)
+    steps = None if given.epochs != own.epochs and given.steps == own.steps else given.steps
+    return replace(own, data=data, epochs=given.epochs, steps=steps)
 
 
-def check_kept(given: PretrainConfig, default: PretrainConfig, own: PretrainConfig) -> None:
-    """Refuses a preset or flags that differ from the resumed run's `own` configuration, which stays in force.
-
-    Raises:
-        InputError: a preset of another objective, or a flag that would be ignored.
+def check_preset(name: str, own: PretrainConfig) -> None:
     """
-    asked, begun = (type(config.objective).__name__.removesuffix("Config") for config in (default, own))
-    if asked != begun:
-        raise InputError(
-            f"preset: this one trains {asked}, but the run was begun with {begun}, and a resumed run keeps its "
-            f"configuration; give its preset, or begin anew with --overwrite or another --run"
-        )
-    changed = {*differences(given, default)} & {*differences(given, own)}
-    for name in sorted(changed - {"data.real", "data.synthetic"}):  # shards may have moved
+    Raises:
+        InputError: the resumed run was begun with another preset; a run that does not say with which, with another
+            objective.
+    """
+    asked, begun = (type(config.objective).__name__.removesuffix("Config") for config in (preset(name), own))
+    if own.preset == name or (not own.preset and asked == begun):
+        return
+    with_what = own.preset or begun
+    raise InputError(
+        f"preset: {name} is not what the run was begun with, which is {with_what}, and a resumed run keeps its "
+        f"configuration; give its preset, or begin anew with --overwrite or another --run"
+    )
+
+
+def check_kept(given: PretrainConfig, own: PretrainConfig) -> None:
+    """
+    Raises:
+        InputError: flags would change the resumed run's `own` configuration in more than its length.
+    """
+    # Shards may have moved, and a run may become longer.
+    for name in sorted({*differences(given, own)} - {"data.real", "data.synthetic", "epochs", "steps"}):
         value = reduce(getattr, name.split("."), given)
         raise InputError(
-            f"{name}: {value} is not what the run was begun with, and a resumed run keeps its configuration; leave it "
+            f"{name}: {value} is not what the run was begun with, and a resumed run keeps all but its length; leave it "
             f"out, or begin anew with --overwrite or another --run"
         )
 
@@ -115,10 +133,15 @@ def main(argv: Sequence[str]) -> None:
     name, *flags = argv
     if name.startswith("-"):
         raise InputError(f"preset: the first argument is a preset, not {name}; {usage}")
-    default = PretrainArguments(tyro.MISSING, config=preset(name))
+    default = PretrainArguments(tyro.MISSING, config=replace(preset(name), preset=name))
     arguments = parse(PretrainArguments, flags, f"hardviews pretrain {name}", default)
     if arguments.resume and (kept := RunFolder(arguments.run).config).is_file():
-        check_kept(absolute(arguments.config), default.config, load_config(kept))
+        own = load_config(kept)
+        check_preset(name, own)
+        # Once more, from the run's own values: what is still another now was given by a flag.
+        default = replace(default, config=own)
+        arguments = parse(PretrainArguments, flags, f"hardviews pretrain {name}", default)
+        check_kept(absolute(arguments.config), own)
     how = {name: getattr(arguments, name) for name in ("resume", "overwrite", "profile")}
     state = pretrain(arguments.config, arguments.run, **how)
     if state == "interrupted":

@@ -25,9 +25,17 @@ from jobs.run.data import open_data
 from jobs.run.failure import TrainingFailedError
 from jobs.run.folder import RunFolder, write_json
 from jobs.run.terminal import console, fail, parse, tables, warn
+from jobs.studies.output import table_of, write_results
 from jobs.studies.plan import Member, Study, changed, differences, members, shared_changes
 from jobs.studies.ready import study
-from jobs.studies.results import RunResult, read_result, scores_file, seconds_left, span, table_of, write_results
+from jobs.studies.results import (
+    RunResult,
+    beside_file,
+    read_result,
+    scores_file,
+    seconds_left,
+    span,
+)
 from jobs.studies.time_limit import TimeLimit, process_began, time_limit
 from jobs.training.ending import record_failure
 from jobs.training.opening import make_objective
@@ -100,7 +108,7 @@ def sweep(config: SweepConfig) -> list[RunResult]:
                     raise
     finally:
         results = [read_result(member, config.out, settings) for member in planned]
-        write_results(config.out, config.study, chosen.arms, results, settings)
+        write_results(config.out, config.study, chosen, results, settings)
         note_missing(planned, results)
     return results
 
@@ -126,7 +134,7 @@ def plan(config: SweepConfig, chosen: Study) -> list[Member]:
     watched = (config.real, config.test) if base.monitor.knn_every else ("", "")
     base = replace(
         base,
-        data=replace(base.data, real=config.real, synthetic=config.synthetic),
+        data=replace(base.data, real=(config.real,), synthetic=(config.synthetic,) if config.synthetic else ()),
         monitor=replace(base.monitor, knn_train=watched[0], knn_test=watched[1]),
     )
     return members(base, chosen.arms, chosen.seeds if config.seeds is None else config.seeds)
@@ -192,7 +200,10 @@ def work(config: SweepConfig, planned: Sequence[Member], settings: Mapping[str, 
             results = [read_result(one, config.out, settings) for one in planned]
             if limit.over:
                 return
-            if not free or results[number - 1].state == "done":
+            result = results[number - 1]
+            if free and result.state == "done" and member.arm == planned[0].arm and not result.untrained:
+                score_beside(config.out / member.name, settings)
+            if not free or result.state == "done":
                 continue
             left = seconds_left(planned, results)
             after = f" (about {span(left)} for all that is left)" if left else ""
@@ -200,6 +211,8 @@ def work(config: SweepConfig, planned: Sequence[Member], settings: Mapping[str, 
             try:
                 if complete(member, config.out / member.name):
                     score(config.out / member.name, settings)
+                    if member.arm == planned[0].arm:
+                        score_beside(config.out / member.name, settings)
                 elif not limit.over:
                     raise KeyboardInterrupt  # training has answered it with a checkpoint
             except Exception as error:
@@ -220,14 +233,30 @@ def complete(member: Member, folder: Path) -> bool:
 def score(folder: Path, settings: Mapping[str, Any]) -> None:
     """kNN and linear top-1 of a finished run, into its folder."""
     began = time.monotonic()
-    common: dict[str, Any] = {"model": ModelConfig(run=folder), "train": settings["train"], "test": settings["test"]}
+    scores = scores_of(ModelConfig(run=folder), settings)
+    content = {"settings": dict(settings), "scores": scores, "seconds": round(time.monotonic() - began, 2)}
+    write_json(scores_file(folder), content)
+
+
+def score_beside(folder: Path, settings: Mapping[str, Any]) -> None:
+    """What all arms' scores of a seed have to be read beside, into the folder of the first arm's run: those of the
+    backbone before training and of raw pixels."""
+    size = load_config(RunFolder(folder).config).backbone.image_size
+    untrained = scores_of(ModelConfig(run=folder, untrained=True), settings)
+    pixels = scores_of(ModelConfig(run=folder, pixels=True, size=size), settings)
+    content = {"settings": dict(settings), "scores": {"untrained": untrained, "pixels": pixels}}
+    write_json(beside_file(folder), content)
+
+
+def scores_of(model: ModelConfig, settings: Mapping[str, Any]) -> dict[str, float]:
+    """kNN top-1, and linear top-1 where the settings ask for it."""
+    common: dict[str, Any] = {"model": model, "train": settings["train"], "test": settings["test"]}
     scores = {"knn": protocols.evaluate_knn(protocols.KnnConfig(**common))["scores"]["top1"]}
     if settings["probe_epochs"]:
         sgd = linear.LinearConfig(epochs=settings["probe_epochs"])
         probe = protocols.LinearProbeConfig(**common, sgd=sgd, augment=False, validation=settings["validation"])
         scores["linear"] = protocols.evaluate_linear(probe)["scores"]["top1"]
-    content = {"settings": dict(settings), "scores": scores, "seconds": round(time.monotonic() - began, 2)}
-    write_json(scores_file(folder), content)
+    return scores
 
 
 def note_failure(folder: Path, error: Exception) -> None:
@@ -266,7 +295,7 @@ def main(argv: Sequence[str]) -> None:
     """Entry point of `hardviews sweep`."""
     config = parse(SweepConfig, argv, prog="hardviews sweep")
     results = sweep(config)
-    tables.print(table_of(results))
+    tables.print(table_of(results, study(config.study, config.axis)))
     for name in ("summary.json", "runs.csv", "results.png"):
         if (config.out / name).is_file():
             print(config.out / name)

@@ -1,4 +1,4 @@
-"""Backbones from timm: ViT/DeiT of any size, Swin, ResNet, with MoCo v3's changes for ViTs as options.
+"""Backbones from timm: any model with one feature an image, with MoCo v3's changes for ViTs as options.
 
 B images, D feature width.
 """
@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers.patch_embed import PatchEmbed
+from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -25,7 +27,8 @@ class BackboneConfig:
     """Which encoder is trained."""
 
     name: str = "vit_tiny_patch16_224"
-    """timm model: any ViT, DeiT, Swin or ResNet by its timm name."""
+    """timm model by its name: any ViT, DeiT, DINOv2, DINOv3, EVA, Swin, ResNet, ConvNeXt and other with one feature an
+    image."""
     image_size: int = 224
     """Side of the views (pixels)."""
     patch_size: int | None = None
@@ -50,6 +53,9 @@ class BackboneConfig:
     """BatchNorm instead of LayerNorm before the MLP blocks (MoCo v3, section 5.1)."""
     init: Literal["timm", "moco_v3"] = "timm"
     """A ViT's random initial weights: timm's, or those of MoCo v3's code, which are 1.6 to 2.5 times as large."""
+    positions: Literal["antialiased", "plain"] = "antialiased"
+    """How a ViT's position embedding is resampled (bicubic) for views of other sizes: antialiased, as timm does; plain,
+    as DINO's and iBOT's code does."""
 
     def __post_init__(self) -> None:
         for field in ("image_size", "patch_size", "width", "depth", "heads"):
@@ -66,6 +72,8 @@ class BackboneConfig:
             )
         if self.init not in ("timm", "moco_v3"):
             raise ValueError(f"backbone.init: {self.init!r} is unknown; take timm or moco_v3")
+        if self.positions not in ("antialiased", "plain"):
+            raise ValueError(f"backbone.positions: {self.positions!r} is unknown; take antialiased or plain")
         if self.pool not in ("", "token", "avg"):
             raise ValueError(f"backbone.pool: {self.pool!r} is unknown; take token, avg or nothing")
 
@@ -80,35 +88,66 @@ VIT_OPTIONS = {
 }
 
 
-def build_backbone(config: BackboneConfig, drop_path: float) -> nn.Module:
-    """A timm model without classifier: float [B, 3, S, S] → features [B, D]; `.num_features` is D.
+# Options that ViTs alone have: switches, and choices with what others do.
+ONLY_VIT = ("fixed_patch", "sincos", "batchnorm_mlp")
+OF_VITS = {"init": "timm", "positions": "antialiased"}
 
-    ViTs and Swins also take views of other sizes than `image_size` (smaller ones while selecting, local crops): a
-    ViT's position embedding is resampled then.
+
+def timm_options(config: BackboneConfig) -> dict[str, Any]:
+    """Arguments of timm.create_model for the config's architecture.
 
     Raises:
         ValueError: an unknown name, or an option that this kind of model does not have.
     """
     kind = _kind(config.name)
+    refused = {"vit": (), "eva": ONLY_VIT, "swin": (*VIT_OPTIONS, "fixed_patch", "sincos")}.get(
+        kind, (*VIT_OPTIONS, *ONLY_VIT)
+    )
+    given = [field for field in refused if getattr(config, field)]
+    if kind != "vit":
+        given += [name for name, own in OF_VITS.items() if getattr(config, name) != own]
+    if given:
+        lacks = "has no LayerNorm before MLPs" if given[0] == "batchnorm_mlp" else "has no such option"
+        raise ValueError(f"backbone.{given[0]}: {config.name} {lacks}; leave it out")
     options: dict[str, Any] = {VIT_OPTIONS[f]: getattr(config, f) for f in VIT_OPTIONS if getattr(config, f)}
-    only_vit = [field for field in (*VIT_OPTIONS, "fixed_patch", "sincos") if getattr(config, field)]
-    if config.init != "timm":
-        only_vit.append("init")
-    if kind != "vit" and only_vit:
-        raise ValueError(f"backbone.{only_vit[0]}: {config.name} is no ViT and has no such option; leave it out")
+    known = timm.get_pretrained_cfg(config.name)
+    if kind in ("vit", "eva", "swin") or (known is not None and known.fixed_input_size):
+        options["img_size"] = config.image_size
+    return options
+
+
+def build_backbone(config: BackboneConfig, drop_path: float) -> nn.Module:
+    """A timm model without classifier: float [B, 3, S, S] → features [B, D]; `.num_features` is D.
+
+    ViTs, EVAs and Swins also take views of other sizes than `image_size` (smaller ones while selecting, local crops): a
+    ViT's position embedding is resampled then.
+
+    Raises:
+        ValueError: an unknown name, or an option that this kind of model does not have.
+    """
+    options, kind = timm_options(config), _kind(config.name)
     if kind == "resnet":
         options["norm_layer"] = BatchNorm2d
-    else:
-        options |= {"img_size": config.image_size, "dynamic_img_size": True}
+    elif kind != "other":
+        options["dynamic_img_size"] = True
+    if drop_path:
+        options["drop_path_rate"] = drop_path
     try:
-        model = timm.create_model(config.name, pretrained=False, num_classes=0, drop_path_rate=drop_path, **options)
+        model = timm.create_model(config.name, pretrained=False, num_classes=0, **options)
     except AssertionError as error:
         raise ValueError(
             f"backbone.heads: timm cannot build {config.name} with width {config.width or 'as it is'} and "
             f"{config.heads or 'its own'} heads ({error}); take heads that divide the width"
         ) from error
-    if kind != "resnet":
+    except TypeError as error:
+        option = "drop_path" if "drop_path_rate" in str(error) else "name"
+        raise ValueError(f"backbone.{option}: timm cannot build {config.name} so ({error}); leave it out") from error
+    if kind == "other":
+        _check_other(model, config)
+    elif kind != "resnet":
         _check_patches(model, config)
+    if config.positions == "plain":
+        model.__class__ = PlainPositions
     if config.init == "moco_v3":
         draw_as_moco_v3(model)
     if config.sincos:
@@ -116,7 +155,7 @@ def build_backbone(config: BackboneConfig, drop_path: float) -> nn.Module:
     if config.fixed_patch:
         freeze_patch_projection(model)
     if config.batchnorm_mlp:
-        replace_mlp_norms(model, config.name)
+        replace_mlp_norms(model)
     return model
 
 
@@ -160,20 +199,46 @@ def first_blocks(backbone: nn.Module, layer: int | None) -> Iterator[None]:
 
 
 def _kind(name: str) -> str:
-    """vit, swin or resnet, by the module of timm's entry point, so that nothing large is built to find out.
+    """vit, eva, swin, resnet or other, by the module of timm's entry point, so that nothing large is built to find out.
 
     Raises:
-        ValueError: timm does not know the name, or it is another kind of model.
+        ValueError: timm does not know the name, or the model has two class tokens.
     """
     if not timm.is_model(name):
-        known = timm.list_models(["vit_*", "deit_*", "swin_*", "resnet*"])
+        known = timm.list_models()
         near = difflib.get_close_matches(name, known, n=5, cutoff=0.5) or ["vit_tiny_patch16_224", "resnet50"]
         raise ValueError(f"backbone.name: timm has no model {name!r}; for example {', '.join(near)}")
     module = timm.model_entrypoint(name).__module__.rsplit(".", 1)[-1]
-    kinds = {"vision_transformer": "vit", "deit": "vit", "swin_transformer": "swin", "resnet": "resnet"}
-    if module not in kinds or "distilled" in name:
-        raise ValueError(f"backbone.name: {name} is a {module} model; take a ViT, DeiT, Swin or ResNet")
-    return kinds[module]
+    if "distilled" in name:
+        raise ValueError(f"backbone.name: {name} has a second class token for distillation; take the model without")
+    kinds = {"vision_transformer": "vit", "deit": "vit", "eva": "eva", "swin_transformer": "swin", "resnet": "resnet"}
+    return kinds.get(module, "other")
+
+
+@torch.no_grad()
+def _check_other(model: nn.Module, config: BackboneConfig) -> None:
+    """Of families that are not known here: one feature an image, and no statistics of batches, which would be each
+    process's own."""
+    name, side = config.name, config.image_size
+    if not hasattr(model, "forward_features"):
+        raise ValueError(f"backbone.name: {name} has no forward_features; take a model of one feature an image")
+    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()):
+        raise ValueError(
+            f"backbone.name: {name} has BatchNorm, whose statistics are shared among processes for ResNets alone; take "
+            f"a ResNet, or a family with LayerNorm such as ConvNeXt"
+        )
+    device = next(model.parameters()).device
+    try:
+        features = model.eval()(torch.zeros(1, 3, side, side, device=device))
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"backbone.image_size: {name} takes no images of {side} pixels ({' '.join(str(error).split())[:90]}); "
+            f"take another size"
+        ) from error
+    finally:
+        model.train()
+    if not isinstance(features, Tensor) or features.shape != (1, feature_width(model)):
+        raise ValueError(f"backbone.name: {name} gives no single feature an image; take another model")
 
 
 def _check_patches(model: nn.Module, config: BackboneConfig) -> None:
@@ -183,7 +248,7 @@ def _check_patches(model: nn.Module, config: BackboneConfig) -> None:
     if config.image_size % side:
         raise ValueError(
             f"backbone.image_size: {config.image_size} is no multiple of {config.name}'s patches of {side}; take one"
-            + (", or set backbone.patch_size" if isinstance(model, VisionTransformer) else "")
+            + (", or set backbone.patch_size" if isinstance(model, VisionTransformer | Eva) else "")
         )
 
 
@@ -206,6 +271,37 @@ def draw_as_moco_v3(model: nn.Module) -> None:
             bias.zero_()
     if model.cls_token is not None:
         model.cls_token.normal_(std=1e-6)
+
+
+class PlainPositions(VisionTransformer):
+    """A ViT whose positions are resampled without antialiasing for views of other sizes."""
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        assert isinstance(self.pos_embed, Tensor) and isinstance(self.patch_embed, PatchEmbed)
+        height, width = x.shape[1:3]
+        prefix = 0 if self.no_embed_class else self.num_prefix_tokens
+        own_1TD, grid = self.pos_embed, self.patch_embed.grid_size
+        patches_1TD = resample_plainly(own_1TD[:, prefix:].unflatten(1, grid), height, width).flatten(1, 2)
+        embedded = x.flatten(1, 2) + patches_1TD
+        extra: list[Tensor] = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        if not extra:
+            return self.pos_drop(embedded)
+        tokens = torch.cat(extra, 1) + own_1TD[:, :prefix] if prefix else torch.cat(extra, 1)
+        return self.pos_drop(torch.cat([tokens.expand(len(x), -1, -1), embedded], 1))
+
+
+def resample_plainly(positions_1HWD: Tensor, height: int, width: int) -> Tensor:
+    """[1, height, width, D]: a bicubic value of the four nearest positions each way, however much the grid shrinks.
+
+    As in DINO's code (vision_transformer.py, interpolate_pos_encoding), the grid is taken to be 0.1 longer than it is.
+    """
+    rows, columns = positions_1HWD.shape[1:3]
+    if (rows, columns) == (height, width):
+        return positions_1HWD
+    scale = ((height + 0.1) / rows, (width + 0.1) / columns)
+    values_1DHW = positions_1HWD.permute(0, 3, 1, 2).float()
+    resampled_1DHW = F.interpolate(values_1DHW, scale_factor=scale, mode="bicubic")
+    return resampled_1DHW.permute(0, 2, 3, 1).to(positions_1HWD.dtype)
 
 
 def fix_sincos_positions(model: nn.Module) -> None:
@@ -255,14 +351,9 @@ class TokenBatchNorm(nn.Module):
         return self.norm(tokens.flatten(0, -2)).view_as(tokens)
 
 
-def replace_mlp_norms(model: nn.Module, name: str) -> None:
-    """BatchNorm instead of LayerNorm before every MLP block of a ViT or Swin.
-
-    Raises:
-        ValueError: another kind of model.
-    """
-    if not isinstance(model, VisionTransformer | SwinTransformer):
-        raise ValueError(f"backbone.batchnorm_mlp: {name} has no LayerNorm before MLPs; leave it out")
+def replace_mlp_norms(model: nn.Module) -> None:
+    """BatchNorm instead of LayerNorm before every MLP block of a ViT or Swin."""
+    assert isinstance(model, VisionTransformer | SwinTransformer)
     for module in model.modules():
         norm = getattr(module, "norm2", None)
         if isinstance(norm, nn.LayerNorm):

@@ -41,14 +41,14 @@ class Contrast:
             object.__setattr__(self, "synthetic", self.synthetic.beside(len(self.negatives_KD)))
 
     def detached(self) -> "Contrast":
-        """The same without graph, for good: what is written to a queue later does not show here."""
+        """A copy without its graph, which later writes to a queue do not change."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{n: v.detach().clone() for n, v in parts.items() if isinstance(v, Tensor)})
 
 
 def same_class(labels_B: Tensor | None, negative_labels_K: Tensor | None) -> Tensor:
-    """bool [B, K]: which negatives have the query's class: what MoCHi's oracle (section 3.2 there) leaves out. Those
-    below 0, unknown, are nobody's.
+    """bool [B, K]: which negatives have the query's class: MoCHi's oracle (section 3.2 there) leaves these
+    out. A label below 0 is unknown and matches none.
 
     Raises:
         ValueError: there are no labels.

@@ -28,7 +28,7 @@ def gather(rows_BD: Tensor) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' rows; backward adds what every rank's loss says of this rank's rows.
+    """All ranks' rows; backward sums all ranks' gradients with respect to this rank's rows.
 
     Keeping the local gradient alone, as is often done, makes the average over ranks too small by the world size.
     """

@@ -41,8 +41,8 @@ def statistics(rows: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 class BatchNorm(_Synchronised, nn.BatchNorm1d):
-    """Over [B, D]. Of [B, N, D], while nothing is tracked, each of the N views is a batch of its own: the same as N
-    calls, without as many passes."""
+    """Over [B, D]. Of [B, N, D], while nothing is tracked, each of the N views is a batch of its own: the result of N
+    calls in one pass."""
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() == 2:
@@ -91,5 +91,5 @@ def mlp(
 
 
 def unit(rows: Tensor) -> Tensor:
-    """Rows [..., D] scaled to length 1, in fp32: similarities under a temperature of 0.2 want it."""
+    """Rows [..., D] scaled to length 1, in fp32: bf16 is too coarse for similarities under a temperature of 0.2."""
     return F.normalize(rows.float(), dim=-1)

@@ -107,7 +107,7 @@ class NegativesConfig:
         return sum(self.counts.values())
 
     def beside(self, others: int) -> "NegativesConfig":
-        """The same with counts that make up `share` beside so many other negatives, each to within one."""
+        """A copy with whole counts that make up `share` of all negatives beside `others` real ones."""
         if self.share is None:
             return self
         total = self.share / (1 - self.share) * others

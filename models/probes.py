@@ -15,6 +15,7 @@ from models.contrast import Contrast, same_class, without
 from models.negatives import KINDS, Draws, NegativesConfig, draw, synthetic_similarities
 
 CHUNK_ELEMENTS = 32_000_000  # similarities held at once: 128 MB in fp32
+ROUNDING = 1e-6  # squared distances of unit vectors below this are rounding
 
 
 @torch.no_grad()
@@ -70,6 +71,17 @@ def alignment(first_BD: Tensor, second_BD: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def relative_alignment(first_BD: Tensor, second_BD: Tensor) -> Tensor:
+    """Alignment as a share of the mean squared distance of two images' features: 1 where the views of an image are no
+    nearer to each other than to another image's, 0 is best; NaN where all features are one."""
+    first_BD, second_BD = F.normalize(first_BD.float(), dim=1), F.normalize(second_BD.float(), dim=1)
+    own = (first_BD * second_BD).sum()
+    others = (first_BD.sum(0) @ second_BD.sum(0) - own) / (len(first_BD) * (len(first_BD) - 1))
+    distance = 2 - 2 * others
+    return torch.where(distance > ROUNDING, alignment(first_BD, second_BD) / distance, torch.nan)
+
+
+@torch.no_grad()
 def uniformity(features_BD: Tensor) -> Tensor:
     """log of the mean of exp(−2‖x − y‖²) over pairs of images (Wang & Isola 2020, t = 2); lower is more uniform."""
     unit = F.normalize(features_BD.float(), dim=1)
@@ -86,7 +98,7 @@ def matching_probabilities(task: Contrast, count: int = 1024) -> Tensor:
 
 @torch.no_grad()
 def task_statistics(task: Contrast, count: int = 1024) -> dict[str, Tensor]:
-    """What a contrastive task was like, per image: float [B] by name (MoCHi, section 3; figures 2b and 2c).
+    """Statistics of a contrastive task per image: float [B] by name (MoCHi, section 3; figures 2b and 2c).
 
     - `proxy`, `proxy_synthetic`: 1 where the key ranks above all real negatives, above these and all synthetic ones
     - `false_negatives`: share of the `count` most similar negatives that have the query's class
@@ -153,13 +165,15 @@ def by_source(sources_B: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
 def positives_report(
     pairs: Sequence[tuple[Tensor, Tensor]], sources_B: Tensor, names: Sequence[str]
 ) -> dict[str, Tensor]:
-    """`alignment` of positive pairs and `uniformity` of their first members, means over `pairs`, which are embeddings
-    [B, D] of the same images; over all images and for each source under `name/source`, where it has two or more."""
+    """`alignment` and `relative_alignment` of positive pairs and `uniformity` of their first members, means over
+    `pairs`, which are embeddings [B, D] of the same images; over all images and for each source under `name/source`,
+    where it has two or more."""
     probes = {}
     for suffix, own_B in by_source(sources_B, names).items():
         if own_B.sum() > 1:
             own = [(first_BD[own_B], second_BD[own_B]) for first_BD, second_BD in pairs]
-            probes["alignment" + suffix] = torch.stack([alignment(*pair) for pair in own]).mean()
+            for name, probe in (("alignment", alignment), ("relative_alignment", relative_alignment)):
+                probes[name + suffix] = torch.stack([probe(*pair) for pair in own]).mean()
             probes["uniformity" + suffix] = torch.stack([uniformity(first_BD) for first_BD, _ in own]).mean()
     return probes
 

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from pipelines.draw import draw, static_colour
 from pipelines.params import FIELDS, ViewParams
-from pipelines.policies import Policy
+from pipelines.policies import Interpolation, Policy
 from shards.reader import SampleError
 
 STAGES = ("draw", "read", "decode", "crop", "colour", "copy")  # of making a batch, in the clocks of both producers
-COLOURS = ("fused", "exact")  # ways to compute the colour of views
+COLOURS = ("fused", "clamped", "exact")  # ways to compute the colour of views
 
 
 class Facts(Protocol):
@@ -83,6 +83,7 @@ class Output:
     """The group's columns among all views."""
     size: int
     """Side, pixels."""
+    interpolation: Interpolation = "bilinear"
     static: bool = False
     blur_scale: float = 1.0
     """Sigma is in pixels of the trained view; a smaller view has a smaller one."""
@@ -116,12 +117,16 @@ class Recipe:
     def outputs(self) -> tuple[Output, ...]:
         """The trained groups, then, where selection differs, the same groups as selection sees them."""
         groups = self.policy.groups
-        trained = [Output(span, group.size) for span, group in zip(self.policy.spans, groups, strict=True)]
+        spans, interpolation = self.policy.spans, self.policy.interpolation
+        trained = [Output(span, group.size, interpolation) for span, group in zip(spans, groups, strict=True)]
         if not self.selection.differs:
             return tuple(trained)
         scale = (self.selection.size or groups[0].size) / groups[0].size
         static = self.selection.static_colour
-        return (*trained, *(Output(o.span, max(1, round(o.size * scale)), static, scale) for o in trained))
+        return (
+            *trained,
+            *(replace(o, size=max(1, round(o.size * scale)), static=static, blur_scale=scale) for o in trained),
+        )
 
     def draw(
         self,
@@ -139,7 +144,7 @@ class Recipe:
 
 @dataclass
 class BatchPlan:
-    """A batch before its pixels: who is in it and every parameter. A broken sample's row is drawn anew for another."""
+    """A batch before its pixels: its samples and all parameters. A broken sample is replaced and its row drawn anew."""
 
     recipe: Recipe
     position: int

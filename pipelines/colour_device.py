@@ -8,21 +8,21 @@ convolution with another kernel per view is far slower). Where float32 matrix pr
 blur is 0.1/255 less exact. What the host knows of the views goes to the device in a few copies from pinned memory,
 and nothing comes back, so the host never waits. A view's pixels are the same in any batch.
 
-Shape suffixes: V views, G groups of R views with a blur, S side of a view in pixels, K taps of the Gaussian, C columns
-of the table of values, 3 channels; a plane is one channel, [V, S, S].
+Shape suffixes: V views, G groups of R views with a blur, S side of a view in pixels, C columns of the table of values,
+3 channels; a plane is one channel, [V, S, S].
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.colour import LUMA, MEAN, SOLARIZE_FROM, STD, ColourPlan, blur_kernel_size, plan_colour
+from pipelines.colour import LUMA, MEAN, SOLARIZE_FROM, STD, ColourPlan, plan_colour
 from pipelines.params import ViewParams
 
 _CHUNK = 512  # views at a time, at most: bounds the memory of intermediates to about 1 GB at 224 pixels
@@ -33,14 +33,16 @@ _LUMA = tuple(LUMA.tolist())
 Planes = tuple[Tensor, Tensor, Tensor]
 
 
-def fused_on_device(crops: Tensor, params: ViewParams, out_V3SS: Tensor, *, compiled: bool = False) -> None:
+def fused_on_device(
+    crops: Tensor, params: ViewParams, out_V3SS: Tensor, *, compiled: bool = False, clamp: bool = False
+) -> None:
     """Colours crops and writes the normalised views into `out_V3SS` (any float type, e.g. bfloat16).
 
     `crops` is uint8 [V, S, S, 3] or floating [V, 3, S, S] in 0…1, on the device of `out_V3SS`. `params` has V entries
     ([B, N] is read row by row). `compiled` runs the passes through torch.compile; compiling is not thread-safe, so
-    callers in several threads take turns.
+    callers in several threads take turns. `clamp` is the plan's.
     """
-    plan = plan_colour(params)
+    plan = plan_colour(params, clamp)
     table_VC = to_device(table(plan), crops.device)
     before_blur = _compiled(_before_blur) if compiled else _before_blur
     after_blur = _compiled(_after_blur) if compiled else _after_blur
@@ -55,7 +57,7 @@ def fused_on_device(crops: Tensor, params: ViewParams, out_V3SS: Tensor, *, comp
 
 def table(plan: ColourPlan) -> NDArray[np.float32]:
     """[V, C]: the plan's values but the blur's, one view a row, in the order in which the passes read them."""
-    maps = [part for m in (plan.before, plan.after) for part in (m.matrix_V33.reshape(-1, 9), m.mean_V3)]
+    maps = [part for m in (*plan.before, *plan.after) for part in (m.matrix_V33.reshape(-1, 9), m.mean_V3)]
     flags = [plan.exchange_V, plan.sextants_V, plan.gray_V, plan.solarize_V]
     return np.concatenate([*maps, *(values_V[:, None] for values_V in flags)], axis=1, dtype=np.float32)
 
@@ -91,17 +93,20 @@ def _compiled(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _before_blur(crops: Tensor, table_VC: Tensor) -> Tensor:
     """[V, 3, S, S] float32 in 0…1: crops after jitter and grayscale."""
-    before_V9, before_V3, after_V9, after_V3, exchange_V1, sextants_V1, gray_V1, _ = _columns(table_VC)
-    planes = _affine(_planes(crops), before_V9, before_V3)
+    maps, (exchange_V1, sextants_V1, gray_V1, _) = _columns(table_VC)
+    planes, half = _planes(crops), len(maps) // 2
+    for matrix_V9, mean_V3 in maps[:half]:
+        planes = _affine(planes, matrix_V9, mean_V3)
     planes = _shift_hue(_exchange_channels(planes, exchange_V1), sextants_V1)
-    planes = _affine(planes, after_V9, after_V3)
+    for matrix_V9, mean_V3 in maps[half:]:
+        planes = _affine(planes, matrix_V9, mean_V3)
     gray_VSS = _weighted(planes, _LUMA)
     return torch.stack([torch.where(gray_V1[..., None] > 0, gray_VSS, plane) for plane in planes], 1)
 
 
 def _after_blur(images_V3SS: Tensor, table_VC: Tensor, out_V3SS: Tensor) -> Tensor:
     """Solarize and normalise, into `out_V3SS`, which is returned."""
-    solarize_V11 = _columns(table_VC)[-1][..., None] > 0
+    solarize_V11 = table_VC[:, -1, None, None] > 0
     planes = []
     for plane_VSS, mean, std in zip(images_V3SS.unbind(1), MEAN, STD, strict=True):
         inverted_VSS = torch.where(plane_VSS >= SOLARIZE_FROM / 255, 1 - plane_VSS, plane_VSS)
@@ -109,8 +114,10 @@ def _after_blur(images_V3SS: Tensor, table_VC: Tensor, out_V3SS: Tensor) -> Tens
     return out_V3SS.copy_(torch.stack(planes, 1))
 
 
-def _columns(table_VC: Tensor) -> tuple[Tensor, ...]:
-    return table_VC.split([9, 3, 9, 3, 1, 1, 1, 1], 1)
+def _columns(table_VC: Tensor) -> tuple[list[tuple[Tensor, Tensor]], tuple[Tensor, ...]]:
+    """The maps, those before hue and as many after it, and the flags."""
+    maps_VC, flags_V4 = table_VC[:, :-4], table_VC[:, -4:]
+    return [(part_V12[:, :9], part_V12[:, 9:]) for part_V12 in maps_VC.split(12, 1)], flags_V4.split(1, 1)
 
 
 def _planes(crops: Tensor) -> Planes:
@@ -166,23 +173,18 @@ def _shift_hue(planes: Planes, sextants_V1: Tensor) -> Planes:
 
 
 def blur(images_R3SS: Tensor, sigma_R: Tensor) -> Tensor:
-    """Rows, then columns: G X Gᵀ, with the reflection at the border folded into each view's S × S matrix G."""
+    """Rows, then columns: G X Gᵀ. G, S × S, holds the Gaussian of each pixel's distance from each other one, and from
+    its reflections at both borders, which do not repeat the edge; nothing is cut off."""
     size = images_R3SS.shape[-1]
-    radius = blur_kernel_size(size) // 2
-    taps_K = torch.arange(-radius, radius + 1, device=images_R3SS.device)
-    weights_RK = torch.exp(-0.5 * (taps_K / sigma_R[:, None]).square())
-    weights_RK /= weights_RK.sum(1, keepdim=True)
-    matrix_RSS = (weights_RK @ _reflected_shifts(size, radius, images_R3SS.device)).view(-1, size, size)
+    place_S = torch.arange(size, device=images_R3SS.device)
+    from_S1, to_S = place_S[:, None], place_S
+    twice_R11 = 2 * sigma_R[:, None, None].square()
+
+    def weight(apart_SS: Tensor) -> Tensor:
+        return torch.exp(-apart_SS.square() / twice_R11)
+
+    matrix_RSS = weight(to_S - from_S1) + weight(to_S + from_S1) * (to_S > 0)
+    matrix_RSS += weight(2 * (size - 1) - to_S - from_S1) * (to_S < size - 1)
+    matrix_RSS /= matrix_RSS.sum(2, keepdim=True)
     along_R3SS = torch.bmm(images_R3SS.flatten(1, 2), matrix_RSS.mT).view_as(images_R3SS)
     return matrix_RSS[:, None] @ along_R3SS
-
-
-@lru_cache(maxsize=8)
-def _reflected_shifts(size: int, radius: int, device: torch.device) -> Tensor:
-    """[K, S·S]: matrix k takes pixel i from i + k − radius, reflected at the border without repeating the edge.
-
-    Made on the host, so that it is whole on the device when it is there: streams that share it need not wait.
-    """
-    source_KS = (torch.arange(size) + torch.arange(-radius, radius + 1)[:, None]).abs()
-    source_KS = torch.where(source_KS >= size, 2 * (size - 1) - source_KS, source_KS)
-    return torch.nn.functional.one_hot(source_KS, size).float().flatten(1).to(device)

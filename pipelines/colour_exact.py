@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import kornia.color as kc
 import kornia.enhance as ke
@@ -19,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.colour import LUMA, SOLARIZE_FROM, blur_kernel_size, normalise
+from pipelines.colour import LUMA, SOLARIZE_FROM, blur_radius, normalise
 from pipelines.params import JITTER_OPS, JITTER_ORDERS, ViewParams
 
 
@@ -73,7 +74,9 @@ def colour(images_V3SS: Tensor, params: ViewParams) -> Tensor:
             use_V = params.jitter & (order_V4[:, place] == op) & (strength_V != _NEUTRAL[name])
             _apply(images_V3SS, use_V, _JITTER[name], strength_V)
     _apply(images_V3SS, params.gray, lambda images: _gray(images).expand_as(images))
-    _apply(images_V3SS, params.blur > 0, _blur, params.blur)
+    radius_V = np.array([blur_radius(images_V3SS.shape[-1], sigma) for sigma in params.blur.tolist()])
+    for radius in np.unique(radius_V[params.blur > 0]).tolist():  # of its own sigma, whatever else is in the batch
+        _apply(images_V3SS, (params.blur > 0) & (radius_V == radius), partial(_blur, radius), params.blur)
     _apply(images_V3SS, params.solarize, _solarize)
     return images_V3SS
 
@@ -88,8 +91,8 @@ def _apply(
         images_V3SS[rows] = op(images_V3SS[rows], *values)
 
 
-def _blur(images_V3SS: Tensor, sigma_V: Tensor) -> Tensor:
-    size = blur_kernel_size(images_V3SS.shape[-1])
+def _blur(radius: int, images_V3SS: Tensor, sigma_V: Tensor) -> Tensor:
+    size = 2 * radius + 1
     return kf.gaussian_blur2d(images_V3SS, (size, size), sigma_V[:, None].expand(-1, 2))
 
 

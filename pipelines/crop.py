@@ -1,4 +1,5 @@
-"""Crop, resize and mirror on the CPU: torch's antialiased bilinear resize of uint8, or a compiled kernel with its bits.
+"""Crop, resize and mirror on the CPU: torch's antialiased resize of uint8, or, where it is bilinear, a compiled kernel
+with its bits.
 
 Shape suffixes: N views of an image, S side of a view in pixels, H and W of the image, 3 channels.
 """
@@ -14,13 +15,17 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch._C._nn import _upsample_bilinear2d_aa
+from torch._C._nn import _upsample_bicubic2d_aa, _upsample_bilinear2d_aa
 
 from pipelines.params import ViewParams
+from pipelines.policies import Interpolation
 
-# The operator behind F.interpolate(mode="bilinear", antialias=True): called by name it writes into memory of ours,
-# which saves an allocation and a copy per view and doubles the speed. (By torch.ops it takes 10 µs more to call.)
-_resize: Callable[..., Tensor] = _upsample_bilinear2d_aa  # torch's stub leaves `out` out
+# The operators behind F.interpolate(antialias=True): called by name they write into memory of ours, which saves an
+# allocation and a copy per view and doubles the speed. (By torch.ops they take 10 µs more to call.)
+_RESIZE: dict[Interpolation, Callable[..., Tensor]] = {  # torch's stubs leave `out` out
+    "bilinear": _upsample_bilinear2d_aa,
+    "bicubic": _upsample_bicubic2d_aa,
+}
 
 VERSION = 1  # of crop.c
 NO_MEMORY, OUTSIDE = 1, 2  # what its crop_views returns where it does not succeed
@@ -28,7 +33,9 @@ LARGEST = 2**20  # height and width, pixels, of images that it is given; its int
 Crop = Callable[[Tensor, ViewParams, Tensor], None]
 
 
-def crop_views(image_HW3: Tensor, params: ViewParams, out_NSS3: Tensor) -> None:
+def crop_views(
+    image_HW3: Tensor, params: ViewParams, out_NSS3: Tensor, interpolation: Interpolation = "bilinear"
+) -> None:
     """Writes the N views of one image (params of shape [N]) into `out_NSS3`, uint8 and contiguous.
 
     By the compiled kernel where it can, else by torch's operator; the bits are the same, so nothing depends on which.
@@ -39,14 +46,17 @@ def crop_views(image_HW3: Tensor, params: ViewParams, out_NSS3: Tensor) -> None:
         MemoryError: the kernel finds no memory to work in, some 25 kB for views of 224 pixels of ordinary images.
     """
     kernel = find_kernel()
-    if isinstance(kernel, str) or not _suits(image_HW3, params, out_NSS3):
-        crop_by_torch(image_HW3, params, out_NSS3)
+    if isinstance(kernel, str) or interpolation != "bilinear" or not _suits(image_HW3, params, out_NSS3):
+        crop_by_torch(image_HW3, params, out_NSS3, interpolation)
     else:
         kernel(image_HW3, params, out_NSS3)
 
 
-def crop_by_torch(image_HW3: Tensor, params: ViewParams, out_NSS3: Tensor) -> None:
+def crop_by_torch(
+    image_HW3: Tensor, params: ViewParams, out_NSS3: Tensor, interpolation: Interpolation = "bilinear"
+) -> None:
     """`crop_views` by torch's operator."""
+    resize = _RESIZE[interpolation]
     # A tensor that only describes memory costs microseconds, and ten of them a tenth of the time: hence one as_strided
     # a view where slices would do.
     size = [out_NSS3.shape[1]] * 2
@@ -60,7 +70,7 @@ def crop_by_torch(image_HW3: Tensor, params: ViewParams, out_NSS3: Tensor) -> No
     for view, (top, left, height, width, flip) in enumerate(boxes):
         shape, strides = (1, 3, height, width), (0, channel, row, column)
         patch_13hw = image_HW3.as_strided(shape, strides, start + top * row + left * column)
-        _resize(patch_13hw, size, False, out=mirror_13SS if flip else views_N13SS[view])
+        resize(patch_13hw, size, False, out=mirror_13SS if flip else views_N13SS[view])
         if flip:
             cv2.flip(mirror_SS3, 1, views_NSS3[view])
 

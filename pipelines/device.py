@@ -57,7 +57,8 @@ class DeviceProducer:
         # Selection at the trained size shares the crops.
         self._cropped = list({output.key: output for output in recipe.outputs}.values())
         groups = [(output.count, output.size) for output in self._cropped]
-        self._open_graph = partial(DaliViews, batch, groups, device, max(1, threads // _LANES))
+        each = max(1, threads // _LANES)
+        self._open_graph = partial(DaliViews, batch, groups, device, each, recipe.policy.interpolation)
         self._local = threading.local()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pool = ThreadPoolExecutor(_LANES, thread_name_prefix="hardviews-views")
@@ -139,6 +140,6 @@ def device_colour(name: str, compiled: bool) -> Callable[[Tensor, ViewParams, Te
         from pipelines.colour_exact import exact
 
         return exact
-    if name != "fused":
+    if name not in COLOURS:
         raise InputError(f"views.colour: {name!r} is not known; choose one of {', '.join(COLOURS)}")
-    return partial(fused_on_device, compiled=compiled)
+    return partial(fused_on_device, compiled=compiled, clamp=name == "clamped")

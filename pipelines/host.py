@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import torch
@@ -175,14 +176,14 @@ def host_colour(name: str) -> Callable[[np.ndarray, ViewParams, Tensor], None]:
         from pipelines.colour_exact import exact
 
         return exact
-    if name != "fused":
+    if name not in COLOURS:
         raise InputError(f"views.colour: {name!r} is not known; choose one of {', '.join(COLOURS)}")
-    return fused
+    return partial(fused, clamp=name == "clamped")
 
 
 def _crop(images: Sequence[Tensor], params: ViewParams, output: Output) -> Tensor:
     """uint8 [R, n, S, S, 3]: all views of R images."""
     crops_RnSS3 = torch.empty(len(images), output.count, output.size, output.size, 3, dtype=torch.uint8)
     for row, image in enumerate(images):
-        crop_views(image, params[row], crops_RnSS3[row])
+        crop_views(image, params[row], crops_RnSS3[row], output.interpolation)
     return crops_RnSS3

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,59 +18,53 @@ from numpy.typing import NDArray
 JITTER_OPS = ("brightness", "contrast", "saturation", "hue")
 JITTER_ORDERS: tuple[tuple[int, ...], ...] = tuple(itertools.permutations(range(len(JITTER_OPS))))
 
-DTYPES: dict[str, type[np.generic]] = {
-    "top": np.int32,
-    "left": np.int32,
-    "height": np.int32,
-    "width": np.int32,
-    "flip": np.bool_,
-    "jitter": np.bool_,
-    "brightness": np.float32,
-    "contrast": np.float32,
-    "saturation": np.float32,
-    "hue": np.float32,
-    "order": np.uint8,
-    "gray": np.bool_,
-    "blur": np.float32,
-    "solarize": np.bool_,
+
+class Parameter(NamedTuple):
+    """A parameter of views."""
+
+    dtype: type[np.generic]
+    meaning: str
+    unit: str = ""
+
+
+PARAMETERS: dict[str, Parameter] = {
+    "top": Parameter(np.int32, "crop box's first row", "source pixels"),
+    "left": Parameter(np.int32, "crop box's first column", "source pixels"),
+    "height": Parameter(np.int32, "crop box's height", "source pixels"),
+    "width": Parameter(np.int32, "crop box's width", "source pixels"),
+    "flip": Parameter(np.bool_, "mirrored left to right after the crop"),
+    "jitter": Parameter(np.bool_, "colour jitter applied; where not, the next five are 1, 1, 1, 0 and 0"),
+    "brightness": Parameter(np.float32, "factor, as torchvision's"),
+    "contrast": Parameter(np.float32, "factor, as torchvision's"),
+    "saturation": Parameter(np.float32, "factor, as torchvision's"),
+    "hue": Parameter(np.float32, "shift, −0.5 to 0.5", "turns of the colour circle"),
+    "order": Parameter(np.uint8, "index into the 24 orders of (brightness, contrast, saturation, hue)"),
+    "gray": Parameter(np.bool_, "turned to grayscale"),
+    "blur": Parameter(np.float32, "Gaussian blur's sigma, 0 for none", "pixels of the view"),
+    "solarize": Parameter(np.bool_, "values of 128 and more (of 255) inverted"),
 }
+"""Every parameter by its name, in the order in which it acts; the log's columns of views follow from it."""
+FIELDS = tuple(PARAMETERS)
 
 
 @dataclass(frozen=True)
 class ViewParams:
-    """What is done to each view, in the order of the fields; every array has shape [B, N].
-
-    The geometry, then ColorJitter, then grayscale, blur, solarize: the order in which the policies apply them.
-    """
+    """What is done to each view; every array has shape [B, N]. `PARAMETERS` says what they mean."""
 
     top: NDArray[np.int32]
-    """Crop box's first row, source pixels."""
     left: NDArray[np.int32]
-    """Crop box's first column, source pixels."""
     height: NDArray[np.int32]
-    """Crop box's height, source pixels."""
     width: NDArray[np.int32]
-    """Crop box's width, source pixels."""
     flip: NDArray[np.bool_]
-    """Mirrored left to right after the crop."""
     jitter: NDArray[np.bool_]
-    """Whether ColorJitter applies at all; where not, the factors below are 1, 1, 1, 0 and the order 0."""
     brightness: NDArray[np.float32]
-    """Factor, torchvision's `adjust_brightness`."""
     contrast: NDArray[np.float32]
-    """Factor about the view's mean gray, torchvision's `adjust_contrast`."""
     saturation: NDArray[np.float32]
-    """Factor, torchvision's `adjust_saturation`."""
     hue: NDArray[np.float32]
-    """Shift in turns of the colour circle, −0.5 … 0.5, torchvision's `adjust_hue`."""
     order: NDArray[np.uint8]
-    """Index into JITTER_ORDERS, the 24 orders of (brightness, contrast, saturation, hue)."""
     gray: NDArray[np.bool_]
-    """Turned to grayscale, three equal channels."""
     blur: NDArray[np.float32]
-    """Gaussian blur's sigma in pixels of the view; 0 for none."""
     solarize: NDArray[np.bool_]
-    """Values of 128 and more (of 255) inverted."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -97,14 +91,11 @@ class ViewParams:
     def identity(top: NDArray[Any], left: NDArray[Any], height: NDArray[Any], width: NDArray[Any]) -> ViewParams:
         """Crop boxes without any flip or colour operation."""
         shape = np.shape(top)
-        values: dict[str, NDArray[Any]] = {name: np.zeros(shape, dtype) for name, dtype in DTYPES.items()}
+        values: dict[str, NDArray[Any]] = {name: np.zeros(shape, dtype) for name, (dtype, *_) in PARAMETERS.items()}
         values |= {name: np.ones(shape, np.float32) for name in ("brightness", "contrast", "saturation")}
         boxes = {"top": top, "left": left, "height": height, "width": width}
         values |= {name: np.asarray(box, np.int32) for name, box in boxes.items()}
         return ViewParams(**values)
-
-
-FIELDS: tuple[str, ...] = tuple(field.name for field in fields(ViewParams))
 
 
 @cache
@@ -141,34 +132,6 @@ def pair_colour_distance(params: ViewParams) -> NDArray[np.float32]:
     a, b = _pair_ends(params)
     squares = [np.square(getattr(a, name) - getattr(b, name)) for name in JITTER_OPS]
     return np.sqrt(np.sum(squares, axis=0, dtype=np.float32))
-
-
-# What describes a view among its image's others, for `pair_columns`.
-DESCRIBED = ("area", "row", "column", "aspect", "flip", *JITTER_OPS, "gray", "blur", "solarize")
-PAIR_COLUMNS = ("iou", "cross_policy", *(f"{end}_{name}" for name in DESCRIBED for end in ("least", "greatest")))
-
-
-def pair_columns(params: ViewParams, sizes_B2: NDArray[np.integer]) -> NDArray[np.float32]:
-    """[B, P, X]: what a regression knows of a pair, in the order of PAIR_COLUMNS.
-
-    IoU; whether the views come from different policies of two; the least and the greatest of the two views' crop area
-    (share of the image), centre (shares of its height and width), aspect (logarithm) and colour parameters. Their
-    difference is a linear function of these two.
-    """
-    height_B1, width_B1 = sizes_B2[:, :1], sizes_B2[:, 1:]
-    described = {name: getattr(params, name) for name in DESCRIBED[4:]} | {
-        "area": params.height / height_B1 * params.width / width_B1,
-        "row": (params.top + params.height / 2) / height_B1,
-        "column": (params.left + params.width / 2) / width_B1,
-        "aspect": np.log(params.width / params.height),
-    }
-    table_P2 = pairs(params.shape[1])
-    cross_P = (table_P2[:, 0] - table_P2[:, 1]) % 2 != 0
-    columns = [pair_iou(params), np.broadcast_to(cross_P, (len(params), len(table_P2)))]
-    for name in DESCRIBED:
-        ends_BP2 = described[name][:, table_P2]
-        columns += [ends_BP2.min(2), ends_BP2.max(2)]
-    return np.stack(columns, 2).astype(np.float32)
 
 
 def _pair_ends(params: ViewParams) -> tuple[ViewParams, ViewParams]:

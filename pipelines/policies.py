@@ -1,15 +1,18 @@
 """Augmentation policies: which ranges and probabilities each view is drawn from.
 
 A policy is groups of views; a group is one output size and a cycle of view policies, so that with BYOL's pair (T, T′)
-even views use T and odd ones T′ however many there are. All policies use an antialiased bilinear resize.
+even views use T and odd ones T′ however many there are. All resizing is antialiased.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from shards.errors import InputError
+
+Interpolation = Literal["bilinear", "bicubic"]
 
 
 def _check(holds: bool, name: str, value: object, remedy: str) -> None:
@@ -114,8 +117,12 @@ class Policy:
     """Groups in the order of the crops: with multi-crop, the global views and then the local ones."""
     iou: IouScript = IouScript()
     """Scripted overlap; off by default."""
+    interpolation: Interpolation = "bilinear"
+    """How crops are resized: bilinear, or bicubic as in DINO's and iBOT's code."""
 
     def __post_init__(self) -> None:
+        known = get_args(Interpolation)
+        _check(self.interpolation in known, "interpolation", self.interpolation, f"take {' or '.join(known)}")
         _check(len(self.groups) > 0, "groups", self.groups, "give at least one group of views")
         _check(self.groups[0].count >= 2, "views", self.groups[0].count, "give at least 2 views, to have a pair")
 

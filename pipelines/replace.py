@@ -28,7 +28,7 @@ def read_rows(
 
 
 def undecodable(reader: Reader, rows: BatchPlan, row: int, reason: str) -> SampleError:
-    """The error for a sample whose bytes are whole and yet no image."""
+    """The error for a sample with intact bytes that are no image."""
     return SampleError(*reader.name(int(rows.sample_B[row])), reason)
 
 

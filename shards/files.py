@@ -13,6 +13,8 @@ from shards.retry import retry
 Fetch = Callable[[str], bytes]  # file name under a root → its content
 
 LOCAL = ("file://", "local://")
+# Folders and files of macOS, Windows and storage systems; hidden ones (`._a.jpg`, `.ipynb_checkpoints`) besides.
+SYSTEM_NAMES = frozenset({"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "Thumbs.db", "desktop.ini"})
 
 
 def local_path(address: str | Path) -> Path | None:
@@ -29,6 +31,10 @@ def filesystem(address: str) -> tuple[fsspec.AbstractFileSystem, str]:
     Raises:
         InputError: for a scheme that fsspec does not know or whose package is not installed.
     """
+    path = local_path(address)
+    if path is not None:  # fsspec would take :: in the name of a local folder for a chain of file systems
+        system = fsspec.filesystem("file")
+        return system, system._strip_protocol(os.fspath(path))
     try:
         return fsspec.core.url_to_fs(address)
     except (ValueError, ImportError) as error:
@@ -36,6 +42,12 @@ def filesystem(address: str) -> tuple[fsspec.AbstractFileSystem, str]:
         if isinstance(error, ImportError) and address.startswith(("s3://", "s3a://")):
             remedy = install_extra("s3")
         raise InputError(f"address {address!r}: {error}; {remedy}") from error
+
+
+def is_left_behind(name: str) -> bool:
+    """Whether systems left a file behind, by its name or that of a folder above it: nobody means it as data."""
+    parts = name.split("/")
+    return any(part in SYSTEM_NAMES or (part.startswith(".") and part not in (".", "..")) for part in parts)
 
 
 def join(root: str, name: str) -> str:

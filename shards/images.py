@@ -1,27 +1,39 @@
 """One image's bytes on their way into a shard: checked, passed through where any decoder shows them right.
 
 "Right" is what an image viewer shows: EXIF orientation applied, palette resolved, alpha over white, 16 bits scaled to
-8, CMYK turned into RGB through its profile, the first frame of an animation.
+8, colours turned into sRGB by profile or gamma, the first frame of an animation.
 """
 
 import io
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Literal
 
-import cv2
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+import simplejpeg
+from PIL import Image, UnidentifiedImageError
 
-Extension = Literal["jpg", "png", "webp"]
+from shards.colours import in_srgb, looks_otherwise
+from shards.formats import PNG, Extension, foreign_kind, is_intact_png, odd_jpeg, trimmed, without_bad_text
 
 FORMATS: dict[Extension, str] = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 EXTENSIONS: dict[str | None, Extension] = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 LOSSY = ("JPEG", "MPO", "WEBP", "AVIF")  # converted to JPEG unless told otherwise; all others to PNG
 ORIENTATION = 0x0112  # EXIF tag
-END_OF_JPEG = b"\xff\xd9"
-END_OF_PNG = b"IEND\xaeB`\x82"
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 DEFAULT_QUALITY = 95
+PADDING = 64  # bytes before a JPEG's end mark that are taken for padding rather than for a damaged picture
+
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit; `Rules.max_pixels` is ours
 
 
 class BadImageError(Exception):
@@ -52,6 +64,9 @@ class Picture:
     extension: Extension
     height: int
     width: int
+    converted: str = ""
+    """From what to what, in a few words that are the same for all images of a kind; empty where the bytes are as they
+    came."""
 
 
 def prepare(content: bytes, rules: Rules) -> Picture:
@@ -62,6 +77,8 @@ def prepare(content: bytes, rules: Rules) -> Picture:
     """
     if not content:
         raise BadImageError("zero bytes")
+    if content.startswith(PNG):
+        content = without_bad_text(content)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd files: what matters of them is decided here
@@ -70,9 +87,7 @@ def prepare(content: bytes, rules: Rules) -> Picture:
     except BadImageError:
         raise
     except UnidentifiedImageError as error:
-        raise BadImageError("not an image, or its header is damaged") from error
-    except Image.DecompressionBombError as error:
-        raise BadImageError(f"more than {rules.max_pixels} pixels (max_pixels)") from error
+        raise BadImageError(foreign_kind(content)) from error
     except Exception as error:
         # Decoders of damaged input raise anything (struct.error, SyntaxError, MemoryError, …); none may end a build.
         raise BadImageError(f"cannot be decoded: {error or type(error).__name__}") from error
@@ -82,6 +97,9 @@ def _prepare(content: bytes, image: Image.Image, rules: Rules) -> Picture:
     width, height = image.size
     if width * height > rules.max_pixels:
         raise BadImageError(f"{width}x{height}: more than {rules.max_pixels} pixels (max_pixels)")
+    odd = odd_jpeg(content)
+    if odd:
+        raise BadImageError(odd)
     extension = plain_extension(content, image)
     smaller = rules.resize_short is not None and min(width, height) > rules.resize_short
     if extension and not smaller and rules.quality is None and rules.format in (None, extension):
@@ -89,14 +107,18 @@ def _prepare(content: bytes, image: Image.Image, rules: Rules) -> Picture:
         if whole is not None and (rules.check == "header" or decodes(whole, image, extension)):
             return Picture(whole, extension, height, width)
     target = rules.format or ("jpg" if rules.quality or image.format in LOSSY else "png")
-    shown = as_shown(image, rules.resize_short if smaller else None)
-    return Picture(encode(shown, target, rules.quality), target, shown.height, shown.width)
+    changes = [*(["turned"] if orientation(image) != 1 else []), *(["reduced"] if smaller else [])]
+    converted = f"{image.format} {image.mode} to {' '.join([*changes, target])}"
+    shown = as_shown(content, image, rules.resize_short if smaller else None)
+    return Picture(encode(shown, target, rules.quality), target, shown.height, shown.width, converted)
 
 
 def plain_extension(content: bytes, image: Image.Image) -> Extension | None:
     """The extension for bytes that any decoder turns into the RGB that a viewer shows; None for all others."""
     extension = EXTENSIONS.get(image.format)
     if extension is None or image.mode not in ("RGB", "L") or orientation(image) != 1:
+        return None
+    if looks_otherwise(image):
         return None
     if extension == "jpg":
         return extension
@@ -117,55 +139,80 @@ def orientation(image: Image.Image) -> int:
     return value if value in range(2, 9) else 1
 
 
-def trimmed(content: bytes, extension: Extension) -> bytes | None:
-    """The bytes without what follows the image's end (padding, appended files); None where the end is missing."""
-    if extension == "webp":
-        size = 8 + int.from_bytes(content[4:8], "little")
-        return content[:size] if size <= len(content) else None
-    mark = END_OF_JPEG if extension == "jpg" else END_OF_PNG
-    if content.endswith(mark):
-        return content
-    end = content.rfind(mark)
-    return content[: end + len(mark)] if end >= 0 else None
-
-
 def decodes(content: bytes, image: Image.Image, extension: Extension) -> bool:
-    """Whether the image decodes whole. OpenCV does JPEG a little faster than Pillow."""
-    if extension == "jpg":
-        pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-        return pixels is not None and pixels.shape[:2] == (image.height, image.width)
+    """Whether any decoder makes the image whole."""
+    if extension == "jpg" and jpeg_pixels(content, image) is not None:
+        return True
     image.load()
-    return True
+    return extension != "png" or is_intact_png(content)
 
 
-def as_shown(image: Image.Image, short: int | None = None) -> Image.Image:
+def jpeg_pixels(content: bytes, image: Image.Image, size: tuple[int, int] = (0, 0)) -> np.ndarray | None:
+    """uint8 [H, W, 1, 3 or 4] of a JPEG, None where this decoder does not know its kind, such as odd subsampling.
+
+    Unlike others this decoder tells of damage that libjpeg mends with gray or shifted blocks.
+
+    Args:
+        image: the same JPEG, not decoded.
+        size: width and height in pixels; decodes straight to the smallest eighth that is not below both.
+
+    Raises:
+        BadImageError: it is damaged.
+    """
+    kind = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}[image.mode]
+
+    def decode(strict: bool) -> np.ndarray:
+        return simplejpeg.decode_jpeg(content, kind, min_width=size[0], min_height=size[1], strict=strict)
+
+    try:
+        return decode(strict=True)
+    except ValueError as error:
+        reason = str(error)
+        padding = re.search(r"(\d+) extraneous bytes before marker 0xd9", reason)
+        if padding and int(padding[1]) <= PADDING:
+            return decode(strict=False)
+        if "Corrupt JPEG data" in reason or "Premature end" in reason:
+            raise BadImageError(f"truncated or damaged: {reason}") from error
+        return None
+
+
+def as_shown(content: bytes, image: Image.Image, short: int | None = None) -> Image.Image:
     """RGB as a viewer shows it, reduced to `short` pixels on the shorter side if given.
 
     Raises:
-        BadImageError: for 32-bit integers and floats, whose black and white are nowhere agreed.
+        BadImageError: it is damaged, or of 32-bit integers or floats, whose black and white are nowhere agreed.
     """
-    size = None
-    if short is not None and image.format in ("JPEG", "MPO"):
-        size = reduced(image.size, short)
-        image.draft(None, size)  # decodes straight to the smallest eighth that is not below the wanted size
-    image.load()
-    if short is not None and size is None:
-        size = reduced(image.size, short)
+    turn = TURNS.get(orientation(image))
+    if image.info.get("default_image"):
+        image.seek(1)  # a PNG's own picture for readers without animations
+    size = image.size if short is None else reduced(image.size, short)
     if image.mode in ("I", "F"):
         raise BadImageError("32-bit pixels: no agreed black and white; scale them to 8 or 16 bits")
+    pixels = jpeg_pixels(content, image, size if short else (0, 0)) if image.format in ("JPEG", "MPO") else None
+    if pixels is None or image.mode == "CMYK":
+        image.load()
+        alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+        flat = opaque(image)
+    else:
+        alpha, flat = None, Image.fromarray(pixels.squeeze(-1) if image.mode == "L" else pixels)
+    shown = in_srgb(flat, image).convert("RGB")
+    if alpha is not None:
+        paper = Image.new("RGBA", shown.size, "white")
+        shown.putalpha(alpha)
+        paper.alpha_composite(shown)
+        shown = paper.convert("RGB")
+    if size != shown.size:
+        shown = shown.resize(size, Image.Resampling.LANCZOS)
+    return shown if turn is None else shown.transpose(turn)
+
+
+def opaque(image: Image.Image) -> Image.Image:
+    """The image in 8 bits without its transparency, in mode L, RGB or CMYK."""
     if image.mode.startswith("I;16"):
-        image = with_exif(Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8)), image)
-    if image.mode == "CMYK":
-        image = with_exif(cmyk_to_rgb(image), image)
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        paper = Image.new("RGBA", layer.size, "white")
-        paper.alpha_composite(layer)
-        image = with_exif(paper, image)
-    image = image.convert("RGB")
-    if size is not None and size != image.size:
-        image = image.resize(size, Image.Resampling.LANCZOS)
-    return ImageOps.exif_transpose(image)
+        return Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+    if image.mode in ("1", "LA"):
+        return image.convert("L")
+    return image if image.mode in ("L", "CMYK") else image.convert("RGB")
 
 
 def reduced(size: tuple[int, int], short: int) -> tuple[int, int]:
@@ -174,28 +221,6 @@ def reduced(size: tuple[int, int], short: int) -> tuple[int, int]:
     if width <= height:
         return short, max(1, round(height * short / width))
     return max(1, round(width * short / height)), short
-
-
-def with_exif(image: Image.Image, origin: Image.Image) -> Image.Image:
-    """The image, turned as `origin` is to be turned."""
-    if "exif" in origin.info:
-        image.info["exif"] = origin.info["exif"]
-    return image
-
-
-def cmyk_to_rgb(image: Image.Image) -> Image.Image:
-    """CMYK → sRGB through the embedded profile; by plain subtraction where there is none or it is broken."""
-    profile = image.info.get("icc_profile")
-    if profile:
-        try:
-            made = ImageCms.profileToProfile(
-                image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB"
-            )
-        except (ImageCms.PyCMSError, OSError):
-            made = None
-        if made is not None:
-            return made
-    return image.convert("RGB")
 
 
 def encode(image: Image.Image | np.ndarray, extension: Extension, quality: int | None = None) -> bytes:

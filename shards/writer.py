@@ -13,15 +13,16 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeVar
 
+import numpy as np
 import pyarrow as pa
 
 from shards.errors import InputError
-from shards.files import clear_partials, partial_name, publish, settle, write_whole
-from shards.images import Extension
+from shards.files import clear_partials, is_left_behind, partial_name, publish, settle, write_whole
+from shards.formats import Extension
 from shards.manifest import (
     QUARANTINE_NAME,
     Manifest,
@@ -36,6 +37,7 @@ from shards.manifest import (
 
 LONGEST_NAME = 60  # characters of an original name kept in a key; ustar allows 100 with the rest
 LOCK_NAME = ".lock"
+MOST_REASONS = 20  # kept by name in the manifest; the quarantine file has them all
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Sample:
     seed: int | None = None
     unlabelled: str = ""
     """Why there is no label."""
+    converted: str = ""
+    """From what to what the image was converted; empty where it was not."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,10 @@ class ShardResult:
     rejected: tuple[Rejected, ...]
     unlabelled: Mapping[str, int]
     """Samples without a label, by the reason."""
+    converted: Mapping[str, int]
+    """Samples that were converted, by their kind."""
+    marks: np.ndarray = field(compare=False)
+    """uint64 per sample: CRC-32 and size of its image, the same for images that are the same."""
 
 
 def shard_name(number: int) -> str:
@@ -128,6 +136,7 @@ class Row:
     crc32: int
     seed: int | None = None
     unlabelled: str = ""
+    converted: str = ""
 
 
 def write_shard(
@@ -173,6 +182,7 @@ def add_sample(tar: TarWriter, sample: Sample) -> Row:
         crc32=zlib.crc32(sample.content),
         seed=sample.seed,
         unlabelled=sample.unlabelled,
+        converted=sample.converted,
     )
 
 
@@ -200,15 +210,16 @@ def write_columns(
         "labels": sorted(labels.items()),
         "rejected": [asdict(one) for one in rejected],
         "unlabelled": Counter(row.unlabelled for row in rows if row.unlabelled),
+        "converted": Counter(row.converted for row in rows if row.converted),
     }
-    arrays = {field: [getattr(row, field) for row in rows] for field in ("height", "width", "label", "crc32")}
+    arrays = {name: [getattr(row, name) for row in rows] for name in ("height", "width", "label", "crc32")}
     arrays["offset"] = [row.members[0][1] for row in rows]
     arrays["size"] = [row.members[0][2] for row in rows]
     seeds = [row.seed for row in rows if row.seed is not None]
     assert len(seeds) in (0, len(rows)), "either all samples of a shard have a seed or none"
     columns = format_columns([utf8(row.key).decode() for row in rows], arrays, seeds or None, note)
     write_whole(folder / columns_name(name), columns)
-    return result_of(name, len(rows), note, columns)
+    return result_of(name, note, columns, arrays["crc32"], arrays["size"])
 
 
 def format_index(samples: Iterable[tuple[str, Sequence[tuple[str, int, int]]]]) -> bytes:
@@ -229,19 +240,20 @@ def utf8(text: str) -> bytes:
     return text.encode(errors="backslashreplace")
 
 
-def result_of(name: str, count: int, note: Mapping[str, Any], columns: bytes) -> ShardResult:
-    """The result that a column file with this note stands for."""
+def result_of(name: str, note: Mapping[str, Any], columns: bytes, crc32: Any, size: Any) -> ShardResult:
+    """The result that a column file with this note, and with these columns, stands for."""
+    marks = np.asarray(crc32, np.uint64) << np.uint64(32) | np.asarray(size, np.uint64) & np.uint64((1 << 32) - 1)
     entry = ShardEntry(
         name=name,
-        count=count,
+        count=len(marks),
         size=note["tar"]["size"],
         sha256=note["tar"]["sha256"],
         columns_sha256=hashlib.sha256(columns).hexdigest(),
         index_sha256=note["index_sha256"],
     )
-    return ShardResult(
-        entry, dict(note["labels"]), tuple(Rejected(**one) for one in note["rejected"]), note.get("unlabelled", {})
-    )
+    rejected = tuple(Rejected(**one) for one in note["rejected"])
+    counts = (note.get("unlabelled", {}), note.get("converted", {}))
+    return ShardResult(entry, dict(note["labels"]), rejected, *counts, marks)
 
 
 def finished(folder: Path, name: str, settings: Mapping[str, Any]) -> ShardResult | None:
@@ -262,7 +274,7 @@ def finished(folder: Path, name: str, settings: Mapping[str, Any]) -> ShardResul
         raise InputError(
             f"{folder / name}: {difference(note['settings'], settings)}; pass --overwrite or another --out"
         )
-    return result_of(name, len(table), note, content)
+    return result_of(name, note, content, table["crc32"], table["size"])
 
 
 class ShardTask(Protocol):
@@ -338,7 +350,6 @@ def finish(
     if not labels:
         where = folder / QUARANTINE_NAME
         raise InputError(f"{folder}: none of {len(rejected)} images can be read; the reasons are in {where}")
-    reasons = sum((Counter(result.unlabelled) for result in ordered), Counter[str]())
     names = [*classes, *map(str, range(len(classes), max(labels) + 1))]
     write_manifest(
         folder,
@@ -347,9 +358,32 @@ def finish(
         class_counts=[labels[label] for label in range(len(names))],
         unlabelled=labels[-1],
         entries=[result.entry for result in ordered if result.entry.count],
-        provenance={**provenance, "quarantined": len(rejected), **({"unlabelled": reasons} if reasons else {})},
+        provenance={**provenance, **summary(ordered)},
     )
     return open_manifest(folder)
+
+
+def summary(results: Sequence[ShardResult]) -> dict[str, Any]:
+    """What became of the images, for the manifest: counts, and counts by reason or kind where there are any."""
+    left_out = [one.reason for result in results for one in result.rejected]
+    marks = np.concatenate([result.marks for result in results])
+    unlabelled = sum((Counter(result.unlabelled) for result in results), Counter[str]())
+    converted = sum((Counter(result.converted) for result in results), Counter[str]())
+    counts = {"reasons": by_kind(left_out), "converted": converted, "unlabelled": unlabelled}
+    return {
+        "quarantined": len(left_out),
+        "duplicates": len(marks) - len(np.unique(marks)),
+        **{name: dict(count.most_common()) for name, count in counts.items() if count},
+    }
+
+
+def by_kind(reasons: Iterable[str]) -> Counter[str]:
+    """Reasons that differ in numbers alone counted as one, under the first of them; the rarest together."""
+    examples: dict[str, str] = {}
+    counts = Counter(examples.setdefault(re.sub(r"\d+", "#", reason), reason) for reason in reasons)
+    common = Counter(dict(counts.most_common(MOST_REASONS)))
+    rest = counts.total() - common.total()
+    return common + Counter({"other reasons": rest})
 
 
 @contextlib.contextmanager
@@ -384,4 +418,4 @@ def remove_shards(folder: Path, names: Iterable[str]) -> None:
 
 def shards_in(folder: Path) -> list[str]:
     """Names of the tars in a folder, in order."""
-    return sorted(path.name for path in folder.glob("*.tar"))
+    return sorted(path.name for path in folder.glob("*.tar") if not is_left_behind(path.name))

@@ -95,7 +95,7 @@ def config_of(side: str, bench: TrainingBench, shards: Path) -> PretrainConfig:
         config = replace(config, selection=replace(config.selection, encoder="target"))
     return replace(
         config,
-        data=DataConfig(real=str(shards), threads=bench.threads),
+        data=DataConfig(real=(str(shards),), threads=bench.threads),
         monitor=MonitorConfig(every=NEVER, bank=0, health_every=0, loggers=()),
         steps=NEVER,
         batch=bench.batch,

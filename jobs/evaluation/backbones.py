@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from jobs.evaluation.frozen import IMAGENET_MEAN, IMAGENET_STD, Frozen, Pool
-from jobs.run.checkpoint import Which, entries, load_backbone
+from jobs.run.checkpoint import Which, load_backbone
 from jobs.run.config import load_config
 from jobs.run.folder import open_run
+from jobs.run.weights import cached_weights
 from models.backbones import build_backbone
 from shards.errors import InputError
 
@@ -70,10 +71,8 @@ def _from_run(config: ModelConfig, run: Path) -> tuple[Frozen, dict[str, Any]]:
             model = build_backbone(settings.backbone, 0.0)
         facts: dict[str, Any] = {"source": "untrained", "name": f"untrained {settings.backbone.name}", "step": None}
     else:
-        model, settings = load_backbone(folder.path, which=config.which, step=config.step)
-        newest = [entry.step for entry in entries(folder.checkpoints)][-1:]
-        step = config.step if config.step is not None else next(iter(newest), None)
-        facts = {"source": "run", "name": name, "step": step, "which": config.which}
+        model, settings, step, which = load_backbone(folder.path, which=config.which, step=config.step)
+        facts = {"source": "run", "name": name, "step": step, "which": which}
     size = config.size or settings.backbone.image_size
     return Frozen(model, facts["name"], size, config.pool), facts
 
@@ -85,7 +84,9 @@ def _from_timm(config: ModelConfig) -> tuple[Frozen, dict[str, Any]]:
     if not name.startswith("local-dir:") and not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5]) or "see timm.list_models()"
         raise InputError(f"timm: {name} is no model of timm {timm.__version__}; known ones: {near}")
-    options: dict[str, Any] = {"img_size": config.size} if config.size and not name.startswith("local-dir:") else {}
+    known = None if name.startswith("local-dir:") else timm.get_pretrained_cfg(name)
+    fixed = known is not None and known.fixed_input_size  # others take any size, and no such argument
+    options: dict[str, Any] = {"img_size": config.size} if config.size and fixed else {}
     with fresh(seed=0):
         try:
             model: Any = timm.create_model(name, num_classes=0, **weights_of(config), **options)
@@ -119,18 +120,6 @@ def weights_of(config: ModelConfig) -> dict[str, Any]:
             f"weights: those of {config.timm} are not on this machine; give --weights FILE, or --download to fetch them"
         )
     return {"pretrained": True, "pretrained_cfg_overlay": {"file": cached}}
-
-
-def cached_weights(name: str) -> str | None:
-    """The file of timm's pretrained weights in Hugging Face's local cache, if it is there."""
-    from huggingface_hub import try_to_load_from_cache
-
-    cfg = timm.get_pretrained_cfg(name)
-    for file in ("model.safetensors", "pytorch_model.bin"):
-        cached = try_to_load_from_cache(cfg.hf_hub_id, file) if cfg is not None and cfg.hf_hub_id else None
-        if isinstance(cached, str):
-            return cached
-    return None
 
 
 @contextmanager

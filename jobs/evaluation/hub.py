@@ -11,36 +11,19 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from jobs.evaluation.features import default_crop
 from jobs.evaluation.frozen import IMAGENET_MEAN, IMAGENET_STD
-from models.backbones import BackboneConfig
+from models.backbones import BackboneConfig, timm_options
 from shards.errors import InputError, install_extra
 
 # Largest difference of a feature between the exported and the original model, relative to the features' deviation.
 TOLERANCE = 1e-4
 
 
-def timm_arguments(config: BackboneConfig, model: nn.Module) -> dict[str, Any]:
-    """Arguments with which timm.create_model builds this very architecture, read off the model: a ViT-S with 12 heads
-    and one with 6 have the same weights' shapes, so the number of heads must be told."""
-    if isinstance(model, VisionTransformer):
-        embed: Any = model.patch_embed
-        block: Any = model.blocks[0]
-        return {
-            "img_size": int(embed.img_size[0]),
-            "patch_size": int(embed.patch_size[0]),
-            "embed_dim": int(model.embed_dim),
-            "depth": len(model.blocks),
-            "num_heads": int(block.attn.num_heads),
-            "global_pool": model.global_pool,
-        }
-    return {} if "resnet" in config.name else {"img_size": config.image_size}
-
-
-def write_timm_folder(config: BackboneConfig, model: nn.Module, out: Path) -> None:
-    """Writes config.json and model.safetensors.
+def write_timm_folder(config: BackboneConfig, model: nn.Module, out: Path, licence: str = "") -> None:
+    """Writes config.json, with the crop that evaluation takes, and model.safetensors.
 
     Raises:
         InputError: an architecture that timm cannot build.
@@ -49,13 +32,14 @@ def write_timm_folder(config: BackboneConfig, model: nn.Module, out: Path) -> No
         raise InputError(
             "backbone.batchnorm_mlp: timm has no ViT with BatchNorm before its MLPs; export this run with --only-onnx"
         )
-    arguments = timm_arguments(config, model)
-    size = config.image_size
+    # With the number of heads: a ViT-S with 12 heads and one with 6 have the same weights' shapes.
+    arguments = timm_options(config)
+    size, pool = config.image_size, getattr(model, "global_pool", "avg")
     content = {
         "architecture": config.name,
         "num_classes": 0,
         "num_features": int(model.num_features),  # type: ignore[arg-type]
-        "global_pool": arguments.get("global_pool", "avg"),
+        "global_pool": pool if isinstance(pool, str) else "avg",
         "model_args": arguments,
         "pretrained_cfg": {
             "tag": "hardviews",
@@ -63,7 +47,7 @@ def write_timm_folder(config: BackboneConfig, model: nn.Module, out: Path) -> No
             "input_size": [3, size, size],
             "fixed_input_size": "img_size" in arguments,
             "interpolation": "bilinear",
-            "crop_pct": 0.875,
+            "crop_pct": default_crop(size),
             "crop_mode": "center",
             "mean": list(IMAGENET_MEAN),
             "std": list(IMAGENET_STD),
@@ -71,7 +55,7 @@ def write_timm_folder(config: BackboneConfig, model: nn.Module, out: Path) -> No
             "pool_size": None,
             "first_conv": getattr(model, "default_cfg", {}).get("first_conv", "patch_embed.proj"),
             "classifier": getattr(model, "default_cfg", {}).get("classifier", "head"),
-            "license": "apache-2.0",
+            **({"license": licence} if licence else {}),
         },
     }
     out.mkdir(parents=True, exist_ok=True)

@@ -2,33 +2,46 @@
 
 import hashlib
 import os
+import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from jobs.run.terminal import warn
 from shards.errors import InputError
 from shards.images import BadImageError, Rules, prepare
-from shards.manifest import open_manifest
+from shards.manifest import Columns, open_manifest
 from shards.reader import SampleError, SampleReader
+from shards.sources.folders import classed_files, read_file
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+# Files of an ImageFolder whose content is in its fingerprint.
+FINGERPRINTED = 256
 
 
 class ImageSet(Protocol):
     """n encoded images with labels.
 
-    name: for people; labels: int64 [n], −1 where unknown; classes: names by label; identity: changes with the content.
+    name: for people; source: tag such as real, empty where there is none; labels: int64 [n], −1 where unknown;
+    classes: names by label; identity: changes with the content and, of files, with when and where they were written;
+    fingerprint: is the same of a copy on another machine.
     """
 
     name: str
+    source: str
     labels: np.ndarray
     classes: tuple[str, ...]
     identity: str
+    fingerprint: str
 
     def read(self, rows: Sequence[int]) -> list[np.ndarray | str]:
         """Encoded bytes, uint8 1-D, that every decoder shows alike, or why an image cannot be used."""
+        ...
+
+    def names(self, rows: np.ndarray) -> list[tuple[str, str]]:
+        """Shard and key of each image; of a folder's, nothing and its path in the folder."""
         ...
 
     def where(self, row: int) -> str:
@@ -41,37 +54,46 @@ class ImageSet(Protocol):
 class FolderImages:
     """An ImageFolder: one folder per class, sorted by name; images directly in the root have no label.
 
-    Each image is looked at as `hardviews build` does: broken ones are found, and all are shown as viewers show them.
+    Files are listed and looked at as `hardviews build` does: links are followed, what systems leave behind is passed
+    over, broken images are found, and all are shown as viewers show them.
     """
 
     def __init__(self, root: Path) -> None:
-        files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        self.classes, files = classed_files(str(root))
         if not files:
-            raise InputError(
-                f"images: {root} holds no images ({', '.join(sorted(SUFFIXES))}); give shards or an ImageFolder"
-            )
-        parents = [p.relative_to(root).parts[0] if p.parent != root else "" for p in files]
-        self.classes = tuple(sorted({parent for parent in parents if parent}))
-        index = {name: i for i, name in enumerate(self.classes)} | {"": -1}
-        self.labels = np.array([index[parent] for parent in parents], dtype=np.int64)
-        self.name = "/".join(root.resolve().parts[-2:])
-        self.files = files
-        digest = hashlib.sha256(b"as built")  # features of images that were looked at in another way don't count
-        for path in files:
-            facts = path.stat()
-            # A file that takes another's place may have its size and time, but not when its entry was changed.
-            stamp = f" {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns} {facts.st_ino}\n"
-            digest.update(os.fsencode(path.relative_to(root)) + stamp.encode())
+            raise InputError(f"images: {root} holds no images; give shards or an ImageFolder")
+        self._root, self._files = root, sorted(files)
+        self.labels = np.array([label for _, _, label in self._files], dtype=np.int64)
+        self.name, self.source = "/".join(root.resolve().parts[-2:]), ""
+        digest = hashlib.sha256(b"as built, colours too")  # features of images looked at in another way don't count
+        for name, _, _ in self._files:
+            digest.update(os.fsencode(name) + _stamp(root / name).encode())
         self.identity = digest.hexdigest()
+        self.fingerprint = _fingerprint(root, [name for name, _, _ in self._files])
 
     def read(self, rows: Sequence[int]) -> list[np.ndarray | str]:
-        return [_file_bytes(self.files[row]) for row in rows]
+        return [_file_bytes(self._root / name, size) for name, size, _ in (self._files[row] for row in rows)]
+
+    def names(self, rows: np.ndarray) -> list[tuple[str, str]]:
+        return [("", printable(Path(self._files[row][0]))) for row in rows]
 
     def where(self, row: int) -> str:
-        return printable(self.files[row])
+        return printable(self._root / self._files[row][0])
 
     def close(self) -> None:
         """Nothing is held open."""
+
+
+def _fingerprint(root: Path, names: Sequence[str]) -> str:
+    """SHA-256 over names and sizes of all files and the content of some, spread over all: images by the same name and
+    of the same size are nearly always the same."""
+    digest = hashlib.sha256()
+    for number, name in enumerate(names):
+        with suppress(OSError):  # named when it is to be read as an image
+            digest.update(os.fsencode(name) + f" {(root / name).stat().st_size}\n".encode())
+            if number % -(-len(names) // FINGERPRINTED) == 0:
+                digest.update((root / name).read_bytes())
+    return digest.hexdigest()
 
 
 def printable(path: Path) -> str:
@@ -79,11 +101,19 @@ def printable(path: Path) -> str:
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
-def _file_bytes(path: Path) -> np.ndarray | str:
+def _stamp(path: Path) -> str:
+    """What tells a file from one that takes its place: that may have its size and time, but not the entry's change."""
     try:
-        return np.frombuffer(prepare(path.read_bytes(), Rules()).content, dtype=np.uint8)
-    except OSError as error:
-        return error.strerror or type(error).__name__
+        facts = path.stat()
+    except OSError:  # a link that leads nowhere, as reading it will say
+        return " gone\n"
+    return f" {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns} {facts.st_ino}\n"
+
+
+def _file_bytes(path: Path, size: int) -> np.ndarray | str:
+    content, problem = read_file(path, size)
+    try:
+        return problem or np.frombuffer(prepare(content, Rules()).content, dtype=np.uint8)
     except BadImageError as error:
         return str(error)
 
@@ -97,11 +127,20 @@ class ShardImages:
         self.labels = manifest.columns(np.arange(len(manifest))).label.astype(np.int64)
         self.classes = tuple(manifest.classes)
         self.name = "/".join(Path(address).resolve().parts[-2:]) if "://" not in address else address
-        self.identity = manifest.fingerprint
+        self._manifest, self.source = manifest, manifest.source
+        self.identity = self.fingerprint = manifest.fingerprint
 
     def read(self, rows: Sequence[int]) -> list[np.ndarray | str]:
         items = self._reader.read(np.asarray(rows, dtype=np.int64))
         return [item.reason if isinstance(item, SampleError) else item for item in items]
+
+    def columns(self) -> Columns:
+        """What the shards say of every image."""
+        return self._manifest.columns(np.arange(len(self._manifest)))
+
+    def names(self, rows: np.ndarray) -> list[tuple[str, str]]:
+        columns = self._manifest.columns(rows)
+        return [(self._manifest.shards[shard], key) for shard, key in zip(columns.shard, columns.key, strict=True)]
 
     def where(self, row: int) -> str:
         shard, key = self._reader.name(row)
@@ -145,6 +184,28 @@ def align_labels(train: ImageSet, test: ImageSet) -> np.ndarray:
 
 def label_table(train: ImageSet, test: ImageSet) -> np.ndarray:
     """int64 [test classes + 1]: label among the training classes by the test set's own label, matched by name; −1 for
-    classes that the training set lacks and, as the last entry, for images without a label."""
-    index = {name: i for i, name in enumerate(train.classes)}
-    return np.array([index.get(name, -1) for name in test.classes] + [-1], dtype=np.int64)
+    classes that the training set lacks and, as the last entry, for images without a label.
+
+    Names match that differ in their Unicode form alone: macOS writes é as two characters, most others as one."""
+    exact = {name: i for i, name in enumerate(train.classes)}
+    index = {_composed(name): i for name, i in exact.items()}
+    return np.array([exact.get(name, index.get(_composed(name), -1)) for name in test.classes] + [-1], dtype=np.int64)
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def warn_unscored(train: ImageSet, test: ImageSet) -> None:
+    """Says which test images have no label among the training classes, and so are not scored."""
+    table = label_table(train, test)
+    counts = np.bincount(test.labels[test.labels >= 0], minlength=len(test.classes))
+    unknown = [name for name, label, count in zip(test.classes, table, counts, strict=False) if label < 0 and count]
+    images = int(counts[table[:-1] < 0].sum())
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        names = f"{', '.join(unknown[:5])}{more}"
+        warn(f"{images} images of {test.name} are not scored: {train.name} has no class {names}")
+    unlabelled = int((test.labels < 0).sum())
+    if unlabelled:
+        warn(f"{unlabelled} images of {test.name} are not scored: they have no label")

@@ -27,7 +27,7 @@ def knn_scores(
     ks: Sequence[int] = KS,
     temperature: float = TEMPERATURE,
 ) -> dict[str, Any]:
-    """`top1` (from 6 classes on, `top5` too), confusion and per class for the headline k (20, or else the first), and
+    """`top1` (from 6 classes on, `top5` too) and the rest of `summarize` for the headline k (20, or else the first);
     the accuracies of every k in `by_k`.
 
     Rows with a label below 0 take no part; a k above the number of training images is taken as all of them.
@@ -52,5 +52,5 @@ def knn_scores(
         by_k.append(row)
         if k == headline:
             summary = summarize(guesses_qT, labels_q, classes)
-    details = {name: summary[name] for name in ("confusion", "per_class")}
+    details = {name: summary[name] for name in summary if name != "scores"}
     return {**summary["scores"], "by_k": by_k, "k": headline, "temperature": temperature, **details}

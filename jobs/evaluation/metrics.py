@@ -20,7 +20,8 @@ def confusion_matrix(predicted_n: np.ndarray, labels_n: np.ndarray, classes: int
 
 
 def summarize(guesses_nT: np.ndarray, labels_n: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
-    """Top-1 and top-5, confusion matrix and per-class top-1 as plain JSON values; top-5 where there are 5 classes."""
+    """Top-1 and top-5, number of images, confusion matrix, names of its rows and per-class top-1 as plain JSON values;
+    top-5 where there are more than 5 classes, top-1 of the classes that have images."""
     matrix = confusion_matrix(guesses_nT[:, 0], labels_n, len(classes))
     scores = {"top1": top_accuracy(guesses_nT, labels_n, 1)}
     if len(classes) > 5 and guesses_nT.shape[1] >= 5:
@@ -30,7 +31,13 @@ def summarize(guesses_nT: np.ndarray, labels_n: np.ndarray, classes: Sequence[st
         for i, (name, row) in enumerate(zip(classes, matrix, strict=True))
         if row.sum()
     ]
-    return {"scores": scores, "confusion": matrix.tolist(), "per_class": per_class}
+    return {
+        "scores": scores,
+        "scored": len(labels_n),
+        "confusion": matrix.tolist(),
+        "classes": list(classes),
+        "per_class": per_class,
+    }
 
 
 def over_seeds(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:

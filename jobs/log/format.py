@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jobs.run.folder import write_json
-from pipelines.params import DTYPES, FIELDS
+from pipelines.params import PARAMETERS
 from shards.errors import InputError
 
 SCHEMA_VERSION = 2
@@ -53,20 +53,7 @@ COLUMNS: dict[str, Column] = {
     "image_width": Column(np.int32, "row", "the image's width", "source pixels"),
     "choice": Column(np.int32, "row", "number of the pair that trained, −1 where none was recorded"),
     "at_random": Column(np.bool_, "row", "the image trained on a random pair, though its step chose pairs by the rule"),
-    "top": Column(DTYPES["top"], "view", "crop box's first row", "source pixels"),
-    "left": Column(DTYPES["left"], "view", "crop box's first column", "source pixels"),
-    "height": Column(DTYPES["height"], "view", "crop box's height", "source pixels"),
-    "width": Column(DTYPES["width"], "view", "crop box's width", "source pixels"),
-    "flip": Column(DTYPES["flip"], "view", "mirrored left to right after the crop"),
-    "jitter": Column(DTYPES["jitter"], "view", "colour jitter applied; where not, the next five are 1, 1, 1, 0 and 0"),
-    "brightness": Column(DTYPES["brightness"], "view", "factor, as torchvision's"),
-    "contrast": Column(DTYPES["contrast"], "view", "factor, as torchvision's"),
-    "saturation": Column(DTYPES["saturation"], "view", "factor, as torchvision's"),
-    "hue": Column(DTYPES["hue"], "view", "shift, −0.5 to 0.5", "turns of the colour circle"),
-    "order": Column(DTYPES["order"], "view", "index into the 24 orders of (brightness, contrast, saturation, hue)"),
-    "gray": Column(DTYPES["gray"], "view", "turned to grayscale"),
-    "blur": Column(DTYPES["blur"], "view", "Gaussian blur's sigma, 0 for none", "pixels of the view"),
-    "solarize": Column(DTYPES["solarize"], "view", "values of 128 and more (of 255) inverted"),
+    **{name: Column(p.dtype, "view", p.meaning, p.unit) for name, p in PARAMETERS.items()},
     "chosen": Column(np.bool_, "view", "the view trained"),
     "loss": Column(np.float32, "pair", "the pair's loss at selection; NaN, exported as null, on steps without scores"),
 }
@@ -75,7 +62,7 @@ COLUMNS: dict[str, Column] = {
 
 def array_name(name: str) -> str:
     """A column's array in memory: its name and its shape's suffix; view parameters are fields of `ViewParams`."""
-    return name if name in FIELDS else name + {"row": "_B", "view": "_BN", "pair": "_BP"}[COLUMNS[name].axis]
+    return name if name in PARAMETERS else name + {"row": "_B", "view": "_BN", "pair": "_BP"}[COLUMNS[name].axis]
 
 
 def shard_rows(views: int, pairs: int) -> int:

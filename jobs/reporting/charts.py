@@ -94,9 +94,11 @@ def line_chart(
     note: str = "",
     shape: Callable[[float], str] = number,
     references: Sequence[tuple[str, float]] = (),
+    marks: Sequence[tuple[str, float]] = (),
     floor: float | None = None,
 ) -> Markup:
-    """Lines over a common x. `references` are dashed horizontal lines with a name; `floor` pins the lower y limit.
+    """Lines over a common x. `references` are dashed horizontal lines with a name, `marks` dotted vertical ones;
+    `floor` pins the lower y limit.
 
     Raises:
         ValueError: no series has a finite value.
@@ -122,6 +124,9 @@ def line_chart(
     for _, value in references:
         at = 1 - float(up(value))
         shapes.append(tag("line", x1=0, x2=1, y1=f"{at:.4f}", y2=f"{at:.4f}", class_="reference dashed"))
+    for _, x in marks:
+        at = float(across(np.float64(x)))
+        shapes.append(tag("line", x1=f"{at:.4f}", x2=f"{at:.4f}", y1=0, y2=1, class_="reference dotted"))
     # A single point has no line: show it as a dot.
     dots = [
         tag("span", class_="mark-dot", style=f"left:{100 * float(across(s.x)[0]):.2f}%;"
@@ -158,6 +163,8 @@ def line_chart(
     keys = [(s.name, s.colour, s.dashed) for s in drawn]
     extra = [tag("li", tag("i"), f"{name} {shape(value)}", class_="dashed", style="--c:var(--muted)")
              for name, value in references]  # fmt: skip
+    extra += [tag("li", tag("i"), f"{name}: {x_label} {number(x, 6)}", class_="dotted", style="--c:var(--muted)")
+              for name, x in marks]  # fmt: skip
     return _figure(title, note, _legend(keys, extra), plot, _line_table(drawn, x_label, shape))
 
 

@@ -42,7 +42,8 @@ def _verdict(run: RunData) -> Check | None:
     if name is None:
         return None
     marks: dict[str, State] = {"learning": "good", "not-learning-yet": "warn"}
-    return Check("Verdict", marks.get(name, "bad"), f"{name}: {run.state.get('verdict_reason', '')}")
+    advice = f"; what to try first: {run.state['verdict_advice']}" if run.state.get("verdict_advice") else ""
+    return Check("Verdict", marks.get(name, "bad"), f"{name}: {run.state.get('verdict_reason', '')}{advice}")
 
 
 def _state(run: RunData) -> Check | None:
@@ -99,8 +100,10 @@ def _collapse(run: RunData) -> list[Check]:
                 )
             )
         if name.endswith("rankme"):
-            bad = last < 2
-            signs.append(Check("RankMe", "bad" if bad else "good", f"{number(last, 3)} effective dimensions"))
+            # Healthy runs of BYOL kept 0.7 of it, one that learned nothing under too strong views 0.4.
+            state: State = "bad" if last < 2 else "warn" if last < 0.5 * float(first[0]) else "good"
+            text = f"{number(last, 3)} effective dimensions, {number(float(first[0]), 3)} at the start"
+            signs.append(Check("RankMe", state, text))
     return signs
 
 

@@ -1,6 +1,10 @@
 """HTML from Python: text is escaped unless it is Markup already."""
 
+from collections.abc import Callable
 from html import escape as _escape
+
+from jobs.run.terminal import warn
+from shards.errors import InputError
 
 
 class Markup(str):
@@ -17,6 +21,18 @@ def escape(content: object) -> Markup:
 def join(*children: object) -> Markup:
     """Children one after another; None is left out."""
     return Markup("".join(escape(child) for child in children if child is not None))
+
+
+def attempt(make: Callable[[], Markup | str]) -> Markup | str:
+    """A part of the page, or why it cannot be made: files may hold anything, and the other parts are worth having."""
+    try:
+        return make()
+    except (InputError, OSError) as error:
+        return f"This part could not be made: {error}."
+    except Exception as error:
+        reason = f"This part could not be made ({type(error).__name__}: {error})."
+        warn(f"report: {reason}")
+        return reason
 
 
 # Elements that have no end tag in HTML.

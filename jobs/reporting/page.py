@@ -2,9 +2,10 @@
 
 import datetime
 from collections.abc import Sequence
+from functools import partial
 
 from jobs.reporting.compare import comparison
-from jobs.reporting.html import Markup, join, tag
+from jobs.reporting.html import Markup, attempt, join, tag
 from jobs.reporting.rundata import RunData
 from jobs.reporting.script import SCRIPT
 from jobs.reporting.sections import SECTIONS
@@ -60,7 +61,7 @@ def _run_panel(run: RunData, key: str) -> Markup:
     links = [tag("li", tag("a", title, href=f"#{key}-{name}")) for name, title, _, _ in SECTIONS]
     blocks = []
     for name, title, intro, section in SECTIONS:
-        content = section(run)
+        content = attempt(partial(section, run))
         missing = not isinstance(content, Markup)
         blocks.append(
             tag(
@@ -73,7 +74,7 @@ def _run_panel(run: RunData, key: str) -> Markup:
         )
     return join(
         tag("nav", tag("ol", *links), class_="contents", aria_label=f"Sections of {run.name}"),
-        tag("div", tag("h1", run.name), tag("p", lead(run), class_="lead"), *blocks, _foot()),
+        tag("div", tag("h1", run.name), tag("p", attempt(lambda: lead(run)), class_="lead"), *blocks, _foot()),
     )
 
 
@@ -99,7 +100,7 @@ def _comparison_panel(runs: Sequence[RunData]) -> Markup:
         aria_label="Sections",
     )
     title = tag("h1", f"{len(runs)} runs side by side")
-    return join(nav, tag("div", title, tag("section", comparison(runs), id="comparison"), _foot()))
+    return join(nav, tag("div", title, tag("section", attempt(lambda: comparison(runs)), id="comparison"), _foot()))
 
 
 def _foot() -> Markup:

@@ -3,8 +3,7 @@
 Suffixes: B images, N views, V views of one image.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from jobs.evaluation.maps import MapGrid, Method, checkpoint_models, checkpoint_
 from jobs.log.reader import Rows, open_log
 from jobs.log.replaying import Replayed, replay_step, step_rows
 from jobs.reporting.gallery import HardViews, gallery
-from jobs.reporting.html import Markup, join, number, tag
+from jobs.reporting.html import Markup, attempt, join, number, tag
 from jobs.reporting.images import picture
 from jobs.reporting.rundata import RunData
 from jobs.run.folder import open_run
@@ -27,23 +26,18 @@ from shards.errors import InputError
 SAMPLES = 24
 MAPPED = 4
 
+NO_SHARDS = "The configuration names no shards."
+
 
 def pictures(run: RunData, images: int) -> dict[str, Markup | str]:
     """The three parts, with `images` images in the gallery of hard views; none of them for 0."""
     if images == 0:
         return dict.fromkeys(("views", "samples", "attention"), "Pictures were not asked for.")
     return {
-        "views": _part(lambda: hard_views(run.path, images)),
-        "samples": _part(lambda: samples(run, min(SAMPLES, 2 * images))),
-        "attention": _part(lambda: attention(run, min(MAPPED, images))),
+        "views": attempt(lambda: hard_views(run.path, images)),
+        "samples": attempt(lambda: samples(run, min(SAMPLES, 2 * images))),
+        "attention": attempt(lambda: attention(run, min(MAPPED, images))),
     }
-
-
-def _part(make: Callable[[], Markup | str]) -> Markup | str:
-    try:
-        return make()
-    except (InputError, OSError) as error:
-        return f"This part could not be made: {error}."
 
 
 # Hard views
@@ -108,8 +102,10 @@ def caption(params_V: ViewParams, v: int, area: int) -> str:
     """What was done to one view, in few words: share of the image, colour factors, other operations."""
     words = [f"{100 * int(params_V.height[v]) * int(params_V.width[v]) / area:.0f} % area"]
     if params_V.jitter[v]:
-        words += [f"{name[0]} {getattr(params_V, name)[v]:.2f}" for name in ("brightness", "contrast", "saturation")]
-        words.append(f"h {params_V.hue[v]:+.2f}".replace("-", "−"))
+        factors = {name[0]: f"{getattr(params_V, name)[v]:.2f}" for name in ("brightness", "contrast", "saturation")}
+        words += [f"{letter} {factor}" for letter, factor in factors.items() if factor != "1.00"]
+        hue = f"{params_V.hue[v]:+.2f}".replace("-", "−")
+        words += [f"h {hue}"] if hue[1:] != "0.00" else []
     words += [word for word in ("flip", "gray", "solarize") if getattr(params_V, word)[v]]
     if params_V.blur[v] > 0:
         words.append(f"blur {params_V.blur[v]:.1f}")
@@ -124,16 +120,12 @@ def samples(run: RunData, count: int) -> Markup | str:
     """Images of each source side by side, evenly spread, so classes stand opposite each other."""
     cards = []
     for source in ("real", "synthetic"):
-        if run.setting(f"data.{source}"):
-            with _source_images(run, source) as images:
-                cards.append(_mosaic(source.capitalize(), images, count))
-    return tag("div", *cards, class_="cards") if cards else "The configuration names no shards."
-
-
-@contextmanager
-def _source_images(run: RunData, source: str) -> Iterator[ImageSet]:
-    with closing(open_images(str(run.setting(f"data.{source}")))) as images:
-        yield images
+        places = run.addresses(source)
+        for place in places:
+            folder = f": {place.rstrip('/').rpartition('/')[2]}" if len(places) > 1 else ""
+            with closing(open_images(place)) as images:
+                cards.append(_mosaic(source.capitalize() + folder, images, count))
+    return tag("div", *cards, class_="cards") if cards else NO_SHARDS
 
 
 def _mosaic(title: str, images: ImageSet, count: int) -> Markup:
@@ -173,11 +165,13 @@ def _decode(images: ImageSet, rows: list[int]) -> list[np.ndarray]:
 
 def attention(run: RunData, count: int) -> Markup | str:
     """Attention maps and Grad-CAM of the untrained backbone and up to three checkpoints."""
-    source = "real" if run.setting("data.real") else "synthetic"
+    places = [*run.addresses("real"), *run.addresses("synthetic")]
+    if not places:
+        return NO_SHARDS
     models = checkpoint_models(run.path, checkpoint_steps(run.path), "target")
     figures: list[Markup] = []
     reasons: list[str] = []
-    with _source_images(run, source) as images:
+    with closing(open_images(places[0])) as images:
         rows = by_class(images, count)
         methods: tuple[tuple[Method, str, str], ...] = (
             ("attention", "Attention", "last layer, mean over heads, from the class token or all patches"),

@@ -2,8 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -35,6 +35,21 @@ class RunData:
         both = np.array(points, dtype=np.float64).reshape(-1, 2)
         return both[:, 0], both[:, 1]
 
+    def real_loss(self) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and values of the loss against real negatives alone: the loss itself where no synthetic ones are."""
+        lines = [{"loss": line.get("train/loss_real", line.get("train/loss")), **line} for line in self.metrics]
+        return replace(self, metrics=lines).series("loss")
+
+    def synthetic_span(self) -> list[tuple[str, float]]:
+        """Where synthetic negatives begin and end (steps), as far as they do within the run."""
+        logged = [line for line in self.metrics if "train/loss" in line]
+        used = [row for row, line in enumerate(logged) if "train/loss_real" in line]
+        if not used:
+            return []
+        marks = [("begin", used[0] - 1)] if used[0] > 0 else []
+        marks += [("end", used[-1])] if used[-1] < len(logged) - 1 else []
+        return [(f"synthetic negatives {word}", float(logged[row]["step"])) for word, row in marks]
+
     def names(self, prefix: str = "") -> list[str]:
         """Metrics that start with `prefix`, in the order they first appear."""
         ordered: dict[str, None] = {}
@@ -52,6 +67,26 @@ class RunData:
         """The first of these dotted config keys that is set."""
         flat = flatten(self.config)
         return next((flat[name] for name in names if flat.get(name) is not None), None)
+
+    @property
+    def origin(self) -> str | None:
+        """Where the weights that the run began with come from; None for random ones."""
+        origin = self.config.get("origin")
+        if not origin:
+            return None
+        step = f", step {origin['step']}" if origin.get("step") is not None else ""
+        encoder = f", {origin['encoder']} encoder" if origin.get("encoder") else ""
+        return f"{origin['kind']} {origin['name']}{step}{encoder} (SHA-256 {origin['sha256'][:12]})"
+
+    def addresses(self, source: str) -> list[str]:
+        """Where the `real` or the `synthetic` shards lie."""
+        return addresses(flatten(self.config), source)
+
+
+def addresses(flat: Mapping[str, Any], source: str) -> list[str]:
+    """Where the shards of a source lie, from settings by dotted key; runs of before have one address as text."""
+    value = flat.get(f"data.{source}") or []
+    return [value] if isinstance(value, str) else list(value)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -85,6 +120,17 @@ def read_run(path: Path) -> RunData:
         quarantine=read_metrics(folder.quarantine),
         problems=problems,
     )
+
+
+def told_apart(runs: Sequence[RunData]) -> list[RunData]:
+    """The runs by names that differ: where folders have the same, by as many of those above as it takes."""
+    places = [run.path.resolve().parts for run in runs]
+    names = []
+    for place in places:
+        alike = {other for other in places if other[-1] == place[-1] and other != place}
+        depth = next(n for n in range(1, len(place) + 1) if not any(other[-n:] == place[-n:] for other in alike))
+        names.append("/".join(place[-depth:]))
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
 def _analysis(folder: RunFolder, problems: list[str]) -> dict[str, Any] | None:

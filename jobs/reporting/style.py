@@ -117,13 +117,16 @@ figure { margin: 0; }
 .legend i { display: inline-block; width: 1rem; height: 0; border-top: 3px solid var(--c); vertical-align: middle;
   margin-right: .4em; border-radius: 2px; }
 .legend .dashed i { border-top-style: dashed; border-radius: 0; }
+.legend .dotted i { border-top-style: dotted; border-radius: 0; }
 .plot { position: relative; margin: .7rem .5rem 1.9rem 3.1rem; height: 13rem; touch-action: pan-y; }
 .plot svg { position: absolute; inset: 0; width: 100%; height: 100%; overflow: visible; display: block; }
 .plot svg * { vector-effect: non-scaling-stroke; }
 .plot .grid { stroke: var(--grid); stroke-width: 1; } .plot .base { stroke: var(--axis); stroke-width: 1; }
 .plot .line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 .plot .faint { fill: none; stroke-width: 1; opacity: .32; } .plot .area { opacity: .13; stroke: none; }
-.plot .dashed { stroke-dasharray: 5 4; } .plot .reference { stroke: var(--muted); stroke-width: 1.5; }
+.plot .dashed { stroke-dasharray: 5 4; }
+.plot .dotted { stroke-dasharray: 1.5 3; }
+.plot .reference { stroke: var(--muted); stroke-width: 1.5; }
 .tick { position: absolute; font-size: .75rem; color: var(--muted); font-variant-numeric: tabular-nums;
   line-height: 1;
   white-space: nowrap; }

@@ -1,1 +1,1 @@
-"""What jobs share: command-line parsing, progress, configuration, run folders, checkpoints, the log, training."""
+"""What jobs share: command line, terminal, configuration, data, run folders, checkpoints, metrics, processes."""

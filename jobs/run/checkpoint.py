@@ -9,12 +9,12 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
-from jobs.run.config import PretrainConfig, load_config
+from jobs.run.config import PretrainConfig, Which, load_config
 from jobs.run.folder import open_run, write_json
 from jobs.run.terminal import warn
 from models.backbones import build_backbone
@@ -22,7 +22,6 @@ from models.objectives import kept_encoder
 from shards.errors import InputError
 
 SCHEMA_VERSION = 2
-Which = Literal["kept", "online", "target"]
 
 
 class SchemaError(InputError):
@@ -63,7 +62,7 @@ def save(folder: Path, step: int, content: dict[str, Any], score: float | None =
             torch.save({"schema": SCHEMA_VERSION, "step": step, **content}, file)
             file.flush()
             os.fsync(file.fileno())
-        digest = _sha256(temporary)
+        digest = sha256(temporary)
         size = temporary.stat().st_size
         path.with_suffix(".json").unlink(missing_ok=True)
         temporary.replace(path)
@@ -94,7 +93,7 @@ def load(path: Path, facts: dict[str, Any] | None = None) -> dict[str, Any]:
     """
     if not path.is_file():
         raise InputError(f"checkpoint: {path} does not exist")
-    if facts and (path.stat().st_size != facts["bytes"] or _sha256(path) != facts["sha256"]):
+    if facts and (path.stat().st_size != facts["bytes"] or sha256(path) != facts["sha256"]):
         raise InputError(f"checkpoint: {path} is damaged (its size or SHA-256 is not what was written)")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
@@ -115,9 +114,14 @@ def load_newest(folder: Path) -> dict[str, Any]:
         SchemaError: the newest intact one has another schema version; those before it were written no later.
         InputError: no intact checkpoint is left.
     """
+    return newest(folder)[1]
+
+
+def newest(folder: Path) -> tuple[Entry, dict[str, Any]]:
+    """`load_newest`, with the checkpoint's entry."""
     for entry in reversed(entries(folder)):
         try:
-            return load(entry.path, entry.facts)
+            return entry, load(entry.path, entry.facts)
         except SchemaError:
             raise
         except InputError as error:
@@ -140,8 +144,17 @@ def load_step(folder: Path, step: int | None) -> dict[str, Any]:
     raise InputError(f"step: {folder} has no checkpoint of step {step}; there are: {steps}")
 
 
-def load_backbone(run: str | Path, which: Which = "kept", step: int | None = None) -> tuple[nn.Module, PretrainConfig]:
-    """A run's backbone in evaluation mode on the CPU, and the run's configuration.
+class LoadedBackbone(NamedTuple):
+    """A run's backbone in evaluation mode on the CPU, the run's configuration, and which weights these are."""
+
+    backbone: nn.Module
+    config: PretrainConfig
+    step: int
+    which: Literal["online", "target"]
+
+
+def load_backbone(run: str | Path, which: Which = "kept", step: int | None = None) -> LoadedBackbone:
+    """The backbone of a run's checkpoint of `step`, or of its newest intact one.
 
     `which`: the encoder that the objective's paper evaluates, the online one, or the momentum target (the online one
     where the objective has none).
@@ -151,10 +164,12 @@ def load_backbone(run: str | Path, which: Which = "kept", step: int | None = Non
     """
     folder = open_run(run)
     config = load_config(folder.config)
-    weights = load_step(folder.checkpoints, step)["objective"]
-    prefix = f"{kept_encoder(config.objective) if which == 'kept' else which}.backbone."
-    if not any(name.startswith(prefix) for name in weights):
-        prefix = "online.backbone."
+    content = load_step(folder.checkpoints, step)
+    weights = content["objective"]
+    encoder = kept_encoder(config.objective) if which == "kept" else which
+    if not any(name.startswith(f"{encoder}.backbone.") for name in weights):
+        encoder = "online"
+    prefix = f"{encoder}.backbone."
     backbone = build_backbone(config.backbone, 0.0)
     try:
         backbone.load_state_dict({n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)})
@@ -163,9 +178,10 @@ def load_backbone(run: str | Path, which: Which = "kept", step: int | None = Non
             f"backbone: the checkpoint in {folder.checkpoints} does not fit {config.backbone.name} of config.json "
             f"({' '.join(str(error).split())[:200]}); was config.json changed?"
         ) from error
-    return backbone.eval(), config
+    return LoadedBackbone(backbone.eval(), config, content["step"], encoder)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

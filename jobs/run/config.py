@@ -1,33 +1,56 @@
 """The configuration of a pretraining run: frozen dataclasses, and their JSON form."""
 
 import json
-import math
 import re
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import cattrs
+import tyro
 
 from jobs.run.folder import write_json
 from jobs.run.metrics import LOGGERS
 from jobs.run.optim import OptimizerConfig
+from jobs.run.terminal import check_numbers
 from models.backbones import BackboneConfig
 from models.objectives import OBJECTIVES, ObjectiveConfig
 from models.objectives.moby import MoBYConfig
 from models.selection import SelectionConfig
-from pipelines.policies import POLICIES, IouScript, Policy, ViewPolicy, build_policy
+from pipelines.policies import POLICIES, Interpolation, IouScript, Policy, ViewPolicy, build_policy
 from shards.errors import InputError
+
+Which = Literal["kept", "online", "target"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the weights that a run began with come from."""
+
+    kind: Literal["timm", "file", "run", "backbone"]
+    """timm's pretrained weights, a file, a run of this project, or a folder of `export-backbone`."""
+    name: str
+    """The model's, file's, run's or folder's name."""
+    sha256: str
+    """Of the file that was read."""
+    step: int | None = None
+    """Of a run's checkpoint."""
+    encoder: str | None = None
+    """Of a run: online or target."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Where the images come from."""
 
-    real: str = ""
-    """Shards of real images: a folder or an fsspec address such as s3://bucket/shards; empty = none."""
-    synthetic: str = ""
-    """Shards of synthetic images; empty = none."""
+    real: tuple[str, ...] = ()
+    """Shards of real images: one or several folders or fsspec addresses such as s3://bucket/shards; none = no real
+    images."""
+    synthetic: tuple[str, ...] = ()
+    """Shards of synthetic images, likewise."""
+    weights: tuple[float, ...] = ()
+    """Weight of each folder among the real and among the synthetic ones, in the order of data.real and then
+    data.synthetic; none = by their number of images."""
     synthetic_share: float = 0.5
     """Share of synthetic images in every stretch of the stream (0 to 1); without synthetic shards it is 0."""
     final_synthetic_share: float | None = None
@@ -46,6 +69,10 @@ class DataConfig:
     """Size the cache may grow to (10⁹ bytes); the least recently used shards go first."""
 
     def __post_init__(self) -> None:
+        for name in ("real", "synthetic"):
+            if isinstance(address := getattr(self, name), str):  # as one address was written before there were several
+                object.__setattr__(self, name, (address,) if address else ())
+        check_weights(self)
         for name in ("synthetic_share", "max_failures"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"data.{name}: {getattr(self, name)} must lie between 0 and 1")
@@ -56,6 +83,22 @@ class DataConfig:
         for name in ("block", "prefetch", "cache_gb"):
             if getattr(self, name) < 1:
                 raise InputError(f"data.{name}: {getattr(self, name)} must be at least 1")
+
+
+def check_weights(config: DataConfig) -> None:
+    """Raises InputError for weights that are not one for each folder, are negative, or leave a side without images."""
+    if not config.weights:
+        return
+    sides = (len(config.real), len(config.synthetic))
+    if len(config.weights) != sum(sides):
+        raise InputError(
+            f"data.weights: {len(config.weights)} for {sides[0]} folders of real and {sides[1]} of synthetic images; "
+            f"give one for each"
+        )
+    # Numbers that are not finite have a check of their own.
+    for side in (config.weights[: sides[0]], config.weights[sides[0] :]):
+        if min(side, default=0) < 0 or (side and not any(side)):
+            raise InputError(f"data.weights: {list(side)}; give numbers of 0 or above, one of each side above 0")
 
 
 # Fields that ViewsConfig and ViewPolicy have in common.
@@ -98,8 +141,11 @@ class ViewsConfig:
     """Range of the blur's sigma (pixels of the view)."""
     solarize: float | None = None
     """Probability of solarization (0 to 1)."""
-    colour: Literal["fused", "exact"] = "fused"
-    """Colour operations: fused into few passes, or one by one by Kornia."""
+    interpolation: Interpolation = "bilinear"
+    """How crops are resized: bilinear, or bicubic as in DINO's and iBOT's code."""
+    colour: Literal["fused", "clamped", "exact"] = "fused"
+    """Colour operations: fused into few passes; clamped = the same, but values are clamped after each operation, as
+    torchvision does; exact = one by one by Kornia."""
     iou: IouScript = field(default_factory=IouScript)
     """Scripted overlap of an image's views instead of free draws."""
 
@@ -135,7 +181,7 @@ class ViewsConfig:
         local = tuple(replace(group, size=self.local_size or group.size) for group in policy.groups[1:])
         groups = (first, *local)
         groups = tuple(replace(g, views=tuple(self._changed(view) for view in g.views)) for g in groups)
-        return replace(policy, groups=groups, iou=self.iou)
+        return replace(policy, groups=groups, iou=self.iou, interpolation=self.interpolation)
 
     def given(self) -> dict[str, Any]:
         """The fields of `ViewPolicy` that are set here for all views, by their names there."""
@@ -200,6 +246,11 @@ class MonitorConfig:
                 raise InputError(f"monitor.{name}: {getattr(self, name)} must be 0 or above")
         if unknown := set(self.loggers) - set(LOGGERS):
             raise InputError(f"monitor.loggers: {', '.join(sorted(unknown))} unknown; known: {', '.join(LOGGERS)}")
+        if self.stop_not_learning and not 0 < self.health_every <= self.stop_not_learning:
+            raise InputError(
+                f"monitor.stop_not_learning: {self.stop_not_learning} comes before embeddings are looked at "
+                f"(monitor.health_every {self.health_every}), without which no run is learning; lower the latter"
+            )
         if bool(self.knn_train) != bool(self.knn_test):
             raise InputError("monitor.knn_train and monitor.knn_test: one is given without the other; give both")
 
@@ -216,10 +267,22 @@ class PretrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    preset: Annotated[str, tyro.conf.Suppress] = ""
+    """Name of the preset that the values come from; empty where none does."""
+    init: str = ""
+    """Weights to start from: a timm name (pretrained weights from this machine, or fetched), a safetensors or PyTorch
+    file, a run's folder, or a folder of `export-backbone`; empty = random ones. Schedules begin anew."""
+    which: Which = "kept"
+    """Which encoder's weights --init takes of a run or a checkpoint with two: online, target, or kept = the one that is
+    evaluated. Both encoders begin with them."""
+    init_heads: bool = False
+    """Take the heads of --init's run too, where they fit; otherwise they begin at random."""
+    origin: Annotated[Origin | None, tyro.conf.Suppress] = None
+    """What --init was; written when the run begins."""
     epochs: float = 300.0
     """Length in epochs: passes over the real images (over the synthetic ones where there are no real ones)."""
     steps: int | None = None
-    """Length in steps; overrides epochs."""
+    """Length in steps; overrides epochs. 0 = write the first checkpoint and end, for the weights of --init as a run."""
     batch: int = 512
     """Images per step over all processes."""
     accumulate: int = 1
@@ -242,26 +305,15 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.epochs <= 0:
             raise InputError(f"epochs: {self.epochs} must be above 0")
-        if self.steps is not None and self.steps < 1:
-            raise InputError(f"steps: {self.steps} must be at least 1")
+        if self.steps is not None and self.steps < 0:
+            raise InputError(f"steps: {self.steps} must be 0 or above")
+        if not self.init and (self.which != "kept" or self.init_heads):
+            field = "init_heads" if self.init_heads else "which"
+            raise InputError(f"{field}: it is about the weights of --init, and there is none; leave it out or give one")
         for name in ("batch", "accumulate"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: {getattr(self, name)} must be at least 1")
-        _check_finite(self)
-
-
-def _check_finite(config: Any, prefix: str = "") -> None:
-    """Checks all numbers once: comparisons with NaN are false, so range checks alone would let it pass.
-
-    Raises:
-        InputError: a value that is infinite or not a number.
-    """
-    for name, value in vars(config).items():
-        if is_dataclass(value):
-            _check_finite(value, f"{prefix}{name}.")
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float) and not math.isfinite(number):
-                raise InputError(f"{prefix}{name}: {number} is not finite; give a number")
+        check_numbers(self, "")
 
 
 KINDS_OF_VALUE = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -334,6 +386,10 @@ def from_plain(plain: dict[str, Any]) -> PretrainConfig:
     Raises:
         InputError: an unknown key, a value of the wrong type or out of range; with the field's dotted name.
     """
+    data = plain.get("data")
+    if isinstance(data, dict):  # an address by itself, as configurations of before hold it
+        texts = {name: data[name] for name in ("real", "synthetic") if isinstance(data.get(name), str)}
+        plain = {**plain, "data": {**data, **{name: [text] if text else [] for name, text in texts.items()}}}
     try:
         return _converter().structure(plain, PretrainConfig)
     except cattrs.BaseValidationError as error:

@@ -79,7 +79,7 @@ class Schedule:
     steps_per_epoch: float
 
     def __post_init__(self) -> None:
-        if self.warmup > self.steps:
+        if self.steps and self.warmup > self.steps:
             raise InputError(
                 f"optimizer.warmup_epochs: {self.config.warmup_epochs:g} epochs are {self.warmup} steps, and the run "
                 f"has {self.steps}; train longer, lower it, or set optimizer.warmup_share to 0.1"

@@ -26,10 +26,9 @@ RANDOM_PAIR = SelectionConfig(views=2, rule="random")
 DEIT_S = BackboneConfig("deit_small_patch16_224")
 SWIN_T = BackboneConfig("swin_tiny_patch4_window7_224")
 RESNET_50 = BackboneConfig("resnet50")
-# MoCo v3's ViT-S has 12 heads, its patch projection and positions are fixed (sections 4.2 and 5 there), and its initial
-# weights are the code's.
-VIT_S_FIXED = BackboneConfig("vit_small_patch16_224", heads=12, fixed_patch=True, sincos=True, init="moco_v3")
-VIT_S = BackboneConfig("vit_small_patch16_224", drop_path=0.1)
+# MoCo v3's ViT-S has 12 heads, its positions are fixed (section 5 there), and its initial weights are the code's.
+VIT_S_MOCO_V3 = BackboneConfig("vit_small_patch16_224", heads=12, sincos=True, init="moco_v3")
+VIT_S = BackboneConfig("vit_small_patch16_224", drop_path=0.1, positions="plain")
 # For 32×32 images: 16 tokens, 0.8 M parameters.
 VIT_TINY_32 = BackboneConfig("vit_tiny_patch16_224", 32, patch_size=8, width=128, depth=4, heads=4, pool="avg")
 
@@ -41,7 +40,7 @@ def moby(backbone: BackboneConfig) -> PretrainConfig:
         backbone=replace(backbone, drop_path=0.2),
         objective=MoBYConfig(negatives=NONE),
         selection=RANDOM_PAIR,
-        views=ViewsConfig("byol"),
+        views=ViewsConfig("byol", colour="clamped"),
         optimizer=OptimizerConfig(
             "adamw",
             lr=1e-3,
@@ -58,7 +57,8 @@ def moby(backbone: BackboneConfig) -> PretrainConfig:
 
 
 def synby(backbone: BackboneConfig) -> PretrainConfig:
-    """SynBY with the values of the authors' code: drop path 0.05, N = 256, 128 of each of the six kinds."""
+    """SynBY on the paper's DeiT-S or Swin-T with the values of the authors' code, N = 256, 128 of each of six kinds,
+    but the drop path of 0.05 that the paper's table 3 finds best; the code's configurations have MoBY's 0.2."""
     base = moby(backbone)
     return replace(base, backbone=replace(backbone, drop_path=0.05), objective=MoBYConfig(NegativesConfig()))
 
@@ -67,6 +67,11 @@ def synby_paper(backbone: BackboneConfig) -> PretrainConfig:
     """SynBY with the values of the paper's text: learning rate 0.03, weight decay 1e-4."""
     base = synby(backbone)
     return replace(base, optimizer=replace(base.optimizer, lr=0.03, weight_decay=1e-4))
+
+
+def synco_v2() -> PretrainConfig:
+    """SynCo-v2's configuration for ViT-S, which is MoCo v3's ViT there: SynBY's with drop path 0.2."""
+    return replace(synby(VIT_S_MOCO_V3), backbone=replace(VIT_S_MOCO_V3, drop_path=0.2))
 
 
 def mochi(backbone: BackboneConfig) -> PretrainConfig:
@@ -80,7 +85,7 @@ def mochi(backbone: BackboneConfig) -> PretrainConfig:
         backbone=backbone,
         objective=MoBYConfig(mixed, queue=16_384, momentum=0.999, hidden=2048, width=128),
         selection=RANDOM_PAIR,
-        views=ViewsConfig("moco_v2"),
+        views=ViewsConfig("moco_v2", colour="clamped"),
         optimizer=OptimizerConfig("sgd", lr=0.03, lr_batch=256, weight_decay=1e-4, decay="all", warmup_epochs=0),
         epochs=200,
         batch=128,
@@ -90,10 +95,10 @@ def mochi(backbone: BackboneConfig) -> PretrainConfig:
 def on_vit(objective: ObjectiveConfig, lr: float, weight_decay: float) -> PretrainConfig:
     """A row of MoCo v3's table 4: ViT-S/16, 300 epochs, two views."""
     return PretrainConfig(
-        backbone=VIT_S_FIXED,
+        backbone=replace(VIT_S_MOCO_V3, fixed_patch=True),  # section 4.2 there
         objective=objective,
         selection=RANDOM_PAIR,
-        views=ViewsConfig("moco_v3"),
+        views=ViewsConfig("moco_v3", colour="clamped"),
         optimizer=OptimizerConfig(
             "adamw", lr=lr, lr_batch=256, weight_decay=weight_decay, decay="all", warmup_epochs=40
         ),
@@ -111,7 +116,7 @@ def simsiam() -> PretrainConfig:
         backbone=RESNET_50,
         objective=SimSiamConfig(),
         selection=RANDOM_PAIR,
-        views=ViewsConfig("moco_v2"),
+        views=ViewsConfig("moco_v2", colour="clamped"),
         optimizer=sgd,
         epochs=100,
         batch=512,
@@ -124,7 +129,7 @@ def simclr() -> PretrainConfig:
         backbone=RESNET_50,
         objective=SimCLRConfig(temperature=0.1),
         selection=RANDOM_PAIR,
-        views=ViewsConfig("simclr"),
+        views=ViewsConfig("simclr", colour="clamped"),
         optimizer=OptimizerConfig("lars", lr=0.3, lr_batch=256, weight_decay=1e-4, warmup_epochs=10),
         epochs=100,
         batch=4096,
@@ -137,7 +142,7 @@ def dino() -> PretrainConfig:
         backbone=VIT_S,
         objective=DINOConfig(),
         selection=RANDOM_PAIR,
-        views=ViewsConfig("dino"),
+        views=ViewsConfig("dino", interpolation="bicubic", colour="clamped"),
         optimizer=self_distillation(512),
         epochs=100,
         batch=512,
@@ -151,7 +156,7 @@ def ibot() -> PretrainConfig:
         backbone=VIT_S,
         objective=IBOTConfig(norm_last_layer=False, local_views=0),
         selection=RANDOM_PAIR,
-        views=ViewsConfig("byol", crop_scale=(0.14, 1.0)),
+        views=ViewsConfig("byol", crop_scale=(0.14, 1.0), interpolation="bicubic", colour="clamped"),
         optimizer=self_distillation(512),
         epochs=100,
         batch=512,
@@ -175,7 +180,7 @@ def self_distillation(batch: int) -> OptimizerConfig:
 
 
 def hard(config: PretrainConfig) -> PretrainConfig:
-    """The same with the hardest of four views' pairs (HVP); multi-crop chooses among twice as many local views too."""
+    """The configuration with the hardest pair of four views (HVP); with multi-crop of twice as many local views."""
     config = replace(config, selection=SelectionConfig(views=4, rule="hardest"))
     if not isinstance(config.objective, DINOConfig) or not config.objective.local_views:
         return config
@@ -183,7 +188,7 @@ def hard(config: PretrainConfig) -> PretrainConfig:
 
 
 def small(config: PretrainConfig) -> PretrainConfig:
-    """The same at a size that a CPU trains in minutes: narrower heads, a shorter queue, views that suit images of 32
+    """At a size that a CPU trains in minutes: narrower heads, a shorter queue, views that suit images of 32
     pixels, fewer epochs, of which the warm-up is a tenth, however many."""
     assert isinstance(config.objective, MoBYConfig)
     objective = replace(config.objective, hidden=512, width=128, queue=1024, momentum=0.95)
@@ -203,6 +208,7 @@ PRESETS: dict[str, Callable[[], PretrainConfig]] = {
     "synby-hard-swin-t": lambda: hard(synby(SWIN_T)),
     "synby-paper-deit-s": lambda: synby_paper(DEIT_S),
     "synby-paper-swin-t": lambda: synby_paper(SWIN_T),
+    "synco-v2-vit-s": synco_v2,
     "mochi-rn50": lambda: mochi(RESNET_50),
     "moco-v3-vit-s": lambda: on_vit(MoCoV3Config(), 1.5e-4, 0.1),
     # Learning rates and weight decays are those that MoCo v3 names for SimCLR and BYOL (figure 6 there). It names none

@@ -1,5 +1,6 @@
 """Studies: a base configuration, arms or axes of changes to it, and seeds."""
 
+import dataclasses
 import difflib
 import itertools
 import json
@@ -25,6 +26,12 @@ class Study:
     """Runs per arm."""
     probe_epochs: int
     """Epochs of the linear probe at the end of each run."""
+    against: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """arm → the arm that it is compared with; by default the first."""
+    time: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """In a study of costs: arm → what its training costs, in plain steps."""
+    plain: Sequence[str] = ()
+    """There, the arms on random pairs, of different lengths."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +89,8 @@ def changed(config: PretrainConfig, changes: Changes) -> PretrainConfig:
 
 
 def differences(one: PretrainConfig, other: PretrainConfig) -> list[str]:
-    """Dotted names of the fields in which two configurations differ."""
-    flat = [dict(_leaves(to_plain(config))) for config in (one, other)]
+    """Dotted names of the fields in which two configurations differ, but for what a run notes of its beginning."""
+    flat = [dict(_leaves(to_plain(replace(config, origin=None, preset="")))) for config in (one, other)]
     return sorted(name for name in flat[0].keys() | flat[1].keys() if flat[0].get(name) != flat[1].get(name))
 
 

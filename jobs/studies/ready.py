@@ -3,7 +3,6 @@
 import difflib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from jobs.run.config import CheckpointConfig, MonitorConfig, PretrainConfig, ViewsConfig, to_plain
 from jobs.run.presets import PRESETS, RANDOM_PAIR, VIT_TINY_32, preset, small, synby
@@ -90,24 +89,32 @@ def digits() -> PretrainConfig:
 
 
 # Synthetic negatives are mixed from embeddings, which a run of some hundred steps has in its second half.
-LATE: dict[str, Any] = {"start_epoch": 120.0, "last_epochs_without": 60.0, "of_epochs": 300.0}
-SYNBY = NegativesConfig(64, **dict.fromkeys(KINDS, 32), **LATE)
-MOCHI = replace(NONE, hardest=64, mixing=64, interpolation=32, **LATE)
-# Heads for a backbone of width 64; targets that follow within some twenty steps; temperatures as published.
-HEADS: dict[str, Any] = {"hidden": 512, "width": 128}
-MOBY_SMALL = MoBYConfig(NONE, queue=1024, momentum=0.95, **HEADS)
-SELF_DISTILLED: dict[str, Any] = {"outputs": 512, "hidden": 256, "bottleneck": 64, "momentum": 0.95}
+LATE = replace(NONE, start_epoch=120, last_epochs_without=60, of_epochs=300)
+SYNBY = replace(LATE, hardest=64, **dict.fromkeys(KINDS, 32))
+MOCHI = replace(LATE, hardest=64, mixing=64, interpolation=32)
+# Narrow heads; targets that follow within some twenty steps; temperatures as published.
+MOBY_SMALL = MoBYConfig(NONE, queue=1024, momentum=0.95, hidden=512, width=128)
+DINO_SMALL = DINOConfig(outputs=512, hidden=256, bottleneck=64, momentum=0.95, local_views=2)
+IBOT_SMALL = IBOTConfig(
+    outputs=512,
+    hidden=256,
+    bottleneck=64,
+    momentum=0.95,
+    local_views=0,
+    norm_last_layer=False,
+    warmup_teacher_epochs=0,
+)
 OBJECTIVES_SMALL: dict[str, ObjectiveConfig] = {
     "moby": MOBY_SMALL,
     "synby": replace(MOBY_SMALL, negatives=SYNBY),
     "mochi": replace(MOBY_SMALL, negatives=MOCHI),
-    "moco-v3": MoCoV3Config(momentum=0.95, **HEADS),
-    "simclr": SimCLRConfig(**HEADS),
+    "moco-v3": MoCoV3Config(momentum=0.95, hidden=512, width=128),
+    "simclr": SimCLRConfig(hidden=512, width=128),
     "simsiam": SimSiamConfig(width=512, bottleneck=128),
-    "byol": BYOLConfig(momentum=0.95, **HEADS),
-    "swav": SwAVConfig(prototypes=100, **HEADS),
-    "dino": DINOConfig(**SELF_DISTILLED, local_views=2),
-    "ibot": IBOTConfig(**SELF_DISTILLED, local_views=0, norm_last_layer=False, warmup_teacher_epochs=0),
+    "byol": BYOLConfig(momentum=0.95, hidden=512, width=128),
+    "swav": SwAVConfig(prototypes=100, hidden=512, width=128),
+    "dino": DINO_SMALL,
+    "ibot": IBOT_SMALL,
 }
 # Local crops of two by two patches. DINO's own blur and solarization are for 224 pixels.
 MULTI_CROP: Changes = {
@@ -170,32 +177,56 @@ RULES: dict[str, Changes] = {
     "lowest-iou": {**HARD, "selection.rule": "lowest-iou"},
     "hard-target": {**HARD, "selection.encoder": "target"},
     "hard-every4": {**HARD, "selection.every": 4},
-    "predicted-every4": {**HARD, "selection.rule": "predicted", "selection.every": 4},
-    "predicted-every8": {**HARD, "selection.rule": "predicted", "selection.every": 8},
-    "residual": {**HARD, "selection.rule": "residual"},
     "hard-every2": {**HARD, "selection.every": 2},
     "hard-every8": {**HARD, "selection.every": 8},
     "hard-bf16": {**HARD, "selection.precision": "bf16"},
     "hard-half": {**HARD, "selection.resolution": 16},
 }
-# On two cores in fp32, a step that scores four views costs 1.62 plain ones.
-SAME_TIME = {240: 390, 480: 780, 960: 1560}
+# What a step costs by each rule, in steps on random pairs: CPU time by `hardviews bench rules` in fp32, between what it
+# says of the demo's ViT and of the smaller one here.
+COST = {
+    "random": 1.0,
+    "hard": 1.62,
+    "lowest-iou": 1.03,
+    "hard-target": 1.27,
+    "hard-every4": 1.16,
+    "hard-every2": 1.31,
+    "hard-every8": 1.1,
+    "hard-bf16": 1.45,
+    "hard-half": 1.45,
+}
+LENGTHS = (240, 480, 960)
+# As many steps on random pairs as the hardest pair's time allows: 1.62 times as many, to a multiple of ten.
+SAME_TIME = (390, 780, 1560)
 
 
-def cost_arms() -> dict[str, Changes]:
-    """Every rule at every length, and random pairs with as many steps as the hardest pair's time allows."""
-    arms: dict[str, Changes] = {
-        f"{rule}-{steps}": {**changes, "steps": steps} for steps in SAME_TIME for rule, changes in RULES.items()
-    }
-    return arms | {f"random-{steps}": {**PLAIN, "steps": steps} for steps in SAME_TIME.values()}
+def cost_study() -> Study:
+    """Every rule at every length, and random pairs with as many steps as the hardest pair's time allows besides."""
+    lengths = {f"{rule}-{steps}": (rule, steps) for steps in LENGTHS for rule in RULES}
+    lengths |= {f"random-{steps}": ("random", steps) for steps in SAME_TIME}
+    return Study(
+        digits,
+        {arm: {**RULES[rule], "steps": steps} for arm, (rule, steps) in lengths.items()},
+        seeds=3,
+        probe_epochs=50,
+        against={arm: f"random-{steps}" for arm, (_, steps) in lengths.items()},
+        time={arm: round(COST[rule] * steps) for arm, (rule, steps) in lengths.items()},
+        plain=[arm for arm, (rule, _) in lengths.items() if rule == "random"],
+    )
 
 
 STUDIES = {
     "cifar10-study": Study(cifar10, CIFAR10_ARMS, seeds=3, probe_epochs=30),
     "cifar10-study-small": Study(cifar10_small, CIFAR10_ARMS, seeds=2, probe_epochs=10),
-    "objectives-small": Study(digits, objective_arms(), seeds=3, probe_epochs=50),
+    "objectives-small": Study(
+        digits,
+        objective_arms(),
+        seeds=3,
+        probe_epochs=50,
+        against={f"{name}-{pairs}": f"{name}-random" for name in OBJECTIVES_SMALL for pairs in ("random", "hard")},
+    ),
     "claims-small": Study(claims, claims_arms(), seeds=3, probe_epochs=50),
-    "cost-small": Study(digits, cost_arms(), seeds=3, probe_epochs=50),
+    "cost-small": cost_study(),
 }
 
 

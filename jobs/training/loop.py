@@ -65,6 +65,7 @@ def run(
     """Opens everything, trains, closes everything but `signals`."""
     with ExitStack() as stack:
         t = open_training(config, folder, world, stack, resume)
+        note_state(t, "running")  # a resumed run with the verdict it had
         trace = stack.enter_context(tracing(t, traced_steps))
         stop = signals.enter_context(stop_signals())
         bar = stack.enter_context(step_bar(t))
@@ -138,7 +139,8 @@ def note_state(t: Training, state: str) -> None:
         speed = t.monitor.images_per_second
         facts: dict[str, object] = {"step": t.step, "steps": t.length.steps, "images_per_second": speed}
         if (verdict := t.monitor.verdict) is not None:
-            facts |= {"verdict": verdict.name, "verdict_reason": verdict.reason, "verdict_figures": verdict.figures}
+            facts |= {f"verdict_{name}": getattr(verdict, name) for name in ("reason", "figures", "advice")}
+            facts["verdict"] = verdict.name
         t.folder.write_state(state, **facts)
 
 

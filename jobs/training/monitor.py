@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from jobs.evaluation.features import extract_features
-from jobs.evaluation.images import align_labels, label_table, open_images
+from jobs.evaluation.images import align_labels, label_table, open_images, warn_unscored
 from jobs.evaluation.knn import knn_scores
 from jobs.run.config import PretrainConfig
 from jobs.run.metrics import Loggers
@@ -33,9 +33,10 @@ from jobs.run.world import World
 from jobs.training.health import FiniteGuard, forward_flops, peak_flops
 from jobs.training.memory_bank import MemoryBank
 from jobs.training.timing import StepTimer
-from jobs.training.verdict import Signs, Verdict, judge
+from jobs.training.verdict import DISTILLATION, Margins, Signs, Verdict, judge
 from models.distributed import gather
 from models.objectives import Length, Objective
+from models.objectives.dino import DINO
 from models.probes import by_source, contrast_report, feature_std, positives_report, rankme
 from pipelines.batch import ViewBatch
 from pipelines.params import pair_iou
@@ -56,6 +57,8 @@ class StepResult:
     """Of the gradient before clipping, mean over ranks."""
     choice_B: np.ndarray
     """The pairs that trained."""
+    at_random_B: np.ndarray
+    """bool: images that train on a random pair although their step chooses by the rule."""
     losses_BP: np.ndarray | None
     metrics: dict[str, Tensor]
     """The objective's."""
@@ -93,6 +96,10 @@ class Monitor:
     _flops: float | None = None
     _sums: dict[str, tuple[Total, Total]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.objective.target is not None:
+            self.signs.first_target_norm = parameters_norm(self.objective.target)
+
     def watches(self, step: int) -> bool:
         """Whether features, embeddings and contrastive tasks of step number `step` (from 1) are analysed."""
         return bool(self.config.monitor.health_every) and step % self.config.monitor.health_every == 0
@@ -103,6 +110,8 @@ class Monitor:
         self._add("train/grad_norm", result.norm, 1)
         for name, value in result.metrics.items():
             self._add(name if "/" in name else f"train/{name}", value.detach(), 1)
+        if result.losses_BP is not None:
+            self._add("train/loss_random_pair", random_pair_loss(result, result.losses_BP), 1)
         for name, (total, count) in choice_statistics(batch, result, self.config.selection.views, self.sources).items():
             self._add(name, total, count)
         settings, last = self.config.monitor, step == self.length.steps
@@ -121,15 +130,24 @@ class Monitor:
     def judge(self, step: int) -> None:
         """Judges the run after step number `step`, where a line of metrics was written."""
         if self.signs.lost or math.isfinite(self.signs.loss):
-            self.verdict = judge(self.signs, step, self.length.steps)
+            margins = DISTILLATION if isinstance(self.objective, DINO) else Margins()
+            self.verdict = judge(self.signs, step, self.length.steps, margins)
+            self.signs.learned |= self.verdict.name == "learning"
 
     def evaluate(self, step: int) -> None:
-        """kNN top-1 of the held-out images, on the leading rank, where the configuration names some."""
+        """kNN top-1 of the held-out images, where the configuration names some; the leading rank measures it."""
         settings = self.config.monitor
-        if settings.knn_train and self.loggers is not None:
-            top1 = held_out_knn(self.objective.backbone, settings.knn_train, settings.knn_test, self.config, self.world)
-            self.newest_knn = top1
-            self.loggers.log(step, {"knn/top1": top1})
+        if settings.knn_train:
+            top1 = 0.0
+            if self.loggers is not None:
+                backbone, names = self.objective.backbone, (settings.knn_train, settings.knn_test)
+                top1 = held_out_knn(backbone, *names, self.config, self.world)
+                self.loggers.log(step, {"knn/top1": top1})
+            shared = self.world.mean(torch.tensor([top1], dtype=torch.float64, device=self.world.device))
+            self.newest_knn = float(shared) * self.world.size  # the other ranks gave 0
+            if self.config.origin is not None:
+                self.signs.take_knn(self.newest_knn)
+                self.judge(step)
         self.world.barrier()
 
     def state_dict(self) -> dict[str, Any]:
@@ -179,7 +197,9 @@ class Monitor:
         scalars["system/mfu"] = self._utilisation(scalars["train/images_per_second"])
         self.images_per_second = scalars["train/images_per_second"]
         chance = self.objective.chance(self.config.batch // self.config.accumulate, real=True)
-        self.signs.take_loss(scalars.get("train/loss_real", scalars["train/loss"]), chance)
+        self.signs.filled = step * self.config.batch >= getattr(self.config.objective, "queue", 0)
+        real = scalars.get("train/loss_real", scalars["train/loss"])
+        self.signs.take_loss(scalars.get("train/loss_random_pair", real), chance)
         self.note = note(scalars)
         if self.loggers is not None:
             self.loggers.log(step, scalars)
@@ -200,9 +220,11 @@ class Monitor:
             if self.loggers is not None and objective.contrasts:
                 means, curves = contrast_report(objective.contrasts, last_B, names)
                 scalars |= prefixed("contrast", means)
+        if objective.target is not None:
+            scalars["health/target_norm"] = parameters_norm(objective.target)
         objective.positives.clear()
         objective.contrasts.clear()
-        self.signs.take_health(scalars.get("health/uniformity"), scalars.get("health/rankme"))
+        self.signs.take_health(scalars)
         if self.loggers is not None:
             self.loggers.log(step, scalars)
             write_curves(self.curves, step, curves)
@@ -230,11 +252,19 @@ def note(scalars: dict[str, float]) -> str:
     )
 
 
+def random_pair_loss(result: StepResult, losses_BP: np.ndarray) -> Total:
+    """A scored step's loss, against real negatives alone, less what the chosen pairs' losses are above the mean pair's:
+    what random pairs would have. Easy pairs' own loss is low whatever is learned."""
+    chosen_B = losses_BP[np.arange(len(losses_BP)), result.choice_B]
+    return result.metrics.get("loss_real", result.loss) - float((chosen_B - losses_BP.mean(1)).mean())
+
+
 def choice_statistics(
     batch: ViewBatch, result: StepResult, views: int, names: Sequence[str]
 ) -> dict[str, tuple[float, int]]:
     """Sum and count over images, all and of each source, of: whether the pair of least overlap was chosen, the chosen
-    pair's overlap, its loss, and what that is above the mean pair's; the last two of images that were scored."""
+    pair's overlap, its loss, and what that is above the mean pair's; the last two of images that were scored, the last
+    without those on random pairs, whose pairs the rule did not choose."""
     if views == 2:
         return {}
     iou_BP = pair_iou(batch.params[:, :views])
@@ -243,7 +273,8 @@ def choice_statistics(
     values = {"lowest_iou_share": chosen_iou_B <= iou_BP.min(1), "chosen_iou": chosen_iou_B}
     if result.losses_BP is not None:
         chosen_loss_B = result.losses_BP[rows, result.choice_B]
-        values |= {"chosen_loss": chosen_loss_B, "gain": chosen_loss_B - result.losses_BP.mean(1)}
+        gain_B = np.where(result.at_random_B, np.nan, chosen_loss_B - result.losses_BP.mean(1))
+        values |= {"chosen_loss": chosen_loss_B, "gain": gain_B}
     groups = {"": np.ones(len(rows), np.bool_)}
     groups |= {f"/{source}": batch.source_B == number for number, source in enumerate(names)}
     return {
@@ -277,6 +308,12 @@ def feature_health(features_BD: Tensor, source_B: Tensor, names: Sequence[str]) 
     return scalars
 
 
+def parameters_norm(model: nn.Module) -> float:
+    """ℓ2 norm of all parameters together."""
+    norms = torch._foreach_norm(list(model.parameters()))  # pyright: ignore[reportPrivateImportUsage]
+    return float(torch.linalg.vector_norm(torch.stack(norms).double()))
+
+
 def write_curves(path: Path, step: int, curves: dict[str, Tensor]) -> None:
     """Appends curves to `curves.jsonl`: step, ranks (from 1, evenly spaced in their logarithm) and values by name, up
     to the last value above 0, behind which there are no negatives."""
@@ -291,10 +328,16 @@ def write_curves(path: Path, step: int, curves: dict[str, Tensor]) -> None:
             file.write(json.dumps(line) + "\n")
 
 
-def check_held_out(train: str, test: str) -> None:
-    """Raises InputError where the held-out kNN could not be measured: images that are not there or have no labels."""
+def check_held_out(train: str, test: str, leads: bool) -> None:
+    """Says, on the leading rank, which images the held-out kNN leaves out.
+
+    Raises:
+        InputError: it could not be measured: images that are not there or have no labels.
+    """
     with closing(open_images(train)) as known, closing(open_images(test)) as held_out:
         align_labels(known, held_out)
+        if leads:
+            warn_unscored(known, held_out)
 
 
 def held_out_knn(backbone: nn.Module, train: str, test: str, config: PretrainConfig, world: World) -> float:

@@ -3,6 +3,7 @@
 import inspect
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from jobs.log.reader import open_log
 from jobs.log.writer import AugmentationLog, truncate_log
 from jobs.run import checkpoint
 from jobs.run.arithmetic import arithmetic_of, use_arithmetic
-from jobs.run.config import PretrainConfig, save_config, to_plain
+from jobs.run.config import PretrainConfig, from_plain, save_config, to_plain
 from jobs.run.data import (
     Data,
     check_batch,
@@ -30,7 +31,8 @@ from jobs.run.data import (
 from jobs.run.folder import RunFolder, keep_lines
 from jobs.run.metrics import Loggers, check_loggers
 from jobs.run.optim import Schedule, build_optimizer
-from jobs.run.terminal import warn
+from jobs.run.terminal import note, warn
+from jobs.run.weights import open_weights, start
 from jobs.run.world import World
 from jobs.training.health import FiniteGuard
 from jobs.training.memory_bank import open_bank
@@ -40,8 +42,6 @@ from jobs.training.state import Stateful, Training
 from jobs.training.timing import StepTimer
 from models.objectives import Length, Objective, build_objective
 from models.objectives.base import Chosen, Encoder, has_batchnorm
-from models.prediction import Prediction
-from pipelines.params import PAIR_COLUMNS
 from shards.errors import InputError
 from shards.reader import SampleError
 
@@ -64,7 +64,9 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
         InputError: shards, sizes or values that do not fit; no intact checkpoint to resume from.
     """
     saved = checkpoint.load_newest(folder.checkpoints) if resume else None
-    if saved is not None and without_addresses(saved["config"]) != without_addresses(to_plain(config)):
+    weights = open_weights(config) if config.init and saved is None else None
+    before = from_plain(saved["config"]) if saved is not None else config
+    if comparable(before) != comparable(config):
         raise InputError(f"run: {folder.path / 'config.json'} is not what the checkpoint was trained with; restore it")
     step = saved["step"] if saved else 0
     arithmetic = arithmetic_of(config.precision, world.device)
@@ -74,12 +76,17 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
     if saved is not None and folder.log.exists():
         check_shards(open_log(folder.log).facts["shards"], data.manifests, "--data.real and --data.synthetic")
     length = run_length(config, data.order)
+    if saved is not None:
+        check_length(config, before, data, step)
     check_batch(config, world)
     check_loggers(config.monitor.loggers)
     if config.monitor.knn_train:
-        check_held_out(config.monitor.knn_train, config.monitor.knn_test)
+        check_held_out(config.monitor.knn_train, config.monitor.knn_test, world.leads)
     check_labels(config, data)
     objective = make_objective(config, length, world.device)
+    if weights is not None:
+        start(objective, weights, config)
+        config = replace(config, origin=weights.origin)
     compile_encoders(config, objective, world.device)
     learner: nn.Module = LossModule(objective)
     if world.size > 1:
@@ -91,9 +98,6 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
     bank = open_bank(config, data, objective, world.device)
     monitor = Monitor(config, world, objective, length, schedule, guard, timer, data.sources, folder.curves, bank)
     kept: dict[str, Stateful] = {"objective": objective, "optimizer": optimizer, "monitor": monitor, "guard": guard}
-    prediction = Prediction(len(PAIR_COLUMNS)).to(world.device) if config.selection.predicts else None
-    if prediction is not None:
-        kept["prediction"] = prediction
     if saved is not None:
         for name, part in kept.items():
             part.load_state_dict(saved[name])
@@ -113,7 +117,6 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
         stack.callback(monitor.loggers.close)
         saver = CheckpointWriter(folder.checkpoints, config.checkpoint.keep)
         stack.callback(saver.close)
-        folder.write_state("running", step=step, steps=length.steps)
     world.barrier()
     policy = run_policy(config)
     log = AugmentationLog(
@@ -146,7 +149,6 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
         monitor,
         timer,
         guard,
-        prediction,
         saver,
         kept,
         step,
@@ -212,9 +214,39 @@ def compile_encoders(config: PretrainConfig, objective: Objective, device: torch
                 encoder.backbone.compile(dynamic=False)
 
 
-def without_addresses(plain: dict[str, Any]) -> dict[str, Any]:
-    """A configuration without where the shards lie: they may move while a run is stopped."""
-    return {**plain, "data": {**plain["data"], "real": "", "synthetic": ""}}
+def comparable(config: PretrainConfig) -> PretrainConfig:
+    """A configuration without what may change while a run is stopped: where the shards lie, and its length."""
+    real, synthetic = (("?",) * len(addresses) for addresses in (config.data.real, config.data.synthetic))
+    return replace(config, data=replace(config.data, real=real, synthetic=synthetic), epochs=1.0, steps=None)
+
+
+def check_length(config: PretrainConfig, before: PretrainConfig, data: Data, step: int) -> None:
+    """Says what a new length means to a run that has done `step` steps.
+
+    Raises:
+        InputError: it is over already, or the order of its images depends on its length.
+    """
+    then, now = run_length(before, data.order), run_length(config, data.order)
+    if then == now:
+        return
+    field = "epochs" if config.steps is None else "steps"
+    value = getattr(config, field)
+    if now.steps < step:
+        raise InputError(
+            f"{field}: {value:g} are {now.steps} steps, and the run has done {step}; give more, or begin another run"
+        )
+    if config.data.final_synthetic_share is not None:
+        raise InputError(
+            f"{field}: {value:g} is another length, and with data.final_synthetic_share the order of the images "
+            f"depends on it; begin another run with --init"
+        )
+    rates = [
+        Schedule(c.optimizer, c.batch, n.steps, n.steps_per_epoch).lr(step) for c, n in ((before, then), (config, now))
+    ]
+    note(
+        f"from step {step} on, the run has {now.steps} steps instead of {then.steps}, with all schedules as if it had "
+        f"been so from the start: learning rate {rates[1]:.3g} instead of {rates[0]:.3g}"
+    )
 
 
 def fingerprints(data: Data) -> list[dict[str, Any]]:

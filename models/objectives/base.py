@@ -55,6 +55,8 @@ class Scores:
     """The target's features that the online encoder's were predicted from, where the target alone scored."""
     local_BPL: Tensor | None = None
     """Multi-crop: for each pair, the numbers of the local views that go with it (its hardest ones)."""
+    mask_BNHW: Tensor | None = None
+    """bool, on the host: the patches that were hidden from the online encoder, where masked views were scored."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Chosen:
     """The target's features that the online encoder's were predicted from."""
     views_BM: Tensor | None = None
     """Multi-crop: numbers of all chosen views, over all groups side by side; None where it is just the pair."""
+    mask_B2HW: Tensor | None = None
+    """bool, on the host: the pair's masks, where it was scored with them; None = the loss draws its own."""
 
 
 class Encoder(nn.Module):

@@ -95,7 +95,7 @@ class Taught:
 
 
 class DINOHead(nn.Module):
-    """Three layers with GELU, rows scaled to length 1, then a layer whose rows have length 1, or learn theirs."""
+    """Three layers with GELU, rows scaled to length 1, a last layer with rows of length 1 or of learned lengths."""
 
     def __init__(self, features: int, config: DINOConfig) -> None:
         super().__init__()
@@ -227,7 +227,7 @@ class DINO(Objective):
         return Taught(self.teach(outputs_B2K), keys_B2D, features_B2D)
 
     def against_globals(self, taught: Taught, chosen: Chosen, whole_B2: Tensor | None = None) -> Tensor:
-        """[B, 2, 2]: cross entropies of the targets with what the online encoder predicts for the global views. Keeps
+        """[B, 2, 2]: cross entropies of the targets with the online encoder's predictions for the global views. Keeps
         the features and embeddings that monitors read, and teaches the correction: from the views without masks, where
         `whole_B2` marks them."""
         cross_B22, features_B2D, embedded_B2D = self._against(taught, chosen.crops[0])

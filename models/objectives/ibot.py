@@ -6,17 +6,17 @@
     step; f_t ← m f_t + (1 − m) f_s; both centres
 
 Views are chosen by the class tokens' part and without masks: a pair's patches are predicted within each view, so they
-say little about the pair, and masks would make the choice depend on chance. Local views, where the policy has some,
-are chosen as in DINO.
+say little about the pair, and masks would make the choice depend on chance. HVP's code scores masked views, patches
+included, and trains with the same masks: `masked_scores`. Local views, where there are some, are chosen as in DINO.
 
-Shape suffixes: B images, V views of all images side by side, T patches in rows of H × W, M masked ones, D width,
-K outputs, R blocks.
+Shape suffixes: B images, N views of an image, P pairs, V views of all images side by side, T patches in rows of H × W,
+M masked ones, D width, K outputs, R blocks.
 """
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from models.backbones import BackboneConfig
 from models.distributed import gather
-from models.objectives.base import Chosen, Length, Metrics, fp32
+from models.objectives.base import Chosen, Features, Length, Metrics, Scores, fp32, has_batchnorm
 from models.objectives.dino import DINO, DINOConfig, entropy, head_of, pair_loss
-from models.selection import SelectionConfig
+from models.selection import SelectionConfig, pair_index, take_pair
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,10 @@ class IBOTConfig(DINOConfig):
     """Mean of the most that is masked of a masked view (share of its patches, 0 to 1); blocks may not fit."""
     mask_variation: float = 0.2
     """Largest deviation from that share, which is drawn uniformly for each view."""
+    masked_scores: bool = False
+    """Score pairs as HVP's code does: by the whole loss of masked views, patches included; the chosen pair trains with
+    the same masks, for which the step waits once more for the device. HVP lets only views of different policies compete
+    (selection.cross_policy). false = by the class tokens of whole views."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,7 +89,7 @@ class Tap:
 
     @contextmanager
     def noting(self, mask_VHW: Tensor | None = None) -> Iterator[None]:
-        """Inside, `patches` are those of the newest forward, whose masked patches were replaced."""
+        """Inside, a forward replaces the masked patches by the token, and `patches` are its patch tokens."""
         self.open, self.mask_VHW = True, mask_VHW
         try:
             yield
@@ -130,25 +134,71 @@ class IBOT(DINO):
         self.register_buffer("patch_centre_K", torch.zeros(config.outputs))
         self._online_tap, self._target_tap = Tap(online, self.mask_token_D), Tap(target)
         self._pending_patches: list[Tensor] = []
+        self._scored: tuple[Tensor, Tensor] | None = None
+
+    def check(self, selection: SelectionConfig) -> None:
+        super().check(selection)
+        if not self.config.masked_scores:
+            return
+        refused = {
+            "selection.encoder: target": selection.encoder == "target",
+            "selection.resolution: smaller views": selection.resolution is not None,
+            "selection.audit_every: a comparison with other masks": selection.audit_every > 0,
+            "backbone.batchnorm_mlp: statistics of each view": has_batchnorm(self.online),
+        }
+        for what, asked in refused.items():
+            if asked:
+                raise ValueError(f"{what} cannot go with objective.masked_scores; leave one of them out")
 
     def reuses_features(self, selection: SelectionConfig, device: torch.device) -> bool:
-        """Never: the loss wants patch tokens too, which scoring does not keep."""
+        """Never: the loss needs patch tokens too, and scoring does not keep them."""
         return False
 
     def chance(self, images: int, *, real: bool = False) -> float:
         """On average over masks: a view without any adds nothing to the patches' part."""
         return super().chance(images, real=real) * (1 + self.config.patch_weight * self.config.mask_probability)
 
+    def pair_losses(self, crops: tuple[Tensor, ...], selection: SelectionConfig) -> Scores:
+        """As DINO's; with `masked_scores` of masked views, with the patches' part of both views, and with the masks,
+        which are drawn from torch's global generator."""
+        if not self.config.masked_scores:
+            return super().pair_losses(crops, selection)
+        scores = super().pair_losses(crops, selection)
+        assert self._scored is not None
+        (patch_BN, mask_BNHW), self._scored = self._scored, None
+        a, b = pair_index(patch_BN.shape[1], patch_BN.device).T
+        patch_BP = (patch_BN[:, a] + patch_BN[:, b]) / 2
+        return replace(scores, losses_BP=scores.losses_BP + self.config.patch_weight * patch_BP, mask_BNHW=mask_BNHW)
+
+    def score_features(self, views_BNCHW: Tensor, selection: SelectionConfig) -> Features:
+        """As `Objective`'s; with `masked_scores` the online encoder's are of masked views, whose masks and patch losses
+        are kept for `pair_losses`."""
+        if not self.config.masked_scores:
+            return super().score_features(views_BNCHW, selection)
+        device, shape = views_BNCHW.device, views_BNCHW.shape[:2]
+        mask_VHW = self.masks(views_BNCHW)
+        masked_M, weight_M = masked_patches(mask_VHW, device)
+        with self._target_tap.noting(), self._online_tap.noting(mask_VHW.to(device, non_blocking=True)):
+            features = super().score_features(views_BNCHW, selection)
+            taught_MK = self.teach_patches(head_of(self.target)(self._target_tap.patches.flatten(0, 1)[masked_M]))
+            loss_M = -self.patch_products(taught_MK, self._online_tap.patches.flatten(0, 1)[masked_M]) * weight_M
+        view_M = masked_M // mask_VHW[0].numel()
+        patch_BN = loss_M.new_zeros(len(mask_VHW)).index_add_(0, view_M, loss_M).view(shape)
+        self._scored = patch_BN, mask_VHW.unflatten(0, shape)
+        return features
+
+    def take(self, crops: tuple[Tensor, ...], choice_B: Tensor, scores: Scores | None) -> Chosen:
+        """As DINO's, with the masks that the pair was scored with."""
+        chosen = super().take(crops, choice_B, scores)
+        if scores is None or scores.mask_BNHW is None:
+            return chosen
+        return replace(chosen, mask_B2HW=take_pair(scores.mask_BNHW, choice_B.cpu()))
+
     def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
-        mask_VHW = self.masks(chosen.crops[0])
-        counts_V = mask_VHW.sum((1, 2))
-        # Made on the host, where the number of masked patches is known without waiting for the device.
-        masked_M = mask_VHW.flatten().nonzero()[:, 0]
-        weight_M = (1 / counts_V.clamp_min(1))[masked_M // mask_VHW[0].numel()]
+        mask_VHW = self.masks(chosen.crops[0]) if chosen.mask_B2HW is None else chosen.mask_B2HW.flatten(0, 1)
         device = chosen.crops[0].device
-        masked_M, weight_M, whole_B2 = (
-            x.to(device, non_blocking=True) for x in (masked_M, weight_M, (counts_V == 0).view(-1, 2))
-        )
+        masked_M, weight_M = masked_patches(mask_VHW, device)
+        whole_B2 = (~mask_VHW.any(2).any(1)).view(-1, 2).to(device, non_blocking=True)
         with self._target_tap.noting():
             taught = self.targets(chosen)
             taught_MK = self.patch_targets(self._target_tap.patches, masked_M)
@@ -156,9 +206,8 @@ class IBOT(DINO):
         with self._online_tap.noting(mask_VHW.to(device, non_blocking=True)):
             globals_B22 = self.against_globals(taught, chosen, whole_B2)
             patches_MD = self._online_tap.patches.flatten(0, 1)[masked_M]
-        predicted_MK = self.predict(self.online.projector(patches_MD))
         # A view's masked patches count as one, and a view without any as nothing (equation 2 there).
-        patch_loss = -((taught_MK * predicted_MK).sum(1) * weight_M).sum() / len(mask_VHW)
+        patch_loss = -(self.patch_products(taught_MK, patches_MD) * weight_M).sum() / len(mask_VHW)
         loss = pair_loss(torch.cat([globals_B22, *locals_], 2)).mean() + self.config.patch_weight * patch_loss
         return loss, {"teacher_entropy": entropy(taught.teacher_B2K), "patch_loss": patch_loss.detach()}
 
@@ -173,15 +222,23 @@ class IBOT(DINO):
 
     @torch.no_grad()
     def patch_targets(self, patches_VTD: Tensor, masked_M: Tensor) -> Tensor:
-        """[M, K]: what the target makes of the masked patches; the outputs of all patches go into the centre."""
+        """[M, K]: the target's distributions for the masked patches; the outputs of all patches go into the centre."""
         head = head_of(self.target)
         bottleneck = head.bottleneck(patches_VTD.flatten(0, 1))
         last_KD = head.last()
         # The last layer is linear: the mean of its outputs is its output for the mean.
         with fp32(patches_VTD.device):
             self._pending_patches.append(last_KD.float() @ bottleneck.float().mean(0))
-        outputs_MK = (bottleneck[masked_M] @ last_KD.T).float()
-        return ((outputs_MK - self.patch_centre_K) / self.warmed(self.config.patch_temperature)).softmax(-1)
+        return self.teach_patches(bottleneck[masked_M] @ last_KD.T)
+
+    def teach_patches(self, outputs_MK: Tensor) -> Tensor:
+        """The target's outputs for masked patches → the distributions to predict, fp32."""
+        outputs_MK = outputs_MK.float() - self.patch_centre_K
+        return (outputs_MK / self.warmed(self.config.patch_temperature)).softmax(-1)
+
+    def patch_products(self, taught_MK: Tensor, patches_MD: Tensor) -> Tensor:
+        """[M]: the target's distributions times the log probabilities that the online encoder predicts, summed."""
+        return (taught_MK * self.predict(self.online.projector(patches_MD))).sum(1)
 
     def after_step(self) -> None:
         """Moves target and both centres."""
@@ -193,6 +250,16 @@ class IBOT(DINO):
     def skip_step(self) -> None:
         self._pending_patches.clear()
         super().skip_step()
+
+
+def masked_patches(mask_VHW: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """int64 [M]: the masked patches of all views by their number, and float [M]: one over those of their view.
+
+    Made on the host, where the number of masked patches is known without waiting for the device.
+    """
+    masked_M = mask_VHW.flatten().nonzero()[:, 0]
+    weight_M = (1 / mask_VHW.sum((1, 2)).clamp_min(1))[masked_M // mask_VHW[0].numel()]
+    return masked_M.to(device, non_blocking=True), weight_M.to(device, non_blocking=True)
 
 
 def block_masks(most_V: Tensor, height: int, width: int) -> Tensor:

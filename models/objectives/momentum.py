@@ -1,4 +1,4 @@
-"""What objectives with a momentum target share: the two encoders, all views' queries and keys, the moving target.
+"""Base of the objectives with a momentum target: two encoders, queries and keys of all views, the target's update.
 
 Where the target alone scores pairs, the online encoder's features are predicted from the target's: see `Correction`.
 The online heads on the target's own features could go wrong for good: pairs that the online encoder finds easy could

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from shards.images import Extension
+from shards.formats import Extension
 
 
 @dataclass(frozen=True)

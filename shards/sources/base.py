@@ -63,7 +63,7 @@ class Options:
     labels: str | None = None
     """A file of labels beside the images."""
     split: str | None = None
-    """The split of Parquet files to take."""
+    """The split to take, where files or folders are named by splits."""
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,16 @@
 """Files that hold many images each: tars and Parquet."""
 
 import io
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fsspec import AbstractFileSystem
+
 from shards.errors import InputError
-from shards.files import filesystem, join, local_path
+from shards.files import filesystem, is_left_behind, join, local_path
 from shards.retry import ATTEMPTS, FINAL, LONGEST_PAUSE, PAUSE, retry
 from shards.sources.base import Record, cut_short, digest
 
@@ -96,22 +99,23 @@ def container_parts(
 
 
 def containers_at(address: str, path: str, suffix: str) -> list[Container]:
-    """The files that a path means: itself, those that match it, or those with the suffix below it; sorted by name.
+    """The files that a path means: itself or those with the suffix below it, else those that match it; sorted by name.
 
     Raises:
         InputError: there are none.
     """
     system, base = filesystem(path)
-    if "*" in base or "?" in base:
-        root = base[: base.index(next(mark for mark in base if mark in "*?"))].rpartition("/")[0]
-        infos: Any = retry(lambda: system.glob(base, detail=True))
-    elif retry(lambda: system.isdir(base)):
+    if retry(lambda: system.isdir(base)):
         root = base
         below: Any = retry(lambda: system.find(base, detail=True))
         infos = {name: info for name, info in below.items() if name.endswith(suffix)}
-    else:
+    elif retry(lambda: system.exists(base)):
         root = base.rpartition("/")[0]
-        infos = {base: system.info(base)} if system.exists(base) else {}
+        infos: Any = {base: system.info(base)}
+    else:
+        root, pattern = pattern_of(system, base)
+        infos = retry(lambda: system.glob(pattern, detail=True)) if pattern else {}
+    infos = {str(name): info for name, info in infos.items() if not is_left_behind(name.removeprefix(root))}
     if not infos:
         raise InputError(f"{address}: there are no {suffix} files there; name a folder, a file, or a pattern with *")
     for name, info in infos.items():
@@ -120,6 +124,23 @@ def containers_at(address: str, path: str, suffix: str) -> list[Container]:
     above = system.unstrip_protocol(root)
     names = sorted((name.removeprefix(root).lstrip("/"), int(info["size"] or 0)) for name, info in infos.items())
     return [Container(above, name, size) for name, size in names]
+
+
+def pattern_of(system: AbstractFileSystem, base: str) -> tuple[str, str]:
+    """The folder below which a path with * or ? looks, and the path as a pattern for fsspec, empty without either mark.
+
+    Both are signs of a name too, and [ is nothing else: folders that are there as they are written mean themselves.
+    """
+
+    def is_folder(path: str) -> bool:
+        return retry(lambda: system.isdir(path))
+
+    root, _, rest = base.rpartition("/")
+    while re.search("[*?]", root) and not is_folder(root):
+        root, _, more = root.rpartition("/")
+        rest = f"{more}/{rest}"
+    literal = re.sub(r"[*?[]", r"[\g<0>]", root)
+    return root, f"{literal}/{rest.replace('[', '[[]')}" if re.search("[*?]", rest) else ""
 
 
 def opened(container: Container) -> Any:

@@ -11,9 +11,10 @@ from typing import Any
 from fsspec import AbstractFileSystem
 
 from shards.errors import InputError
-from shards.files import filesystem, join, local_path
+from shards.files import filesystem, is_left_behind, join, local_path
 from shards.retry import retry
 from shards.sources.base import READ_AHEAD, Options, Record, Runner, Source, cut_short, digest
+from shards.sources.splits import split_folder
 
 IRREGULAR = -1  # size of what must not be opened: reading a named pipe waits for ever
 
@@ -41,13 +42,8 @@ class FilePart:
             yield from self._fetched(system, base)
             return
         for name, size, label in self.files:
-            if size == IRREGULAR:
-                yield Record(name, label, b"", "no regular file (a named pipe, socket or device)")
-                continue
-            try:
-                yield Record(name, label, (folder / name).read_bytes(), unlabelled=self._why(label))
-            except OSError as error:
-                yield Record(name, label, b"", f"cannot be read: {error.strerror}")
+            content, problem = read_file(folder / name, size)
+            yield Record(name, label, content, problem, self._why(label))
 
     def _why(self, label: int) -> str:
         return self.unlabelled if label < 0 else ""
@@ -63,6 +59,16 @@ class FilePart:
                 yield Record(name, label, content or b"", problem, self._why(label))
 
 
+def read_file(path: Path, size: int) -> tuple[bytes, str]:
+    """The content of a file that was listed with this size, or none and why it cannot be read."""
+    if size == IRREGULAR:
+        return b"", "no regular file (a named pipe, socket or device)"
+    try:
+        return path.read_bytes(), ""
+    except OSError as error:
+        return b"", f"cannot be read: {error.strerror}"
+
+
 def fetch_many(system: AbstractFileSystem, sizes: Mapping[str, int]) -> dict[str, bytes | None]:
     """Contents of remote files, None for those that are not there; what fails otherwise is tried again.
 
@@ -76,10 +82,9 @@ def fetch_many(system: AbstractFileSystem, sizes: Mapping[str, int]) -> dict[str
 
     def fetch_missing() -> None:
         missing = [path for path in sizes if path not in contents]
-        # A list of two at least: for a single path fsspec returns bare bytes.
-        answers: Any = system.cat([*missing, missing[0]][: max(2, len(missing))], on_error="return")
-        for path in missing:
-            answer = answers[path]
+        # Not `cat`, which takes signs in a name, such as [1], for a pattern.
+        answers = dict(zip(missing, system.cat_ranges(missing, None, None, on_error="return"), strict=True))
+        for path, answer in answers.items():
             if isinstance(answer, FileNotFoundError):
                 contents[path] = None
             elif not isinstance(answer, Exception) and len(answer) == sizes[path]:
@@ -94,23 +99,34 @@ def fetch_many(system: AbstractFileSystem, sizes: Mapping[str, int]) -> dict[str
 
 
 def open_imagefolder(path: str, options: Options, run: Runner) -> Source:
-    """A folder per class. Files beside the class folders have no label."""
-    folders, files = listing(path)
-    classes = tuple(sorted({folder.split("/", 1)[0] for folder in folders}))
+    """A folder per class, or folders of splits with these. Files beside the class folders have no label."""
+    path = split_folder(f"imagefolder:{path}", path, options.split)
+    classes, labelled = classed_files(path)
     if not classes:
         raise InputError(
             f"imagefolder:{path}: there are no class folders in it; pass folder:{path} for images without classes"
         )
-    for name in classes:
-        if any("\udc80" <= sign <= "\udcff" for sign in name):  # Python's stand-ins for such bytes
-            raise InputError(f"imagefolder:{path}: the name of class {name!r} is no UTF-8; rename the folder")
-    numbers = {name: number for number, name in enumerate(classes)}
-    labelled = [(name, size, numbers[name.split("/", 1)[0]] if "/" in name else -1) for name, size in files]
     return Source(classes, file_parts(f"imagefolder:{path}", path, labelled, options, "in no class folder"))
 
 
+def classed_files(path: str) -> tuple[tuple[str, ...], list[tuple[str, int, int]]]:
+    """Class names, which are those of the folders at `path`, and all files with name, size and label as in `FilePart`.
+
+    Raises:
+        InputError: there is no such folder, or a class whose name is no UTF-8.
+    """
+    folders, files = listing(path)
+    classes = tuple(sorted({folder.split("/", 1)[0] for folder in folders}))
+    for name in classes:
+        if any("\udc80" <= sign <= "\udcff" for sign in name):  # Python's stand-ins for such bytes
+            raise InputError(f"{path}: the name of class {name!r} is no UTF-8; rename the folder")
+    numbers = {name: number for number, name in enumerate(classes)}
+    return classes, [(name, size, numbers[name.split("/", 1)[0]] if "/" in name else -1) for name, size in files]
+
+
 def open_folder(path: str, options: Options, run: Runner) -> Source:
-    """All files of a folder, without labels."""
+    """All files of a folder, or of one of its splits, without labels."""
+    path = split_folder(f"folder:{path}", path, options.split)
     _, files = listing(path)
     unlabelled = [(name, size, -1) for name, size in files]
     return Source((), file_parts(f"folder:{path}", path, unlabelled, options, "folder: takes no classes"))
@@ -133,7 +149,7 @@ def file_parts(
 
 
 def listing(path: str) -> tuple[list[str], list[tuple[str, int]]]:
-    """Folders, and files with their sizes in bytes, below a path: names relative to it, hidden ones left out.
+    """Folders, and files with their sizes in bytes, below a path: names relative to it, without what systems left.
 
     Raises:
         InputError: there is no such folder.
@@ -158,7 +174,7 @@ def walk(
     except OSError as error:
         raise InputError(f"{root / prefix}: cannot be listed ({error.strerror}); check its rights") from error
     for entry in entries:
-        if entry.name.startswith("."):
+        if is_left_behind(entry.name):
             continue
         name = prefix + entry.name
         try:
@@ -186,7 +202,8 @@ def remote_listing(address: str) -> tuple[list[str], list[tuple[str, int]]]:
     files: list[tuple[str, int]] = []
     for path, info in contents.items():
         name = path.removeprefix(base).strip("/")
-        if not name or any(part.startswith(".") for part in name.split("/")):
+        # An object whose name ends in a slash is how browsers of a store show a folder.
+        if not name or is_left_behind(name) or path.endswith("/"):
             continue
         if info["type"] == "directory":
             folders.add(name)

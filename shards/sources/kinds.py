@@ -41,14 +41,20 @@ def open_source(address: str, options: Options, run: Runner) -> Source:
             raise InputError(f"--{option.replace('_', '-')}: {kind}: has no choice of it; leave it out{hint}")
     if options.labels is not None and options.label_from is not None:
         raise InputError(f"--labels {options.labels}: --label-from {options.label_from} is given too; leave one out")
-    source = SOURCES[kind](path, options, run)
+    try:
+        source = SOURCES[kind](path, options, run)
+    except Exception as error:
+        # The errors of a store's library have no base class in common, but are none of Python's own.
+        if isinstance(error, InputError) or (not isinstance(error, OSError) and type(error).__module__ == "builtins"):
+            raise
+        raise InputError(f"{address}: {error or type(error).__name__}; check the address and the rights") from error
     return source if options.labels is None else with_labels(source, options.labels, options.label)
 
 
-OF_TARS = ("image", "label_from", "labels")
+OF_TARS = ("image", "label_from", "labels", "split")
 CHOICES: dict[str, tuple[str, ...]] = {
-    "imagefolder": (),
-    "folder": ("labels",),
+    "imagefolder": ("split",),
+    "folder": ("labels", "split"),
     "tars": OF_TARS,
     "webdataset": OF_TARS,
     "parquet": ("image", "label", "split"),

@@ -1,7 +1,6 @@
 """Parquet as Hugging Face datasets writes it."""
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -14,11 +13,7 @@ from shards.errors import InputError
 from shards.retry import retry
 from shards.sources.base import IMAGE_EXTENSIONS, LARGEST_CLASS, READ_AHEAD, Options, Record, Runner, Source
 from shards.sources.containers import Container, container_parts, containers_at, opened
-
-NUMBERED = re.compile(r"(?:^|/)([\w.]+)-\d+-of-\d+[^/]*$")  # train-00000-of-00012.parquet, as `datasets` names splits
-KNOWN_SPLIT = re.compile(
-    r"(?:^|/)(train|training|test|testing|validation|valid|val|dev|eval)(?=[-_./\d])", re.IGNORECASE
-)
+from shards.sources.splits import of_split
 
 
 @dataclass(frozen=True)
@@ -55,28 +50,6 @@ def open_parquet(path: str, options: Options, run: Runner) -> Source:
     counts = {replace(table, classes=classes): count for table, count in rows.values()}
     named = [replace(table, classes=classes) for table in tables]
     return Source(classes, container_parts(address, named, counts, read_parquet, options.part_size))
-
-
-def of_split(address: str, containers: list[Container], split: str | None) -> list[Container]:
-    """The files of one split.
-
-    Raises:
-        InputError: there are several and none is chosen, or not the one that is.
-    """
-    splits = {container: split_of(container.name) for container in containers}
-    known = sorted(set(splits.values()))
-    known_names = ", ".join(name or "files of none" for name in known)
-    if split is not None and split not in known:
-        raise InputError(f"--split {split}: {address} has {known_names}")
-    if split is None and len(known) > 1:
-        raise InputError(f"{address}: has several splits ({known_names}); choose one with --split, or name its files")
-    return [container for container in containers if split is None or splits[container] == split]
-
-
-def split_of(name: str) -> str:
-    """The split that a file's name or folder tells of, empty where it tells of none."""
-    match = NUMBERED.search(name) or KNOWN_SPLIT.search(name)
-    return match.group(1) if match else ""
 
 
 def inspect(options: Options, container: Container) -> tuple[Container, tuple[Table, int]]:

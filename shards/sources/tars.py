@@ -1,6 +1,7 @@
 """WebDataset tars."""
 
 import json
+import os
 import posixpath
 import re
 import tarfile
@@ -9,9 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from shards.errors import InputError
+from shards.files import is_left_behind
 from shards.retry import retry
 from shards.sources.base import IMAGE_EXTENSIONS, LARGEST_CLASS, Options, Record, Runner, Source
 from shards.sources.containers import Container, container_parts, containers_at, opened, read_at
+from shards.sources.splits import of_split
 
 LONGEST_CHAIN = 40  # links that lead to links
 LARGEST_SPARSE = 1 << 30  # bytes of a member with holes, whose header may claim any size
@@ -41,14 +44,14 @@ def open_tars(path: str, options: Options, run: Runner) -> Source:
     """WebDataset tars. Labels that are text become classes in sorted order.
 
     Raises:
-        InputError: no tars, no such place of labels, a sample with several images that fit alike, or more different
-            labels than there may be classes.
+        InputError: no tars, several splits and none chosen, no such place of labels, a sample with several images that
+            fit alike, or more different labels than there may be classes.
     """
     address = f"tars:{path}"
     label_from = options.label_from or "cls"
     if label_from not in ("cls", "folder") and not re.fullmatch("json:.+", label_from):
         raise InputError(f"--label-from {label_from}: labels come from cls, folder or json:FIELD")
-    containers = containers_at(address, path, ".tar")
+    containers = of_split(address, containers_at(address, path, ".tar"), options.split)
     tars = [Tar(one.root, one.name, one.size, options.image, label_from) for one in containers]
     counted = dict(run(count_tar, tars))
     classes = class_names(address, (labels for _, labels in counted.values()))
@@ -88,23 +91,31 @@ class Group:
     members: tuple[Member, ...]
 
 
-def groups(file: Any) -> Iterator[Group | str]:
+def groups(file: Any, above: str = "", start: int = 0, stop: int | None = None) -> Iterator[Group | str]:
     """Samples of a tar as WebDataset groups them: neighbours whose names agree up to the first dot.
 
     Where that would join several images whose names are numbered behind that dot (`photo.0001.jpg`), each is a sample.
     A second member of the same name begins a new sample. Links to files of the tar stand for those. Tars that were
     joined by appending are read to the last one. Yields an error message at last where the tar ends too early or its
-    headers are damaged. Nothing is extracted.
+    headers are damaged. What systems left behind is passed over, and nothing is extracted. A tar in the tar is read
+    where it lies, from `start` to `stop`; its name and a slash, `above`, then stand before the keys.
     """
     key, members, problem = "", [], ""
     names: dict[str, Member | str] | None = None
-    for info in headers(file):
+    for info in headers(file, start, stop):
         if isinstance(info, str):
             problem = info
             break
-        name, extension = split_name(info.name)
-        if not name or not (info.isreg() or info.islnk() or info.issym()):
+        if info.isreg() and info.name.endswith(".tar") and not is_left_behind(info.name):
+            if members:
+                yield from samples(key, members)
+                members = []
+            yield from groups(file, f"{above}{info.name}/", info.offset_data, info.offset_data + info.size)
             continue
+        name, extension = split_name(info.name)
+        if not name or is_left_behind(info.name) or not (info.isreg() or info.islnk() or info.issym()):
+            continue
+        name = above + name
         if members and (name != key or any(extension == member.extension for member in members)):
             yield from samples(key, members)
             members = []
@@ -113,7 +124,7 @@ def groups(file: Any) -> Iterator[Group | str]:
             members.append(member_of(info, extension))
         else:
             if names is None:
-                whole = (one for one in headers(file) if not isinstance(one, str))
+                whole = (one for one in headers(file, start, stop) if not isinstance(one, str))
                 names = {posixpath.normpath(one.name): place_of(one) for one in whole}
             members.append(linked(info, names)._replace(extension=extension))
     if members:
@@ -122,14 +133,20 @@ def groups(file: Any) -> Iterator[Group | str]:
         yield problem
 
 
-def headers(file: Any) -> Iterator[tarfile.TarInfo | str]:
-    """All headers of a tar, or of several that were joined, and at last what is wrong with it, if anything is."""
-    start = 0
-    while start >= 0:
+def headers(file: Any, start: int = 0, stop: int | None = None) -> Iterator[tarfile.TarInfo | str]:
+    """All headers of a tar, or of several that were joined, and at last what is wrong with it, if anything is.
+
+    Args:
+        start, stop: where the tar lies in the file; None for up to the file's end.
+    """
+    last: int = file.seek(0, os.SEEK_END) if stop is None else stop
+    while 0 <= start < last:
         file.seek(start)
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for info in tar:
+                    if info.offset >= last:  # the tar has no end mark, and what follows is not its own
+                        return
                     yield info
                     # tarfile keeps every header it has seen, and grows with the tar
                     tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
@@ -138,7 +155,7 @@ def headers(file: Any) -> Iterator[tarfile.TarInfo | str]:
             yield f"the tar is damaged here: {error}"
             return
         # tarfile takes a damaged header for the end.
-        if any(read_at(file, end, tarfile.BLOCKSIZE)):
+        if end < last and any(read_at(file, end, tarfile.BLOCKSIZE)):
             yield "the tar is damaged here: no header and no end mark"
             return
         start = after_zeros(file, end)

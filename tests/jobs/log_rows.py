@@ -6,7 +6,7 @@ import numpy as np
 
 from jobs.log.writer import AugmentationLog, batch_rows
 from pipelines.batch import ViewBatch
-from pipelines.params import DTYPES, ViewParams, pair_iou, pairs
+from pipelines.params import PARAMETERS, ViewParams, pair_iou, pairs
 
 RANGES = {"top": (0, 45), "left": (0, 50), "height": (20, 55), "width": (20, 70), "hue": (-0.5, 0.5), "order": (0, 24)}
 
@@ -14,7 +14,7 @@ RANGES = {"top": (0, 45), "left": (0, 50), "height": (20, 55), "width": (20, 70)
 def params_at(positions_B, views, seed=0):
     """Crop boxes in a 100×120 image and colour factors, drawn by position."""
     values = {}
-    for number, (name, dtype) in enumerate(DTYPES.items()):
+    for number, (name, (dtype, *_)) in enumerate(PARAMETERS.items()):
         draws = _uniform(positions_B, views, seed * 100 + number)
         low, high = RANGES.get(name, (0.6, 1.4))
         values[name] = draws < 0.3 if dtype is np.bool_ else (low + draws * (high - low)).astype(dtype)

@@ -35,6 +35,18 @@ def outcome(capsys: pytest.CaptureFixture, *argv: str | Path) -> tuple[int, str,
     return code, captured.out, captured.err
 
 
+def table(printed: str) -> dict[str, list[str]]:
+    """Rows of a printed table of two columns: name → lines."""
+    rows: dict[str, list[str]] = {}
+    name = ""
+    for line in printed.splitlines():
+        cells = [cell.strip() for cell in line.split("│")[1:-1]]
+        if len(cells) == 2:
+            name = cells[0] or name
+            rows.setdefault(name, []).append(cells[1])
+    return rows
+
+
 def test_build_info_verify(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "shards"
     build = (
@@ -51,14 +63,18 @@ def test_build_info_verify(images: Path, tmp_path: Path, capsys: pytest.CaptureF
     )
     code, printed, notes = outcome(capsys, *build)
     assert (code, printed) == (0, "")
-    assert "1 images left out; the reasons are in" in notes
-    assert "8 images in 2 shards" in notes
+    counts = table(notes)
+    assert counts["images in"] == ["9"]
+    assert counts["images out"][0].startswith("8 in 2 shards")
+    assert counts["quarantined (quarantine.jsonl)"] == ["1", "1: not an image, or its header is damaged"]
+    assert counts["classes of fewer than 10 images"] == ["2: ant 4, bee 4"]
     assert json.loads((out / "quarantine.jsonl").read_text())["origin"] == "bee/notes.txt"
 
     code, printed, _ = outcome(capsys, "info", out, "--classes", "5")
     assert code == 0
-    for text in ("photos", "8 in 2 shards", "ant", "bee", "12 to 12 px", "16 to 16 px", "imagefolder:", "quarantined"):
+    for text in ("photos", "ant", "bee", "12 to 12 px", "16 to 16 px", "imagefolder:"):
         assert text in printed
+    assert {name: table(printed)[name] for name in counts} == counts
 
     code, printed, _ = outcome(capsys, "verify", out, "--workers", "1")
     assert (code, printed.endswith("8 images: all is as it was written\n")) == (0, True)
@@ -86,7 +102,7 @@ def test_index(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture) -> N
             path.unlink()
     (tmp_path / "classes.txt").write_text("Ameise\nBiene\n")
     code, _, notes = outcome(capsys, "index", out, "--classes", tmp_path / "classes.txt", "--workers", "1")
-    assert (code, "8 images in 1 shards" in notes) == (0, True)
+    assert (code, table(notes)["images out"][0].startswith("8 in 1 shards")) == (0, True)
     _, printed, _ = outcome(capsys, "info", out)
     assert "Ameise" in printed
     (tmp_path / "classes.txt").write_bytes(b"\xef\xbb\xbfcat\r\ndog\r\n")  # a BOM
@@ -98,13 +114,45 @@ def test_index(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture) -> N
     assert (code, "--classes" in notes) == (2, True)
 
 
-def test_images_without_label_are_said_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_end_of_a_build_counts_what_became_of_the_images(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     images = tmp_path / "images"
     (images / "ant").mkdir(parents=True)
-    for number, name in enumerate(("ant/a.png", "top.png")):
-        Image.new("RGB", (4, 4 + number)).save(images / name)
-    code, _, notes = outcome(capsys, "build", f"imagefolder:{images}", "--out", tmp_path / "out", "--workers", "1")
-    assert (code, "1 images have no label; 1 of them: in no class folder" in notes) == (0, True)
+    turned = Image.new("RGB", (4, 5)).getexif()
+    turned[0x0112] = 6
+    for name, size, mode, options in (
+        ("ant/a.png", (4, 4), "RGB", {}),
+        ("copy.png", (4, 4), "RGB", {}),
+        ("ant/b.png", (4, 5), "RGBA", {}),
+        ("ant/c.gif", (4, 6), "L", {}),
+        ("ant/d.jpg", (4, 7), "RGB", {"exif": turned}),
+        ("ant/e.png", (20, 30), "L", {}),
+    ):
+        Image.new(mode, size).save(images / name, **options)
+    (images / "ant" / "f.jpg").write_bytes(b"")
+    (images / "ant" / "g.jpg").write_bytes((images / "ant" / "d.jpg").read_bytes()[:200])
+    (images / "ant" / "h.jpg").write_bytes((images / "ant" / "d.jpg").read_bytes()[:201])
+    build = ("build", f"imagefolder:{images}", "--out", tmp_path / "out", "--workers", "1", "--resize-short", "10")
+    for flags in ((), ("--shard-samples", "2", "--overwrite")):
+        code, _, notes = outcome(capsys, *build, *flags)
+        counts = table(notes)
+        assert code == 0
+        assert counts["images in"] == ["9"]
+        assert sorted(counts["converted"]) == [
+            "1: GIF P to png",
+            "1: JPEG RGB to turned jpg",
+            "1: PNG L to reduced png",
+            "1: PNG RGBA to png",
+            "4",
+        ]
+        assert len(counts["quarantined (quarantine.jsonl)"]) == 3
+        assert counts["quarantined (quarantine.jsonl)"][1].startswith("2: ")
+        assert counts["duplicates (kept)"] == ["1"]
+        assert counts["without label"] == ["1", "1: in no class folder"]
+        assert counts["classes of fewer than 10 images"] == ["1: ant 5"]
+    _, _, again = outcome(capsys, *build, "--shard-samples", "2")  # from the shards that stand
+    assert table(again) == counts
+    _, printed, _ = outcome(capsys, "info", tmp_path / "out")
+    assert {name: table(printed)[name] for name in counts} == counts
 
 
 @pytest.mark.parametrize(

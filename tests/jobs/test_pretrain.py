@@ -48,7 +48,7 @@ def test_a_run_leaves_everything_behind(tiny: PretrainConfig, tmp_path: Path) ->
     assert load_config(RunFolder(run).config) == tiny
     assert RunFolder(run).read_state()["state"] == "finished"
     assert [entry.step for entry in checkpoint.entries(RunFolder(run).checkpoints)] == [4, 6]
-    backbone, _ = checkpoint.load_backbone(run)
+    backbone = checkpoint.load_backbone(run).backbone
     assert backbone(torch.zeros(2, 3, 16, 16)).shape == (2, 32)
 
 
@@ -134,9 +134,61 @@ def test_what_a_run_says_that_ends_so_is_what_helps(
     calm = [*command, "--optimizer.lr", "1e-4"]
     assert cli.run([*calm, "--resume"]) == 2
     assert "optimizer.lr: 0.0001 is not what the run was begun with, and a resumed" in capsys.readouterr().err
-    assert cli.run(["pretrain", "byol-vit-s", "--run", "run", "--resume"]) == 2
-    assert "preset: this one trains BYOL, but the run was begun with MoBY" in capsys.readouterr().err
+    for other in ("byol-vit-s", "synby-vit-tiny"):
+        assert cli.run(["pretrain", other, "--run", "run", "--resume"]) == 2
+        said = capsys.readouterr().err
+        assert f"preset: {other} is not what the run was begun with, which is moby-vit-tiny, and a resumed" in said
     assert cli.run([*calm, "--overwrite"]) == 0
+
+
+def constant(tiny: PretrainConfig) -> PretrainConfig:
+    """Without any schedule."""
+    optimizer = replace(tiny.optimizer, warmup_share=0.0, final_lr=tiny.optimizer.lr)
+    return replace(tiny, optimizer=optimizer, objective=replace(tiny.objective, momentum=1.0))
+
+
+def test_a_finished_run_goes_on_as_if_it_had_been_meant_so(
+    tiny: PretrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the bit where nothing follows a schedule; else by the longer run's schedules."""
+    config = constant(tiny)
+    pretrain(replace(config, steps=4), tmp_path / "short")
+    assert pretrain(config, tmp_path / "short", resume=True) == "finished"
+    assert "the run has 6 steps instead of 4, with all schedules as if" in " ".join(capsys.readouterr().err.split())
+    pretrain(config, tmp_path / "long")
+    same_run(tmp_path / "short", tmp_path / "long")
+    assert load_config(tmp_path / "short" / "config.json") == config
+
+
+def test_flags_lengthen_a_run_and_change_nothing_else(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = f"--data.real {digits / 'train'} --backbone.depth 1 --batch 16 --monitor.bank 0".split()
+    command = ["pretrain", "moby-vit-tiny", "--run", "run"]
+    assert cli.run([*command, *flags, "--steps", "2", "--epochs", "7"]) == 0
+    for more, message in (
+        (["--steps", "1"], "steps: 1 are 1 steps, and the run has done 2; give more, or begin another run"),
+        (
+            ["--steps", "3", "--seed", "1"],
+            "seed: 1 is not what the run was begun with, and a resumed run keeps all but",
+        ),
+    ):
+        assert cli.run([*command, "--resume", *more]) == 2
+        assert message in capsys.readouterr().err
+    assert load_config(tmp_path / "run" / "config.json").steps == 2
+    assert cli.run([*command, "--resume"]) == 0
+    assert cli.run([*command, "--resume", "--epochs", "0.05"]) == 0  # of 1,437 images: 5 steps
+    assert RunFolder(tmp_path / "run").read_state()["step"] == 5
+    own = load_config(tmp_path / "run" / "config.json")
+    assert (own.steps, own.epochs, own.preset) == (None, 0.05, "moby-vit-tiny")
+
+
+def test_a_run_whose_order_depends_on_its_length_keeps_it(tiny: PretrainConfig, tmp_path: Path) -> None:
+    config = replace(tiny, data=replace(tiny.data, final_synthetic_share=0.5), steps=2)
+    pretrain(config, tmp_path / "run")
+    with pytest.raises(InputError, match=r"steps: 6 is another length, and with data\.final_synthetic_share"):
+        pretrain(replace(config, steps=6), tmp_path / "run", resume=True)
 
 
 def test_held_out_knn_is_measured_at_start_and_end(tiny: PretrainConfig, digits: Path, tmp_path: Path) -> None:
@@ -326,7 +378,7 @@ def test_a_run_goes_on_with_its_own_shards_wherever_they_lie(
     shutil.copytree(digits / "train", tmp_path / "moved")
     assert resume(real="moved") == "finished"
     same_run(tmp_path / "whole", tmp_path / "run")
-    assert load_config(tmp_path / "run" / "config.json").data.real == str(tmp_path / "moved")
+    assert load_config(tmp_path / "run" / "config.json").data.real == (str(tmp_path / "moved"),)
 
 
 def test_a_scripted_overlap_reaches_the_draws() -> None:
@@ -342,8 +394,6 @@ def every_selection() -> dict[str, Callable[[PretrainConfig], PretrainConfig]]:
         "easiest": selecting(rule="easiest"),
         "random": selecting(rule="random"),
         "lowest-iou": selecting(rule="lowest-iou"),
-        "predicted": selecting(rule="predicted", every=2),
-        "residual": selecting(rule="residual"),
         "target": selecting(encoder="target"),
         "every": selecting(every=3),
         "bf16": selecting(precision="bf16"),
@@ -363,7 +413,7 @@ def test_every_variant_of_selection_trains(name: str, tiny: PretrainConfig, tmp_
     assert pretrain(config, tmp_path / "run") == "finished"
     found = rows(tmp_path / "run")
     scored = ~np.isnan(found["loss_BP"]).all(1)
-    expected = {"random": [], "lowest-iou": [], "two views": [], "every": [0], "predicted": [0, 2]}.get(name, [0, 1, 2])
+    expected = {"random": [], "lowest-iou": [], "two views": [], "every": [0]}.get(name, [0, 1, 2])
     assert sorted(set(found["step_B"][scored])) == expected
     # HVP offers seven ways to select, of which two run: each of ours has to make a difference, and the right one.
     if name in ("static", "resolution", "layer", "bf16"):
@@ -378,23 +428,6 @@ def test_every_variant_of_selection_trains(name: str, tiny: PretrainConfig, tmp_
     if name == "cross":
         first_B, second_B = np.array(pairs(4))[found["choice_B"]].T
         assert ((first_B + second_B) % 2 == 1).all()
-
-
-@pytest.mark.parametrize("rule", ["predicted", "residual"])
-def test_a_resumed_run_predicts_as_an_unbroken_one_and_logs_how_well(
-    rule: str, tiny: PretrainConfig, tmp_path: Path
-) -> None:
-    config = replace(tiny, selection=replace(tiny.selection, rule=rule, every=3), steps=8)
-    pretrain(config, tmp_path / "whole")
-    shutil.copytree(tmp_path / "whole", tmp_path / "run")
-    for path in (tmp_path / "run" / "checkpoints").glob("step-*"):
-        if int(path.stem.split("-")[1]) > 6:
-            path.unlink()
-    assert pretrain(config, tmp_path / "run", resume=True) == "finished"
-    same_run(tmp_path / "whole", tmp_path / "run")
-    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    judged = [line for line in lines if "selection/predicted_regret" in line]
-    assert judged and all(0 <= line["selection/predicted_agreement"] <= 1 for line in judged)
 
 
 def test_a_warm_up_longer_than_the_run_is_refused_before_anything_is_written(

@@ -20,7 +20,7 @@ from jobs.run.data import run_policy
 from jobs.run.folder import RunFolder
 from jobs.run.metrics import read_metrics
 from jobs.run.optim import Schedule, build_optimizer, set_step
-from jobs.run.presets import PRESETS, preset
+from jobs.run.presets import DEIT_S, PRESETS, preset
 from jobs.training import loop as trainer
 from models.backbones import BackboneConfig
 from models.negatives import NONE, NegativesConfig
@@ -262,6 +262,17 @@ def test_presets_have_the_papers_values() -> None:
         schedule = Schedule(moby.optimizer, 1024, 300 * 10, 10)
         assert (schedule.peak, schedule.lr(3000)) == pytest.approx((2e-3, 1e-5))
     assert {view.scale for view in run_policy(preset("moby-vit-tiny")).view_policies} == {(0.2, 1.0)}
+    assert preset("synby-deit-s").backbone == BackboneConfig("deit_small_patch16_224", drop_path=0.05)
+    synco = preset("synco-v2-vit-s")
+    assert synco.backbone == BackboneConfig(
+        "vit_small_patch16_224", heads=12, sincos=True, init="moco_v3", drop_path=0.2
+    )
+    assert replace(synco, backbone=DEIT_S) == replace(preset("synby-deit-s"), backbone=DEIT_S)
+    assert preset("dino-vit-s").backbone.positions == preset("ibot-hard-vit-s").backbone.positions == "plain"
+    colours = {name: preset(name).views.colour for name in PRESETS}
+    assert {name for name, colour in colours.items() if colour != "clamped"} == {"synby-vit-tiny", "moby-vit-tiny"}
+    bicubic = {name for name in PRESETS if preset(name).views.interpolation == "bicubic"}
+    assert bicubic == {f"{name}-vit-s" for name in ("dino", "dino-hard", "ibot", "ibot-hard")}
     simsiam = preset("simsiam-rn50")
     assert (simsiam.optimizer.lr, simsiam.optimizer.constant_predictor, simsiam.batch) == (0.05, True, 512)
     dino = preset("dino-hard-vit-s")

@@ -64,6 +64,24 @@ def test_report_shows_the_run_s_numbers(tmp_path: Path) -> None:
     assert "The longest phase of a step is “forward” with 70 %" in text
 
 
+def test_the_loss_is_drawn_beside_chance_and_marked_where_synthetic_negatives_are(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name) for name in ("one", "two")]
+    for run in runs:
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for row, line in enumerate(lines):
+            line["train/chance"] = 9.5 if 10 <= row < 30 else 8.5
+            if 10 <= row < 30:
+                line["train/loss_real"] = line["train/loss"] - 1
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (run / "state.json").write_text(json.dumps({"state": "finished", "verdict_figures": {"chance": 8.5}}))
+    text = report.write_report(runs, tmp_path / "report.html").read_text()
+    assert text.count("synthetic negatives begin: step 90") == text.count("synthetic negatives end: step 290") == 2
+    assert text.count('class="reference dotted"') == 4 and ">against real negatives alone<" in text
+    assert ">chance<" in text and "chance 8.5" in text  # the latter in the comparison
+    assert read_run(runs[0]).real_loss()[1][10] == lines[10]["train/loss"] - 1 == lines[10]["train/loss_real"]
+    assert read_run(make_run(tmp_path / "plain")).synthetic_span() == []
+
+
 def test_several_runs_get_tabs_and_a_comparison(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "one"), make_run(tmp_path / "two", seed=1)]
     reader = read(report.write_report(runs, tmp_path / "report.html").read_text())
@@ -109,6 +127,24 @@ def test_damaged_files_are_named_and_the_rest_is_shown(tmp_path: Path) -> None:
     assert "70.0 %" in text
 
 
+def test_a_class_without_test_images_has_a_row_in_the_confusion(tmp_path: Path) -> None:
+    text = report.write_report([make_run(tmp_path / "one")], tmp_path / "report.html").read_text()
+    assert "Confusion: knn" in text and text.count("emu without images") > 1
+
+
+@pytest.mark.parametrize("content", ['{"kind": "knn", "confusion": [[1, 2], [3]]}', '{"kind": "knn", "scores": 3}',
+                                     '{"kind": "knn", "per_class": [{}]}', '{"kind": "knn", "classes": [1],'
+                                     ' "confusion": [[1, 2], [3, 4]]}'])  # fmt: skip
+def test_no_section_ends_the_page(tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [make_run(tmp_path / "one"), make_run(tmp_path / "two")]
+    (runs[0] / "evaluation" / "knn.json").write_text(content)
+    text = report.write_report(runs, tmp_path / "report.html").read_text()
+    assert text.rstrip().endswith("</html>")
+    assert "This part could not be made (" in text and "This part could not be made (" in capsys.readouterr().err
+    assert "Images per second" in text  # of the other sections
+    read(text)
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no run folder"):
         report.main([str(tmp_path)])
@@ -144,6 +180,21 @@ def test_health_tells_a_sound_run_from_a_broken_one(tmp_path: Path) -> None:
     states = {check.name: check.state for check in checks(read_run(run))}
     assert [states[name] for name in ("Loss", "kNN", "Feature spread", "RankMe")] == ["bad"] * 4
     assert states["Gradients"] == "warn"
+
+
+def test_a_verdict_stands_on_top_with_what_to_try_and_a_falling_rank_is_no_tick(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "one")
+    words = {"verdict_reason": "loss 13.95, chance 13.86", "verdict_advice": "weaken the views"}
+    (run / "state.json").write_text(json.dumps({"state": "finished", "verdict": "not-learning", **words}))
+    lines = [{"step": step, "health/rankme": rank} for step, rank in ((40, 8.7), (240, 3.8))]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    first, *others = checks(read_run(run))
+    assert (first.name, first.state) == ("Verdict", "bad")
+    assert first.text == "not-learning: loss 13.95, chance 13.86; what to try first: weaken the views"
+    (rank,) = [check for check in others if check.name == "RankMe"]
+    assert rank.state == "warn" and rank.text == "3.8 effective dimensions, 8.7 at the start"
+    text = report.write_report([run], tmp_path / "report.html").read_text()
+    assert re.search(r'class="tiles"><dl class="tile"><dt>Verdict</dt><dd>not learning</dd>', text)
 
 
 # Charts

@@ -10,6 +10,7 @@ from PIL import Image
 
 from jobs import cli
 from jobs.compare import compare, draw, summary
+from jobs.reporting.compare import comparison
 from jobs.reporting.rundata import read_run
 from jobs.runs import RunState, ago, find_runs, last_values, list_runs
 from shards.errors import InputError
@@ -133,6 +134,21 @@ def test_numbers_side_by_side(pair: list[str]) -> None:
     assert content["settings"] == {"optimizer.lr": [0.1, 0.2]}
 
 
+def test_two_arms_are_compared_over_their_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {("random", 0): 0.5, ("random", 1): 0.6, ("hard", 0): 0.7, ("hard", 1): 0.75, ("hard", 2): 0.1}
+    paths = []
+    for (rule, seed), knn in values.items():
+        config = {"selection": {"rule": rule}, "seed": seed, "run": f"{rule}{seed}"}
+        paths.append(str(make_run(tmp_path / f"{rule}{seed}", [line(1, knn_top1=knn)], config=config)))
+    found = compare(paths)["differences"]["kNN"]
+    assert found["mean"] == pytest.approx(0.175) and found["seeds"] == 2
+    assert found["high"] - found["mean"] == pytest.approx(12.706 * 0.025, rel=1e-3)  # t of one degree of freedom
+    assert cli.run(["compare", *paths, "--out", str(tmp_path / "curves.png")]) == 0
+    assert "+17.5 (-14.3 to +49.3, 2 seeds)" in capsys.readouterr().out
+    assert "+17.5 (-14.3 to +49.3, 2 seeds)" in comparison([read_run(Path(path)) for path in paths])
+    assert compare(paths[:2])["differences"] == {} == compare([paths[0], paths[4]])["differences"]
+
+
 def test_the_best_of_an_accuracy_is_the_highest(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "a", [line(1, knn_top1=0.3), line(2, knn_top1=0.9), line(3, knn_top1=0.5)]))
     assert summary(run, "knn/top1") == {"last": 0.5, "best": 0.9, "best_step": 2}
@@ -140,7 +156,7 @@ def test_the_best_of_an_accuracy_is_the_highest(tmp_path: Path) -> None:
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
     paths = [str(make_run(tmp_path / place / "run", [])) for place in ("x", "y")]
-    assert compare(paths)["runs"] == paths
+    assert compare(paths)["runs"] == ["x/run", "y/run"]
 
 
 def test_the_picture_has_a_chart_per_metric(pair: list[str], tmp_path: Path) -> None:

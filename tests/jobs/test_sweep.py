@@ -89,6 +89,13 @@ def test_a_study_ends_with_table_picture_and_means_and_is_not_done_twice(digits,
         assert own["seed"] == int(row["seed"]) and own["objective"]["temperature"] == float(row["arm"].split("=")[1])
         assert row["state"] == "done" and row["step"] == row["steps"] == "2" and float(row["knn"]) > 0
     assert (tmp_path / "results.png").read_bytes()[:4] == b"\x89PNG"
+    # Scores stand beside those of raw pixels and of the backbone before training, and arms beside the first one.
+    assert "raw pixels" in said and "untrained" in said
+    assert summary["untrained"]["knn"]["n"] == summary["pixels"]["linear"]["n"] == 2
+    assert summary["pixels"]["knn"]["std"] == 0 < summary["pixels"]["knn"]["mean"]
+    beside = arm["beside"]["temperature=0.1"]["knn"]
+    firsts = summary["arms"]["temperature=0.1"]["knn"]
+    assert beside["seeds"] == 2 and beside["mean"] == pytest.approx(arm["knn"]["mean"] - firsts["mean"])
     before, scored = checkpoints(tmp_path), (tmp_path / rows[0]["run"] / "evaluation/sweep.json").stat().st_mtime_ns
     assert exit_code(flags(config)) == 0
     assert checkpoints(tmp_path) == before
@@ -229,6 +236,8 @@ def test_the_small_study_runs_all_its_arms(digits, tmp_path):
     assert {result.state for result in results} == {"done"}
     kept = json.loads((tmp_path / "synby-hard-target-seed0" / "config.json").read_text())
     assert kept["selection"]["encoder"] == "target" and kept["objective"]["negatives"]["mixing"] == 32
+    with pytest.raises(InputError, match=r"steps, epochs: each arm of cost-small has a length of its own"):
+        sweep.sweep(replace(config_of(digits, tmp_path), study="cost-small", axis=(), change=(), steps=3))
     with pytest.raises(InputError, match="arms: mocco unknown; this study has moby, synby, "):
         sweep.sweep(replace(config, arms=("mocco",)))
 
@@ -240,7 +249,7 @@ def test_the_small_study_runs_all_its_arms(digits, tmp_path):
         ({"test": "nowhere"}, "nowhere"),
         ({"minutes": -1.0}, "minutes: -1 must be 0 or above"),
         ({"probe_epochs": -1}, "probe_epochs: -1 must be 0 or above"),
-        ({"steps": 0}, "steps: 0 must be at least 1"),
+        ({"steps": -1}, "steps: -1 must be 0 or above"),
         (
             {"study": "simsiam-rn50", "axis": ("selection.encoder=online,target",), "change": ()},
             r"selection.encoder: target asked of an objective without a target encoder; take online \(arm encoder=tar",

@@ -1,9 +1,13 @@
 """Backbones from timm and MoCo v3's changes: what is asked for is what is built, or it is refused."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
+from timm.models.convnext import ConvNeXt
+from timm.models.eva import Eva
+from timm.models.resnet import ResNet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -14,6 +18,7 @@ from models.backbones import (
     build_backbone,
     feature_width,
     first_blocks,
+    resample_plainly,
     sincos_positions,
 )
 from models.heads import BatchNorm2d
@@ -23,12 +28,22 @@ from .toys import VIT, moby
 
 TINY_DEIT = BackboneConfig("deit_small_patch16_224", 32, width=48, depth=1, heads=12)
 SWIN = BackboneConfig("swin_tiny_patch4_window7_224", 56)
+DINO_V3 = BackboneConfig("vit_small_patch16_dinov3", 32, width=48, depth=1, heads=3)
+DINO_V2 = BackboneConfig("vit_small_patch14_reg4_dinov2", 28, width=48, depth=1, heads=3)
 
 
 @pytest.mark.parametrize(
     ("config", "kind", "width"),
-    [(VIT, VisionTransformer, 32), (TINY_DEIT, VisionTransformer, 48), (SWIN, SwinTransformer, 768)],
-    ids=["vit", "deit", "swin"],
+    [
+        (VIT, VisionTransformer, 32),
+        (TINY_DEIT, VisionTransformer, 48),
+        (SWIN, SwinTransformer, 768),
+        (DINO_V3, Eva, 48),
+        (DINO_V2, VisionTransformer, 48),
+        (BackboneConfig("convnext_atto", 64), ConvNeXt, 320),
+        (BackboneConfig("resnet10t", 64), ResNet, 512),
+    ],
+    ids=["vit", "deit", "swin", "dinov3", "dinov2", "convnext", "resnet"],
 )
 def test_kinds_and_other_view_sizes(config, kind, width):
     model = build_backbone(config, 0.0).eval()
@@ -95,11 +110,14 @@ def test_drop_path_is_each_encoders_own():
     [
         ({"name": "vit_bogus"}, "backbone.name: timm has no model 'vit_bogus'; for example"),
         (
-            {"name": "convnext_tiny"},
-            "backbone.name: convnext_tiny is a convnext model; take a ViT, DeiT, Swin or ResNet",
+            {"name": "mobilenetv3_small_050"},
+            "backbone.name: mobilenetv3_small_050 has BatchNorm, .* take a ResNet, or a family with LayerNorm",
         ),
-        ({"name": "resnet18", "heads": 3}, "backbone.heads: resnet18 is no ViT and has no such option; leave it out"),
-        ({"name": "resnet18", "sincos": True}, "backbone.sincos: resnet18 is no ViT"),
+        ({"name": "resnet18", "heads": 3}, "backbone.heads: resnet18 has no such option; leave it out"),
+        ({"name": "convnext_atto", "width": 64}, "backbone.width: convnext_atto has no such option; leave it out"),
+        ({"name": "vit_small_patch16_dinov3", "sincos": True}, "backbone.sincos: vit_small_patch16_dinov3 has no such"),
+        ({"name": "deit_small_distilled_patch16_224"}, "backbone.name: .* second class token for distillation; take"),
+        ({"name": "resnet18", "sincos": True}, "backbone.sincos: resnet18 has no such option"),
         ({"name": "resnet18", "batchnorm_mlp": True}, "backbone.batchnorm_mlp: resnet18 has no LayerNorm before MLPs"),
         ({"image_size": 30}, "backbone.image_size: 30 is no multiple of vit_tiny_patch16_224's patches of 16"),
         (
@@ -164,7 +182,43 @@ def test_moco_v3_s_initial_weights_have_its_standard_deviations():
     assert model.cls_token.abs().max() < 1e-5 and not model.patch_embed.proj.weight.requires_grad
     timm_s = build_backbone(replace(config, depth=2, init="timm"), 0.0)
     assert timm_s.blocks[1].attn.qkv.weight.std().item() == pytest.approx(0.02, rel=0.02)
-    with pytest.raises(ValueError, match=r"backbone.init: resnet18 is no ViT and has no such option; leave it out"):
+    with pytest.raises(ValueError, match=r"backbone.init: resnet18 has no such option; leave it out"):
         build_backbone(BackboneConfig("resnet18", init="moco_v3"), 0.0)
     with pytest.raises(ValueError, match=r"backbone.init: 'moco' is unknown; take timm or moco_v3"):
         BackboneConfig(init="moco")  # type: ignore[arg-type]
+
+
+def cubic_row(place, length):
+    """Weights of `length` values for the cubic convolution, a = −0.75, at `place`; the ends stand for all beyond."""
+    row = torch.zeros(length)
+    for near in range(math.floor(place) - 1, math.floor(place) + 3):
+        x, a = abs(place - near), -0.75
+        weight = (a + 2) * x**3 - (a + 3) * x**2 + 1 if x <= 1 else a * (x**3 - 5 * x**2 + 8 * x - 4)
+        row[min(max(near, 0), length - 1)] += weight
+    return row
+
+
+def test_plain_positions_are_the_cubic_convolution_without_antialiasing():
+    own = torch.randn(1, 14, 14, 5)
+    rows = torch.stack([cubic_row((i + 0.5) * 14 / 6.1 - 0.5, 14) for i in range(6)])
+    wanted = torch.einsum("ir,jc,rcd->ijd", rows, rows, own[0])
+    torch.testing.assert_close(resample_plainly(own, 6, 6)[0], wanted, rtol=1e-4, atol=1e-5)
+    assert resample_plainly(own, 14, 14) is own
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_medium_patch16_reg4_gap_256"])
+def test_only_views_of_other_sizes_see_how_positions_are_resampled(name):
+    config = BackboneConfig(name, 64, patch_size=8, width=32, depth=1, heads=2)
+    torch.manual_seed(0)
+    smooth = build_backbone(config, 0.0).eval()
+    plain = build_backbone(replace(config, positions="plain"), 0.0).eval()
+    plain.load_state_dict(smooth.state_dict())
+    large, small = torch.randn(2, 3, 64, 64), torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(large), smooth(large))
+        tokens, others = (model._pos_embed(model.patch_embed(small)) for model in (plain, smooth))
+    first = tokens.shape[1] - 9  # behind class and register tokens
+    assert torch.equal(tokens[:, :first], others[:, :first])
+    assert ((tokens - others)[:, first:].abs().mean((0, 2)) > 1e-3).all()
+    with pytest.raises(ValueError, match=r"backbone.positions: resnet18 has no such option"):
+        build_backbone(BackboneConfig("resnet18", positions="plain"), 0.0)

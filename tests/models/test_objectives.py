@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from models.backbones import BackboneConfig
 from models.contrast import contrastive_loss
@@ -375,6 +376,44 @@ def test_ibot_scores_and_chooses_as_dino_does_local_crops_included():
     assert torch.equal(scores[0].local_BPL, scores[1].local_BPL)
     assert len(scores[0].local_BPL.unique()) > 3
     assert scores[0].features_BND is None  # its loss wants patch tokens too
+
+
+@pytest.mark.parametrize("local_views", [0, 2])
+def test_ibot_can_score_masked_views_with_their_patches_and_train_with_the_same_masks(local_views):
+    """HVP's code: a pair's score is the loss of the image with exactly these masks."""
+    fields = {"masked_scores": True, "mask_probability": 0.8, "patch_weight": 0.7, "local_views": local_views}
+    objective = built("ibot", replace(STILL, patch_size=4), **fields)
+    objective.mask_token_D.data.normal_()
+    objective.patch_centre_K.normal_(std=0.1)
+    crops = crops_for("ibot", batch=3)
+    scores = objective.pair_losses(crops, SelectionConfig())
+    masks = scores.mask_BNHW
+    assert masks.shape == (3, 4, 4, 4) and masks.any() and not masks.all(3).all(2).any()
+    for pair in range(6):
+        chosen = objective.take(crops, torch.full((3,), pair), scores)
+        assert torch.equal(chosen.mask_B2HW, masks[:, list(pairs(4)[pair])])
+        for image in range(3):
+            own = {name: value[image : image + 1] for name, value in vars(chosen).items() if isinstance(value, Tensor)}
+            alone = replace(chosen, crops=tuple(c[image : image + 1] for c in chosen.crops), **own)
+            loss, _ = objective.loss(alone)
+            torch.testing.assert_close(loss.detach(), scores.losses_BP[image, pair], rtol=1e-4, atol=1e-5)
+    plain = replace(objective.config, masked_scores=False)
+    objective.config = plain
+    assert objective.pair_losses(crops, SelectionConfig()).mask_BNHW is None
+
+
+@pytest.mark.parametrize(
+    ("backbone", "selection", "field"),
+    [
+        (STILL, SelectionConfig(encoder="target"), "selection.encoder: target"),
+        (STILL, SelectionConfig(resolution=8), "selection.resolution: smaller views"),
+        (STILL, SelectionConfig(audit_every=2), "selection.audit_every: a comparison"),
+        (replace(STILL, batchnorm_mlp=True), SelectionConfig(), "backbone.batchnorm_mlp: statistics"),
+    ],
+)
+def test_what_masked_scores_cannot_go_with_is_refused(backbone, selection, field):
+    with pytest.raises(ValueError, match=f"{field}.* cannot go with objective.masked_scores; leave one of them out"):
+        built("ibot", backbone, masked_scores=True).check(selection)
 
 
 def naive_ibot_patches(o, globals_, masks):

@@ -16,6 +16,7 @@ from models.probes import (
     matching_probabilities,
     positives_report,
     rankme,
+    relative_alignment,
     task_statistics,
     uniformity,
     weighted_knn,
@@ -182,11 +183,16 @@ def test_alignment_and_uniformity_of_what_an_objective_compares(name):
     sources = torch.tensor([0, 1, 0, 0, 1, 2])  # of the last source, one image is too few
     found = positives_report(objective.positives, sources, ("real", "synthetic", "rare"))
     images = {"": range(6), "/real": (0, 2, 3), "/synthetic": (1, 4)}
-    assert found.keys() == {f"{kind}{suffix}" for kind in ("alignment", "uniformity") for suffix in images}
+    kinds = ("alignment", "relative_alignment", "uniformity")
+    assert found.keys() == {f"{kind}{suffix}" for kind in kinds for suffix in images}
     for suffix, own in images.items():
-        distances, potentials = [], []
+        distances, potentials, shares = [], [], []
         for first, second in pairs:
-            distances += [(on_sphere(first[i]) - on_sphere(second[i])).square().sum() for i in own]
+            apart = {(i, j): (on_sphere(first[i]) - on_sphere(second[j])).square().sum() for i in own for j in own}
+            same = [distance for (i, j), distance in apart.items() if i == j]
+            other = [distance for (i, j), distance in apart.items() if i != j]
+            distances += same
+            shares.append(torch.stack(same).mean() / torch.stack(other).mean())
             kernel = [
                 (-2 * (on_sphere(first[i]) - on_sphere(first[j])).square().sum()).exp()
                 for i in own
@@ -195,10 +201,19 @@ def test_alignment_and_uniformity_of_what_an_objective_compares(name):
             ]
             potentials.append(torch.stack(kernel).mean().log())
         torch.testing.assert_close(found[f"alignment{suffix}"], torch.stack(distances).mean(), rtol=1e-4, atol=1e-5)
+        share = found[f"relative_alignment{suffix}"]
+        torch.testing.assert_close(share, torch.stack(shares).mean(), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found[f"uniformity{suffix}"], torch.stack(potentials).mean(), rtol=1e-4, atol=1e-5)
     objective.watching = False
     objective.loss(chosen)
     assert objective.positives == []
+
+
+def test_relative_alignment_of_pairs_that_are_one_tell_nothing_or_all_are_one():
+    rows = unit_rows(500, 64)
+    assert relative_alignment(rows, rows) == 0
+    assert relative_alignment(rows, unit_rows(500, 64)) == pytest.approx(1, abs=0.02)
+    assert relative_alignment(rows[:1].expand(5, 64), rows[:1].expand(5, 64)).isnan()
 
 
 @pytest.mark.parametrize("name", CONFIGS)

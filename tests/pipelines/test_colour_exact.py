@@ -21,7 +21,7 @@ IMAGES = [photograph(seed)[:48, :48] for seed in range(2)] + edge_images(48)
 @pytest.mark.parametrize("case", CASES, ids=[f"{c.operation}-{c.values}".replace(" ", "_") for c in CASES])
 def test_exact_is_within_one_of_255(case: Case) -> None:
     apart = (EXACT(case) - torchvision_views(case, floating=True)).abs()
-    assert apart.max() <= (1 if case.params.solarize.any() else 0.001)
+    assert apart.max() <= (1 if case.params.solarize.any() else 0.002)
     assert apart.mean() < 0.001
 
 

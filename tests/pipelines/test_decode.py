@@ -21,6 +21,7 @@ from pipelines.decode import (
     DaliDecoder,
     DaliViews,
     PillowDecoder,
+    cubic_shares,
     find_broken,
     inner_share,
     open_decoder,
@@ -28,7 +29,7 @@ from pipelines.decode import (
 )
 from pipelines.draw import draw
 from pipelines.params import ViewParams
-from pipelines.policies import build_policy
+from pipelines.policies import Interpolation, build_policy
 from shards.errors import InputError
 
 SIZES = [(120, 180), (400, 470), (33, 20), (64, 300)]
@@ -149,11 +150,13 @@ def views_of(name: str, size: int, *counts: int) -> tuple[list[tuple[int, int]],
     return [(group.count, group.size) for group in policy.groups], [params[:, span] for span in policy.spans]
 
 
-def apart(images: list[torch.Tensor], crops_BnSS3: torch.Tensor, views: ViewParams) -> torch.Tensor:
+def apart(
+    images: list[torch.Tensor], crops_BnSS3: torch.Tensor, views: ViewParams, interpolation: Interpolation = "bilinear"
+) -> torch.Tensor:
     """[B, n, S, S, 3]: DALI's crops against torch's for the same boxes, of 255."""
     expected = torch.empty_like(crops_BnSS3)
     for row, image in enumerate(images):
-        crop_views(image, views[row], expected[row])
+        crop_views(image, views[row], expected[row], interpolation)
     return (crops_BnSS3.int() - expected.int()).abs().float()
 
 
@@ -188,6 +191,9 @@ def test_the_backends_agree_on_noise_at_every_scale(size: int, mean: float, heig
     difference = apart([torch.from_numpy(image)], crops, views)
     assert difference.max() <= 2
     assert difference.mean() <= mean  # the smaller the view, the more of it is border
+    (crops,) = DaliViews(1, [(3, size)], torch.device("cpu"), 1, "bicubic").crops([data], [views])
+    difference = apart([torch.from_numpy(image)], crops, views, "bicubic")
+    assert difference.max() <= 2 and difference.mean() <= max(mean, 0.06)
 
 
 def test_a_borders_share_is_the_weight_of_a_triangle_inside_the_box() -> None:
@@ -202,9 +208,24 @@ def test_a_borders_share_is_the_weight_of_a_triangle_inside_the_box() -> None:
     assert inner_share(np.array([4000]), 4)[0] == pytest.approx(7 / 8, abs=1e-3)
 
 
-def test_the_graph_for_a_gpu_can_be_defined_without_one() -> None:
+@pytest.mark.parametrize(("length", "size"), [(3, 3), (40, 8), (41, 7), (5, 13), (1, 4), (9, 1)])
+def test_a_pixels_share_is_the_weight_of_a_cubic_inside_the_box(length: int, size: int) -> None:
+    def cubic(x: float) -> float:
+        """Keys (1981), equation 15, a = −1/2."""
+        x = abs(x)
+        return 1.5 * x**3 - 2.5 * x**2 + 1 if x < 1 else -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2 if x < 2 else 0
+
+    scale = length / size
+    for pixel, share in enumerate(cubic_shares(length, size).tolist()):
+        taps = range(-3 * length - 9, 4 * length + 9)
+        weights = {tap: cubic((tap + 0.5 - scale * (pixel + 0.5)) / max(scale, 1)) for tap in taps}
+        assert share == pytest.approx(sum(weights[tap] for tap in range(length)) / sum(weights.values()), abs=1e-6)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_the_graph_for_a_gpu_can_be_defined_without_one(interpolation: Interpolation) -> None:
     """DALI checks every operator's device and arguments then; building is what a machine without a GPU cannot do."""
-    graph = views_graph(4, [(2, 32), (3, 16)], torch.device("cuda", 0), 2)
+    graph = views_graph(4, [(2, 32), (3, 16)], torch.device("cuda", 0), 2, interpolation)
     assert graph.device_id == 0
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="CUDA is not available"):
@@ -274,3 +295,19 @@ def test_crops_are_torchs_antialiased_resize(size: int) -> None:
         found = crops[view].permute(2, 0, 1)[None]
         assert torch.equal(found, uint8)
         assert (found - exact).abs().max() <= 1.01
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(150, 200, 64), (40, 30, 96), (90, 40, 64)])
+def test_bicubic_crops_are_pillows(height: int, width: int, size: int) -> None:
+    """What DINO's and iBOT's loaders resize with; columns before rows, as Pillow does where it is to do both."""
+    image = pixels(height, width)
+    boxes = [(0, 0, height, width), (3, 4, height // 2, width // 3), (1, 1, 5, 6)]
+    views = replace(ViewParams.identity(*np.array(boxes, np.int32).T), flip=np.array([False, True, False]))
+    crops = torch.empty(3, size, size, 3, dtype=torch.uint8)
+    crop_views(torch.from_numpy(image), views, crops, "bicubic")
+    for (top, left, high, wide), flip, crop in zip(boxes, views.flip, crops.numpy(), strict=True):
+        patch = Image.fromarray(image[top : top + high, left : left + wide])
+        pillow = patch.resize((size, high), Image.Resampling.BICUBIC).resize((size, size), Image.Resampling.BICUBIC)
+        expected = np.asarray(pillow)[:, ::-1] if flip else np.asarray(pillow)
+        apart = np.abs(crop.astype(int) - expected.astype(int))
+        assert apart.max() <= 2 and apart.mean() <= 0.02

@@ -61,6 +61,7 @@ def test_every_policy_builds_at_any_size_with_any_views(name: str) -> None:
         (lambda: ViewPolicy(blur_sigma=(0, 2)), "blur_sigma"),
         (lambda: ViewGroup((), 2, 32), "views"),
         (lambda: Policy(()), "groups"),
+        (lambda: replace(build_policy("dino", 224), interpolation="cubic"), "take bilinear or bicubic"),
         (lambda: IouScript(start=(0.5, 0.2)), "start"),
         (lambda: IouScript(tries=0), "tries: 0"),
         (lambda: IouScript(samples=-1), "samples: -1"),

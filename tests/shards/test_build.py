@@ -340,4 +340,4 @@ def test_shards_with_seeds_go_on_where_they_stopped(tmp_path: Path) -> None:
     seed = manifest.columns(np.array([6, 0])).seed
     assert seed is not None
     assert seed.tolist() == [6, 0]
-    assert manifest.provenance == {"generator": "test", "quarantined": 0}
+    assert manifest.provenance == {"generator": "test", "quarantined": 0, "duplicates": 0}

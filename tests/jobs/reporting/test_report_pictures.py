@@ -47,7 +47,8 @@ def test_captions_name_what_was_done(run: RunFolder) -> None:
             share = rows.params.height[i, v] * rows.params.width[i, v] / rows.sizes_B2[i].prod()
             assert words.startswith(f"{100 * share:.0f} % area")
             assert ("gray" in words) == rows.params.gray[i, v]
-            assert ("h " in words) == rows.params.jitter[i, v]
+            hue = abs(rows.params.hue[i, v]) >= 0.005
+            assert ("h " in words) == (rows.params.jitter[i, v] and hue) and "1.00" not in words
             assert ("blur" in words) == (rows.params.blur[i, v] > 0)
 
 

@@ -1,15 +1,23 @@
 """Studies as configurations: arms, axes, changes, and what is said of those that do not fit."""
 
+import math
 from dataclasses import replace
 
 import pytest
+import scipy.stats
+import torch
 
-from jobs.run.config import PretrainConfig
+from jobs.run.config import PretrainConfig, to_plain
 from jobs.run.presets import preset
+from jobs.studies.difference import Difference, difference, in_points
+from jobs.studies.output import table_of
 from jobs.studies.plan import arms_of, changed, differences, members, shared_changes
+from jobs.studies.plot import axis_of_numbers
 from jobs.studies.ready import STUDIES, study
-from jobs.studies.results import RunResult, axis_of_numbers, seconds_left, span, spread, summarise
-from models.objectives import MoBYConfig
+from jobs.studies.results import RunResult, seconds_left, span
+from jobs.studies.summary import compared, spread, summarise
+from jobs.training.opening import make_objective
+from models.objectives import Length, MoBYConfig, SimCLRConfig
 from models.selection import SelectionConfig
 from shards.errors import InputError
 
@@ -151,7 +159,7 @@ def test_means_and_deviations_are_of_finished_runs():
     found = summarise([*done, result("a", 2, "trained", images_per_second=1.0), result("b", 0, "failed")])
     assert found["a"]["knn"]["mean"] == pytest.approx(0.6) and found["a"]["knn"]["std"] == pytest.approx(0.02**0.5)
     assert found["a"]["knn"]["values"] == [0.5, 0.7] and found["a"]["images_per_second"]["mean"] == 100
-    assert found["b"] == {"images_per_second": None} and spread([0.3])["std"] is None
+    assert found["b"] == {"images_per_second": None, "verdicts": {}} and spread({4: 0.3})["std"] is None
 
 
 def test_the_time_left_counts_each_arm_at_its_own_speed():
@@ -172,3 +180,50 @@ def test_an_axis_of_numbers_is_drawn_along_its_values():
     assert axis_of_numbers(arms_of(["optimizer.lr=0.1,0.2"])) == ("optimizer.lr", {"lr=0.1": 0.1, "lr=0.2": 0.2})
     assert axis_of_numbers(arms_of(["optimizer.lr=0.1,0.2", "batch=1,2"])) is None
     assert axis_of_numbers(arms_of(["backbone.sincos=false,true"])) is None
+
+
+def test_a_difference_is_paired_over_shared_seeds_with_student_s_interval():
+    one, other = {0: 0.5, 1: 0.7, 2: 0.9, 5: 0.1}, {0: 0.4, 1: 0.5, 2: 0.6, 7: 0.9}
+    found = difference(one, other)
+    reference = scipy.stats.ttest_rel([0.5, 0.7, 0.9], [0.4, 0.5, 0.6]).confidence_interval(0.95)
+    assert found == Difference(pytest.approx(0.2), pytest.approx(reference.low), pytest.approx(reference.high), 3)
+    assert in_points(found) == "+20.0 (-4.8 to +44.8, 3 seeds)"
+    assert difference({0: 0.5}, other) == Difference(pytest.approx(0.1), None, None, 1)
+    assert difference({0: 0.5}, {1: 0.5}) is None
+
+
+def test_a_study_of_costs_compares_at_the_same_steps_and_at_the_same_time():
+    chosen = STUDIES["cost-small"]
+    values = {"random-240": (0.6, 0.7), "random-390": (0.8, 0.9), "hard-240": (0.75, 0.8), "lowest-iou-480": (0.9,)}
+    results = [
+        result(arm, seed, "done", scores={"knn": value}, verdict="learning")
+        for arm, own in values.items()
+        for seed, value in enumerate(own)
+    ]
+    found = compared(summarise(results), chosen)
+    assert found["random-240"] == {}
+    assert found["hard-240"]["random-240"]["knn"].mean == pytest.approx((0.15 + 0.1) / 2)
+    at = chosen.time["hard-240"]
+    share = math.log(at / 240) / math.log(390 / 240)
+    plain = [0.6 + 0.2 * share, 0.7 + 0.2 * share]
+    assert found["hard-240"]["same time"]["knn"].mean == pytest.approx(0.775 - sum(plain) / 2)
+    assert found["lowest-iou-480"] == {"random-480": {}, "same time": {}}  # nothing of that length to compare with
+    cells = [list(column.cells) for column in table_of(results, chosen).columns]
+    assert cells[1][2] == "77.5 ± 3.5 % (2)" and cells[-2][2] == "2 learning"
+
+
+def test_the_ready_studies_are_configurations_that_can_be_built():
+    for name in ("objectives-small", "claims-small", "cost-small"):
+        chosen = STUDIES[name]
+        for member in members(chosen.base(), chosen.arms, 1):
+            length = Length(member.config.steps, 11.2)
+            make_objective(member.config, length, torch.device("meta"))
+        assert set(chosen.against) <= set(chosen.arms) and set(chosen.against.values()) <= set(chosen.arms)
+        assert set(chosen.plain) <= set(chosen.time) <= set(chosen.arms)
+
+
+def test_a_change_can_be_a_whole_objective():
+    plain = to_plain(replace(PretrainConfig(), objective=SimCLRConfig(width=64)))["objective"]
+    assert changed(PretrainConfig(), {"objective": plain}).objective == SimCLRConfig(width=64)
+    with pytest.raises(InputError, match="objective: has fields of its own; name one, such as objective"):
+        changed(PretrainConfig(), {"objective": "simclr"})

@@ -165,10 +165,12 @@ def overlap(params: ViewParams, image: int, a: int, b: int) -> float:
 
 
 def test_choices_are_told_by_source_as_the_log_has_them(tiny: PretrainConfig, tmp_path: Path) -> None:
-    pretrain(replace(tiny, steps=2), tmp_path / "run")  # its only line is about both steps
+    selection = replace(tiny.selection, random_share=0.4)
+    pretrain(replace(tiny, steps=2, selection=selection), tmp_path / "run")  # its only line is about both steps
     (line,) = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "selection/chosen_iou" in line]
     (log,) = open_log(RunFolder(tmp_path / "run").log).chunks(1000)
     wanted: dict[str, list[float]] = {}
+    gains = []
     for image, (choice, source) in enumerate(zip(log.choice_B, log.source_B, strict=True)):
         ious = [overlap(log.params, image, a, b) for a, b in pairs(4)]
         losses = log.loss_BP[image]
@@ -176,12 +178,16 @@ def test_choices_are_told_by_source_as_the_log_has_them(tiny: PretrainConfig, tm
             "chosen_iou": ious[choice],
             "lowest_iou_share": float(ious[choice] == min(ious)),
             "chosen_loss": losses[choice],
-            "gain": losses[choice] - losses.mean(),
         }
+        gains.append(losses[choice] - losses.mean())
+        if not log.at_random_B[image]:  # the rule chose nothing there
+            found["gain"] = gains[-1]
         for name, value in found.items():
             for suffix in ("", ("/real", "/synthetic")[source]):
                 wanted.setdefault(f"selection/{name}{suffix}", []).append(value)
-    assert len(wanted) == 4 * 3 and len(wanted["selection/chosen_iou"]) == 32
+    assert len(wanted) == 4 * 3 and 32 == len(wanted["selection/chosen_iou"]) > len(wanted["selection/gain"])
+    # Synthetic negatives do not take part in scores.
+    assert line["train/loss_random_pair"] == pytest.approx(line["train/loss_real"] - np.mean(gains), rel=1e-5)
     for name, values in wanted.items():
         assert line[name] == pytest.approx(np.mean(values), rel=1e-4), name
 

@@ -14,6 +14,7 @@ from object_store import Store, environment, object_store
 from stored_samples import labelled
 
 from shards.errors import InputError
+from shards.index import index
 from shards.sources.base import Options, Record
 from shards.sources.containers import Container, steadily
 from shards.sources.folders import fetch_many
@@ -258,10 +259,10 @@ class Flaky:
     def __init__(self, failures: int) -> None:
         self.failures = failures
 
-    def cat(self, paths: list[str], on_error: str) -> dict[str, bytes | Exception]:
+    def cat_ranges(self, paths: list[str], start: None, end: None, on_error: str) -> list[bytes | Exception]:
         self.failures -= 1
         fails = self.failures >= 0
-        return {path: FileNotFoundError() if path == "gone" else OSError("cut") if fails else b"x" for path in paths}
+        return [FileNotFoundError() if path == "gone" else OSError("cut") if fails else b"x" for path in paths]
 
 
 @pytest.fixture
@@ -309,3 +310,80 @@ def test_a_cut_connection_goes_on_behind_the_last_image() -> None:
 )
 def test_keys_are_safe_names(name: str, key: str) -> None:
     assert sample_key(7, name) == key
+
+
+SYSTEM = ("__MACOSX/ant/._a.jpg", "__MACOSX/b.jpg", "ant/._b.jpg", "@eaDir/ant/c.jpg", "ant/@eaDir/d.jpg/e.jpg",
+          "ant/.ipynb_checkpoints/f.jpg", ".Trash/g.jpg", "ant/Thumbs.db", "desktop.ini")  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["imagefolder", "folder", "tars", "parquet"])
+@pytest.mark.parametrize("where", ["local", "remote"])
+def test_what_systems_leave_behind_is_no_data(tmp_path: Path, kind: str, where: str) -> None:
+    images = imagefolder(tmp_path / "images", 6)
+    for number, name in enumerate(SYSTEM):
+        (images / name).parent.mkdir(parents=True, exist_ok=True)
+        (images / name).write_bytes(photo(60 + number))
+    root = tmp_path / "source"
+    root.mkdir()
+    if kind == "tars":
+        paths = sorted(path for path in images.rglob("*") if path.is_file())
+        write_tar(root / "a.tar", [(f"./{path.relative_to(images)}", path.read_bytes()) for path in paths])
+    elif kind == "parquet":
+        table = pa.table({"image": [photo(i, "PNG" if i % 5 == 4 else "JPEG") for i in range(6)]})
+        pq.write_table(table, root / "a.parquet")
+    else:
+        root = images
+    (root / "@eaDir").mkdir(exist_ok=True)
+    for name in ("._a", "@eaDir/a"):  # what stands beside containers
+        (root / f"{name}.{'tar' if kind == 'tars' else 'parquet'}").write_bytes(b"\0\5\x16\7")
+    path = str(root)
+    if where == "remote":
+        path = f"memory://{tmp_path.name}-{kind}"
+        fsspec.filesystem("memory").put(f"{root}/", path, recursive=True)
+    manifest = build_at(f"{kind}:{path}", tmp_path / "out")
+    expected = {photo(i, "PNG" if i % 5 == 4 else "JPEG") for i in range(6)}
+    assert set(labelled(manifest, tmp_path / "out")) == expected
+    assert manifest.classes == (CLASSES if kind == "imagefolder" else ())
+    assert (tmp_path / "out" / "quarantine.jsonl").read_text() == ""
+    if kind == "tars" and where == "local":
+        assert len(index(root, "real", LOCAL)) == 6
+
+
+@pytest.mark.parametrize("folder", ["what?", "set [2024]", "run::1", "a*b", "{a,b}", "100 %20"])
+def test_signs_of_patterns_are_parts_of_a_local_name(tmp_path: Path, folder: str) -> None:
+    root = tmp_path / folder
+    root.mkdir()
+    for number, name in enumerate(("a[1]", "b?")):
+        write_tar(root / f"{name}.tar", [(f"{number}.jpg", photo(number))])
+    (tmp_path / "whatX").mkdir()
+    write_tar(tmp_path / "whatX" / "c.tar", [("c.jpg", photo(2))])
+    (root / "images" / "ant").mkdir(parents=True)
+    for number, name in enumerate(("a[1].jpg", "b?.jpg")):
+        (root / "images" / "ant" / name).write_bytes(photo(number))
+    both, one = {photo(0), photo(1)}, {photo(0)}
+    sources = {"tars:": both, "tars:/*.tar": both, "tars:/a[1].tar": one, "tars:/?[1].tar": one,
+               "imagefolder:/images": both, "folder:/images/ant": both}  # fmt: skip
+    for number, (source, expected) in enumerate(sources.items()):
+        kind, _, rest = source.partition(":")
+        manifest = build_at(f"{kind}:{root}{rest}", tmp_path / f"out{number}")
+        assert set(labelled(manifest, tmp_path / f"out{number}")) == expected
+
+
+def test_objects_with_brackets_markers_of_folders_and_a_missing_bucket(tmp_path: Path, service: Store) -> None:
+    service.faults(lambda _: "")
+    store = fsspec.filesystem("s3")
+    for number, key in enumerate(("IMG[1].jpg", "b?.jpg", "c*.jpg", "d.jpg")):
+        store.pipe_file(f"data/odd/ant/{key}", photo(number))
+    for marker in ("odd/", "odd/ant/", "odd/empty/"):
+        store.call_s3("put_object", Bucket="data", Key=marker, Body=b"")
+    write_tar(tmp_path / "set.tar", [("a.jpg", photo(5))])
+    store.pipe_file("data/odd-tars/set[1].tar", (tmp_path / "set.tar").read_bytes())
+    store.invalidate_cache()
+    manifest = build_at("imagefolder:s3://data/odd", tmp_path / "out")
+    assert set(labelled(manifest, tmp_path / "out")) == {photo(number) for number in range(4)}
+    assert (tmp_path / "out" / "quarantine.jsonl").read_bytes() == b""
+    for number, name in enumerate(("", "/set[1].tar", "/*.tar")):
+        assert len(build_at(f"tars:s3://data/odd-tars{name}", tmp_path / f"tars{number}")) == 1
+    for kind in ("imagefolder", "folder", "tars", "parquet"):
+        with pytest.raises(InputError, match=r"nobucket/images: .*; (check|name)"):
+            open_source(f"{kind}:s3://nobucket/images", Options(10), LOCAL)

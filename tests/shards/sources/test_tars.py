@@ -99,6 +99,30 @@ def test_links_stand_for_files_of_the_tar(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("end_mark", [True, False])
+def test_tars_in_a_tar_are_read_where_they_lie(tmp_path: Path, end_mark: bool) -> None:
+    """ImageNet as it is distributed: a tar of tars, one for each class."""
+    inner = []
+    for name, seeds in (("n01", (0, 1)), ("n02", (2,))):
+        write_tar(tmp_path / "inner.tar", [(f"{name}_{seed}.JPEG", photo(seed)) for seed in seeds])
+        content = (tmp_path / "inner.tar").read_bytes()
+        stored = len(content.rstrip(b"\0"))
+        inner.append((f"{name}.tar", content if end_mark else content[: -(-stored // 512) * 512]))
+    (tmp_path / "inner.tar").unlink()
+    write_tar(tmp_path / "all.tar", [("a.jpg", photo(3)), inner[0], ("b.jpg", photo(4)), inner[1]])
+    built = build_at(f"tars:{tmp_path / 'all.tar'}", tmp_path / "out", label_from="folder")
+    assert built.classes == ("all", "n01", "n02")
+    expected = {photo(3): 0, photo(0): 1, photo(1): 1, photo(4): 0, photo(2): 2}
+    assert images(tmp_path / "out") == expected
+    assert left_out(tmp_path / "out") == {}
+    whole = (tmp_path / "all.tar").read_bytes()
+    cut = whole.index(inner[1][1][512:700]) + 20
+    (tmp_path / "all.tar").write_bytes(whole[:cut])
+    build_at(f"tars:{tmp_path / 'all.tar'}", tmp_path / "cut", label_from="folder")
+    assert list(images(tmp_path / "cut")) == [photo(3), photo(0), photo(1), photo(4)]
+    assert "the tar ends inside this image" in left_out(tmp_path / "cut").values()
+
+
 def test_a_name_that_comes_twice_is_two_samples(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("a.jpg", photo(0)), ("a.cls", b"0"), ("a.jpg", photo(1)), ("a.cls", b"1")])
     both_ways(tmp_path)
@@ -160,8 +184,6 @@ def test_images_that_fit_alike_are_refused_until_one_is_chosen(tmp_path: Path) -
     index(tmp_path, "real", LOCAL, image="JPG")
     assert list(images(tmp_path)) == list(images(tmp_path / "out")) == [photo(0)]
     assert left_out(tmp_path / "out") == {"a.tar/1": "no jpg among its files (png)"}
-    with pytest.raises(InputError, match="--split: tars: has no choice of it"):
-        build_at(f"tars:{tmp_path}", tmp_path / "out", split="train")
 
 
 def sparse_tar(path: Path, form: str, content: bytes, stretches: list[tuple[int, int]]) -> None:
