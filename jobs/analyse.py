@@ -56,6 +56,8 @@ def analyse(
     Raises:
         InputError: no log, or no rows in those steps.
     """
+    if not 0 <= seed < 1 << 32:
+        raise InputError(f"seed: {seed} must lie between 0 and {(1 << 32) - 1}")
     log = open_log(RunFolder(run).log)
     window = selected_steps(log, parse_steps(steps))
     if pairs < MIN_PAIRS:

@@ -48,6 +48,9 @@ class BuildConfig:
     split: str | None = None
     """Which split to take, such as train, where names of files or folders tell of several (train/cat/1.jpg,
     train-00000-of-00012.parquet)."""
+    exclude: Path | None = None
+    """duplicates.csv of `hardviews duplicates` from shards of these images, built with the same settings: all of a
+    group but the first are left out."""
     check: Literal["full", "header"] = "full"
     """full: decode every image; header: read only its header and end (several times faster, finds fewer faults)."""
     resize_short: int | None = None
@@ -84,6 +87,7 @@ def run(config: BuildConfig) -> Manifest:
         label_from=config.label_from,
         labels=config.labels,
         split=config.split,
+        exclude=config.exclude,
     )
     left_out = 0
     with progress("building", planned.images, "images") as bar:

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from jobs.reporting.charts import smooth
 from jobs.reporting.compare import PLACES, arm_differences
-from jobs.reporting.rundata import RunData, flatten, read_run
-from jobs.reporting.sections import best_scores
+from jobs.reporting.protocols import side_by_side
+from jobs.reporting.rundata import RunData, flatten, read_run, told_apart
 from jobs.run.terminal import console, parse, tables
 from jobs.studies.difference import Difference, in_points
 from shards.errors import InputError
@@ -42,35 +42,31 @@ def compare(paths: Sequence[str], metrics: Sequence[str] = ()) -> dict[str, Any]
 
     Returns:
         `runs`: names; `verdicts`: as judged while they trained, None where nothing was; `metrics`: by name, per run
-        the last and the best value and the best one's step (None where it was not logged); `scores`: evaluations by
-        name, per run; `differences`: where the runs are two arms with seeds in common, by score the second arm's less
-        the first's with its 95 % interval; `settings`: those that differ, per run.
+        the last and the best value and the best one's step (None where it was not logged); `scores`: top-1 by
+        protocol, per run (None where it was not scored so); `differences`: where the runs are two arms with seeds in
+        common, by score the second arm's less the first's with its 95 % interval; `settings`: those that differ, per
+        run.
 
     Raises:
         InputError: fewer than two runs, a folder that is none, or a metric that no run logged.
     """
     if len(paths) < 2:
         raise InputError(f"runs: {len(paths)} given; name two run folders or more")
-    runs = [read_run(Path(path)) for path in paths]
+    runs = told_apart([read_run(Path(path)) for path in paths])
     flats = [flatten(run.config) for run in runs]
     keys = [key for key in dict.fromkeys(key for flat in flats for key in flat) if key not in PLACES]
-    scored = [{name: top1 for name, top1, _ in best_scores(run)} for run in runs]
     return {
-        "runs": names_of(runs),
+        "runs": [run.name for run in runs],
         "verdicts": [run.state.get("verdict") for run in runs],
         "metrics": {name: [summary(run, name) for run in runs] for name in chosen_metrics(runs, metrics)},
-        "scores": {name: [one.get(name) for one in scored] for name in dict.fromkeys(n for one in scored for n in one)},
+        "scores": {
+            label: [None if score is None else score.top1 for score in row] for label, row in side_by_side(runs).items()
+        },
         "differences": {name: asdict(pair) for name, pair in arm_differences(runs).items()},
         "settings": {
             key: [flat.get(key) for flat in flats] for key in keys if len({repr(flat.get(key)) for flat in flats}) > 1
         },
     }
-
-
-def names_of(runs: Sequence[RunData]) -> list[str]:
-    """Names of the runs' folders, or their paths where two have the same name."""
-    names = [run.name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
 
 
 def chosen_metrics(runs: Sequence[RunData], asked: Sequence[str]) -> list[str]:

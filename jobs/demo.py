@@ -1,5 +1,6 @@
 """`hardviews demo`: the whole system on real images, in minutes on two cores, by the jobs that users run one by one."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -41,9 +42,10 @@ from shards.manifest import Manifest, open_manifest
 MINUTES = 6 / 960  # a step, on two cores with bf16 units
 SHARD_SAMPLES = 200  # several shards even of a small data set, so that shuffling has something to shuffle
 CONFIRMED = 2 / 3  # share of a clone's classes that a kNN has to confirm before it is trained on
-CLONED_SIDE = 40  # pixels a side up to which minutes of diffusion training draw more than mush
+SMALL = 40  # pixels a side up to which images get views of 32
+CLONED = 16  # pixels a side up to which minutes of diffusion training draw more than mush
 PRETRAINED = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-DIFFUSION = TrainSettings(side=8, seconds=None)
+DIFFUSION = TrainSettings(seconds=None)
 HARD = SelectionConfig(views=4, rule="hardest")
 # A step with hard views scores four views before it trains on two: about the time of two plain ones. The number is
 # fixed, so that what is learned does not depend on the machine.
@@ -87,11 +89,13 @@ class Arm:
 
 @dataclass(frozen=True)
 class Setting:
-    """What suits the images: the views, their side and a ViT's patches (pixels), and why."""
+    """What suits the images: the views, their side and a ViT's patches (pixels), a clone, and why."""
 
     views: ViewsConfig
     side: int
     patch: int
+    cloned: int
+    """Pixels a side at which a clone is drawn, as many as the images have; 0 = none is."""
     reason: str
 
 
@@ -108,7 +112,7 @@ def demo(config: DemoConfig) -> Path:
     say(
         f"Builds shards and, of small images, a synthetic clone; trains a small ViT without labels three times, with "
         f"random pairs of views and with hard ones, {steps:,} steps of 128 images in all; then measures and reports. "
-        f"About {1 + MINUTES * steps:.0f} minutes on two free cores."
+        f"About {1 + MINUTES * steps:.0f} min on two free cores."
     )
     heading(1, "real images, as shards")
     if config.images is None:
@@ -153,7 +157,11 @@ def arms_of(steps: int) -> dict[str, Arm]:
 def digits_setting() -> Setting:
     """For the scanned digits."""
     return Setting(
-        DIGIT_VIEWS, 32, 8, "Views for digits: crops from half of the area, brightness and contrast; no mirror images."
+        DIGIT_VIEWS,
+        32,
+        8,
+        8,
+        "Views for digits: crops from half of the area, brightness and contrast; no mirror images.",
     )
 
 
@@ -163,13 +171,14 @@ def folder_setting(real: Manifest) -> Setting:
     short = int(np.median(np.minimum(columns.height, columns.width)))
     sample, _ = read_images(real, 32, 200)
     gray = bool((sample == sample[..., :1]).all())
-    side, patch = (32, 8) if short <= CLONED_SIDE else (64, 16)
+    side, patch = (32, 8) if short <= SMALL else (64, 16)
+    cloned = 4 * max(2, math.ceil(short / 4)) if short <= CLONED else 0
     colours = "gray: no jitter of colours" if gray else "in colour: jitter of colours, some views gray"
     reason = (
         f"They are about {short} pixels a side and {colours}. Views of {side} pixels by policy `small`: crops from a "
         f"fifth of the area, mirror images, no blur."
     )
-    return Setting(GRAY_VIEWS if gray else COLOUR_VIEWS, side, patch, reason)
+    return Setting(GRAY_VIEWS if gray else COLOUR_VIEWS, side, patch, cloned, reason)
 
 
 def make_clone(config: DemoConfig, real: Manifest, setting: Setting) -> bool:
@@ -180,8 +189,8 @@ def make_clone(config: DemoConfig, real: Manifest, setting: Setting) -> bool:
         f"A pretrained text-to-image pipeline draws a better one, for `hardviews pretrain --data.synthetic`: hardviews "
         f"generate --pipeline {PRETRAINED} --like {shards / 'real'} --out {shards / 'pretrained'}"
     )
-    if setting.side > CLONED_SIDE:
-        say(f"None: minutes of training draw no photographs, so only real images are trained on. {other}")
+    if not setting.cloned:
+        say(f"None: minutes of training draw no images of this size, so only real ones are trained on. {other}")
         return False
     generate(
         GenerateConfig(
@@ -189,15 +198,14 @@ def make_clone(config: DemoConfig, real: Manifest, setting: Setting) -> bool:
             like=str(shards / "real"),
             out=shards / "synthetic",
             train_on=str(shards / "real"),
-            train=replace(DIFFUSION, steps=config.diffusion_steps, seed=config.seed),
+            train=replace(DIFFUSION, side=setting.cloned, steps=config.diffusion_steps, seed=config.seed),
             seed=config.seed,
             batch=200,
             shard_samples=SHARD_SAMPLES,
         )
     )
-    side = DIFFUSION.side
     clone = open_manifest(shards / "synthetic")
-    share = confirmed(*read_images(clone, side), *read_images(real, side))
+    share = confirmed(*read_images(clone, setting.cloned), *read_images(real, setting.cloned))
     good = share >= CONFIRMED
     say(
         f"A kNN on the real images confirms the class of {share:.1%} of {len(clone):,} synthetic images; "
@@ -215,7 +223,9 @@ def arm_config(config: DemoConfig, arm: Arm, setting: Setting, cloned: bool) -> 
     return replace(
         base,
         data=DataConfig(
-            real=str(shards / "real"), synthetic=str(shards / "synthetic") if cloned else "", synthetic_share=0.5
+            real=(str(shards / "real"),),
+            synthetic=(str(shards / "synthetic"),) if cloned else (),
+            synthetic_share=0.5,
         ),
         views=setting.views,
         selection=arm.selection,

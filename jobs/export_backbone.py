@@ -11,7 +11,6 @@ from jobs.reporting.rundata import read_run
 from jobs.run.checkpoint import Which, load_backbone
 from jobs.run.folder import open_run
 from jobs.run.terminal import parse
-from models.objectives import kept_encoder
 from shards.errors import InputError
 
 
@@ -32,6 +31,8 @@ class ExportBackboneConfig:
     """Write model.onnx too."""
     only_onnx: bool = False
     """Write model.onnx alone, for an architecture that timm cannot build."""
+    licence: str = ""
+    """Licence of the weights for the model card and config.json, such as apache-2.0; empty = none is declared."""
     overwrite: bool = False
     """Write into a folder that holds files already."""
 
@@ -45,13 +46,12 @@ def export_backbone(config: ExportBackboneConfig) -> list[str]:
     folder = open_run(config.run)
     if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())) and not config.overwrite:
         raise InputError(f"out: {config.out} exists and is not empty; choose another --out or give --overwrite")
-    model, settings = load_backbone(folder.path, which=config.which, step=config.step)
-    which = kept_encoder(settings.objective) if config.which == "kept" else config.which
+    model, settings, step, which = load_backbone(folder.path, which=config.which, step=config.step)
     size = settings.backbone.image_size
     done = []
     if not config.only_onnx:
-        write_timm_folder(settings.backbone, model, config.out)
-        (config.out / "README.md").write_text(model_card(read_run(folder.path), config.step, which))
+        write_timm_folder(settings.backbone, model, config.out, config.licence)
+        (config.out / "README.md").write_text(model_card(read_run(folder.path), step, which, config.licence))
         difference = check_timm_folder(model, size, config.out)
         done.append(f"{config.out}: timm loads it, features differ by at most {difference:.1g} of their deviation")
     if config.onnx or config.only_onnx:

@@ -36,12 +36,17 @@ class PretrainArguments:
     longer, also when it has ended, and no other flag can change it."""
     overwrite: bool = False
     """Replace the run in that folder."""
+    profile: int = 0
+    """Trace so many steps, from the sixth on, into profile/ in the run folder, for Chrome, Perfetto or TensorBoard."""
     config: Annotated[PretrainConfig, tyro.conf.arg(name="")] = field(default_factory=PretrainConfig)
 
 
-def pretrain(config: PretrainConfig, run: Path, *, resume: bool = False, overwrite: bool = False) -> str:
+def pretrain(
+    config: PretrainConfig, run: Path, *, resume: bool = False, overwrite: bool = False, profile: int = 0
+) -> str:
     """Trains into a run folder; returns `finished` or `interrupted`. A resumed run keeps its own configuration, but for
-    where `config` says that its shards lie now, and for its length.
+    where `config` says that its shards lie now, and for its length. Of `profile` steps, from the sixth on, the folder
+    gets a trace.
 
     Raises:
         InputError: a folder, value or file that does not fit.
@@ -58,17 +63,21 @@ def pretrain(config: PretrainConfig, run: Path, *, resume: bool = False, overwri
         world.barrier()
         if resume:
             config = continued(load_config(folder.config), config)
-        return train(config, folder, world, resume=resume)
+        return train(config, folder, world, resume=resume, traced_steps=profile)
 
 
 def absolute(config: PretrainConfig) -> PretrainConfig:
     """The configuration with paths that hold in any working directory."""
 
     def fixed(part: Part, *names: str) -> Part:
-        paths = {name: local_path(text) for name in names if (text := getattr(part, name))}
-        return replace(part, **{name: str(path.absolute()) for name, path in paths.items() if path is not None})
+        return replace(part, **{name: whole(getattr(part, name)) for name in names})
 
-    data = fixed(config.data, "real", "synthetic", "cache")
+    def whole(address: str) -> str:
+        path = local_path(address) if address else None
+        return address if path is None else str(path.absolute())
+
+    data = fixed(config.data, "cache")
+    data = replace(data, real=tuple(map(whole, data.real)), synthetic=tuple(map(whole, data.synthetic)))
     init = str(Path(config.init).absolute()) if config.init and Path(config.init).exists() else config.init
     return replace(config, init=init, data=data, monitor=fixed(config.monitor, "knn_train", "knn_test"))
 
@@ -133,7 +142,8 @@ def main(argv: Sequence[str]) -> None:
         default = replace(default, config=own)
         arguments = parse(PretrainArguments, flags, f"hardviews pretrain {name}", default)
         check_kept(absolute(arguments.config), own)
-    state = pretrain(arguments.config, arguments.run, resume=arguments.resume, overwrite=arguments.overwrite)
+    how = {name: getattr(arguments, name) for name in ("resume", "overwrite", "profile")}
+    state = pretrain(arguments.config, arguments.run, **how)
     if state == "interrupted":
         raise SystemExit(130)
     if speaks():

@@ -36,10 +36,10 @@ class ReplayConfig:
     """Number of images to draw where --image is not given."""
     out: Path | None = None
     """PNG to write; None = analysis/replay-STEP.png in the run folder."""
-    real: str = ""
-    """Present address of the real shards; empty = the one of the run."""
-    synthetic: str = ""
-    """Present address of the synthetic shards; empty = the one of the run."""
+    real: tuple[str, ...] = ()
+    """Present addresses of the real shards; none = those of the run."""
+    synthetic: tuple[str, ...] = ()
+    """Present addresses of the synthetic shards; none = those of the run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device that makes the views; auto = as in training. Equal devices give equal bits."""
 

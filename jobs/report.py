@@ -10,7 +10,7 @@ import tyro
 
 from jobs.reporting.page import page
 from jobs.reporting.pictures import pictures
-from jobs.reporting.rundata import read_run
+from jobs.reporting.rundata import read_run, told_apart
 from jobs.run.terminal import parse, warn
 from shards.errors import InputError
 
@@ -38,7 +38,7 @@ def write_report(runs: Sequence[Path], out: Path, images: int = 12) -> Path:
     """
     if not runs:
         raise InputError("runs: none given; name one run folder or more")
-    data = [read_run(Path(run)) for run in runs]
+    data = told_apart([read_run(Path(run)) for run in runs])
     while True:
         text = page([dataclasses.replace(run, pictures=pictures(run, images)) for run in data])
         if len(text.encode()) < LARGEST or images == 0:

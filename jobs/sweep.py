@@ -134,7 +134,7 @@ def plan(config: SweepConfig, chosen: Study) -> list[Member]:
     watched = (config.real, config.test) if base.monitor.knn_every else ("", "")
     base = replace(
         base,
-        data=replace(base.data, real=config.real, synthetic=config.synthetic),
+        data=replace(base.data, real=(config.real,), synthetic=(config.synthetic,) if config.synthetic else ()),
         monitor=replace(base.monitor, knn_train=watched[0], knn_test=watched[1]),
     )
     return members(base, chosen.arms, chosen.seeds if config.seeds is None else config.seeds)

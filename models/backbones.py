@@ -105,9 +105,7 @@ def timm_options(config: BackboneConfig) -> dict[str, Any]:
     )
     given = [field for field in refused if getattr(config, field)]
     if kind != "vit":
-        given += [
-            name for name, own in (("init", "timm"), ("positions", "antialiased")) if getattr(config, name) != own
-        ]
+        given += [name for name, own in OF_VITS.items() if getattr(config, name) != own]
     if given:
         lacks = "has no LayerNorm before MLPs" if given[0] == "batchnorm_mlp" else "has no such option"
         raise ValueError(f"backbone.{given[0]}: {config.name} {lacks}; leave it out")

@@ -41,8 +41,8 @@ def statistics(rows: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 class BatchNorm(_Synchronised, nn.BatchNorm1d):
-    """Over [B, D]. Of [B, N, D], while nothing is tracked, each of the N views is a batch of its own: the result of N calls
-    in one pass."""
+    """Over [B, D]. Of [B, N, D], while nothing is tracked, each of the N views is a batch of its own: the result of N
+    calls in one pass."""
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() == 2:

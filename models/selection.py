@@ -15,8 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.precision import PRECISIONS, Precision
 
-Rule = Literal["hardest", "easiest", "random", "lowest-iou", "predicted", "residual"]
-SCORED: tuple[Rule, ...] = ("hardest", "easiest", "predicted", "residual")
+Rule = Literal["hardest", "easiest", "random", "lowest-iou"]
 CHOICES = {
     "encoder": ("online", "target"),
     "precision": PRECISIONS,
@@ -31,15 +30,13 @@ class SelectionConfig:
     views: int = 4
     """Views per image that pairs are chosen from (at least 2; 2 = no choice)."""
     rule: Rule = "hardest"
-    """hardest: largest loss; easiest: smallest (collapses); random: plain training; lowest-iou: least overlap;
-    predicted: on steps that are scored as hardest, on the others the largest loss that a regression on the views'
-    parameters predicts (models/prediction.py); residual: the largest loss beyond that prediction."""
+    """hardest: largest loss; easiest: smallest (collapses); random: plain training; lowest-iou: least overlap."""
     encoder: Literal["online", "target"] = "online"
     """Which encoder computes the features that are scored. online: the online encoder for queries and the target for
     keys, as in the loss. target: the target alone, one forward fewer; its features serve the loss again. The online
     encoder's features are then predicted from the target's (models/correction.py); see also random_share."""
     every: int = 1
-    """Select on every k-th step; on the others a random pair trains, with `rule = predicted` the predicted one."""
+    """Select on every k-th step; on the others a random pair trains."""
     random_share: float | None = None
     """Probability (0 to 1) that an image trains on a random pair in a step that is scored; None = 0.25 with
     `encoder = target`, else 0. The target lags: without random pairs it keeps choosing pairs that the online
@@ -86,13 +83,8 @@ class SelectionConfig:
         return 0.25 if self.encoder == "target" else 0.0
 
     def scores(self, step: int) -> bool:
-        """Whether pairs are scored at this step."""
-        return self.rule in SCORED and self.views > 2 and step % self.every == 0
-
-    @property
-    def predicts(self) -> bool:
-        """Whether a regression learns from the scored steps."""
-        return self.rule in ("predicted", "residual") and self.views > 2
+        """Whether pairs are scored at this step; where not, a random pair trains."""
+        return self.rule in ("hardest", "easiest") and self.views > 2 and step % self.every == 0
 
     def audits(self, step: int) -> bool:
         """Whether this step's choice is to be compared with the full one."""
@@ -128,17 +120,14 @@ RULES: dict[str, Callable[[Tensor], Tensor]] = {
     "easiest": lambda losses_BP: losses_BP.argmin(1),
     "random": lambda uniform_BP: uniform_BP.argmax(1),
     "lowest-iou": lambda iou_BP: iou_BP.argmin(1),
-    "predicted": lambda losses_BP: losses_BP.argmax(1),
-    "residual": lambda residuals_BP: residuals_BP.argmax(1),
 }
 
 
 def select(scores_BP: Tensor, rule: Rule, barred_P: Tensor | None = None) -> Tensor:
     """int64 [B]: each image's chosen pair. A pure function, without host synchronisation.
 
-    `scores_BP` is what the rule looks at: losses for hardest and easiest, scored or predicted ones for predicted, what
-    losses are beyond their prediction for residual, overlaps for lowest-iou, uniform numbers for random. `barred_P`
-    marks pairs that do not compete. Of equal scores the first pair wins.
+    `scores_BP` is what the rule looks at: losses for hardest and easiest, overlaps for lowest-iou, uniform numbers for
+    random. `barred_P` marks pairs that do not compete. Of equal scores the first pair wins.
     """
     if barred_P is not None:
         worst = torch.inf if rule in ("easiest", "lowest-iou") else -torch.inf

@@ -98,7 +98,8 @@ def load_weights(backbone: nn.Module, tensors: Mapping[str, Tensor]) -> Misfits:
 
 def as_timm_loads(backbone: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors after the conversion that timm makes for this family when it loads pretrained weights."""
-    convert = getattr(importlib.import_module(type(backbone).__module__), "checkpoint_filter_fn", None)
+    modules = [importlib.import_module(kind.__module__) for kind in type(backbone).__mro__]  # ours may be a subclass
+    convert = next((module.checkpoint_filter_fn for module in modules if hasattr(module, "checkpoint_filter_fn")), None)
     if convert is None:
         return tensors
     # DeiT III's old names, which timm converts for its models alone

@@ -20,7 +20,7 @@ from pipelines.policies import Interpolation, Policy
 from shards.reader import SampleError
 
 STAGES = ("draw", "read", "decode", "crop", "colour", "copy")  # of making a batch, in the clocks of both producers
-COLOURS = ("fused", "exact")  # ways to compute the colour of views
+COLOURS = ("fused", "clamped", "exact")  # ways to compute the colour of views
 
 
 class Facts(Protocol):

@@ -27,6 +27,7 @@ LUMA = np.array([0.2989, 0.587, 0.114], np.float32)
 SOLARIZE_FROM = 128
 
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(len(JITTER_OPS))
+_OPERATIONS = 3  # that are affine
 _ORDERS = np.array(JITTER_ORDERS)
 
 
@@ -54,13 +55,13 @@ class AffineMaps:
 class ColourPlan:
     """What is done to the colour of V views, ready for the pixels."""
 
-    before: AffineMaps
-    """Ahead of hue; the whole of the jitter where there is no hue."""
+    before: tuple[AffineMaps, ...]
+    """Ahead of hue, one after the other; the whole of the jitter where there is no hue."""
     exchange_V: NDArray[np.int64]
     """Hue, first part: times that the channels move on by one, 0 … 2."""
     sextants_V: NDArray[np.float32]
     """Hue, second part: shift in sixths of a turn, −1 … 1."""
-    after: AffineMaps
+    after: tuple[AffineMaps, ...]
     gray_V: NDArray[np.bool_]
     sigma_V: NDArray[np.float32]
     """Gaussian blur in pixels, 0 for none."""
@@ -83,8 +84,9 @@ def split_turns(turns_V: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArra
     return thirds_V.astype(np.int64) % 3, (6 * turns_V - 2 * thirds_V).astype(np.float32)
 
 
-def plan_colour(params: ViewParams) -> ColourPlan:
-    """The plan of all views in `params` ([B, N] is read row by row), computed without pixels."""
+def plan_colour(params: ViewParams, clamp: bool = False) -> ColourPlan:
+    """The plan of all views in `params` ([B, N] is read row by row), computed without pixels; with `clamp`, values are
+    clamped wherever torchvision's operations clamp any."""
     params = params.flat()
     hue_V = np.where(params.jitter, params.hue, np.float32(0))
     order_V4 = _ORDERS[params.order]
@@ -93,22 +95,29 @@ def plan_colour(params: ViewParams) -> ColourPlan:
     jitter_V1 = params.jitter[:, None]
     exchange_V, sextants_V = split_turns(hue_V)
     return ColourPlan(
-        before=_affine_maps(params, order_V4, ahead_V4 & jitter_V1),
+        before=_affine_maps(params, order_V4, ahead_V4 & jitter_V1, clamp),
         exchange_V=exchange_V,
         sextants_V=sextants_V,
-        after=_affine_maps(params, order_V4, ~ahead_V4 & jitter_V1),
+        after=_affine_maps(params, order_V4, ~ahead_V4 & jitter_V1, clamp),
         gray_V=params.gray,
         sigma_V=params.blur,
         solarize_V=params.solarize,
     )
 
 
-def _affine_maps(params: ViewParams, order_V4: NDArray[np.integer], use_V4: NDArray[np.bool_]) -> AffineMaps:
-    """The composition of the operations of `order_V4` where `use_V4`; clamping between them is left out."""
+def _affine_maps(
+    params: ViewParams, order_V4: NDArray[np.integer], use_V4: NDArray[np.bool_], clamp: bool
+) -> tuple[AffineMaps, ...]:
+    """The operations of `order_V4` where `use_V4`, composed to one map, between whose parts nothing is clamped; with
+    `clamp` to three, each of which ends with an operation that may leave the range of values."""
     one = np.float32(1)
-    matrix_V33 = np.tile(np.eye(3, dtype=np.float32), (len(order_V4), 1, 1))
-    mean_V3 = np.zeros((len(order_V4), 3), np.float32)
+    identity_V33 = np.tile(np.eye(3, dtype=np.float32), (len(order_V4), 1, 1))
+    matrix_V33, mean_V3 = identity_V33.copy(), np.zeros((len(order_V4), 3), np.float32)
     active_V = np.zeros(len(order_V4), np.bool_)
+    maps = tuple(
+        AffineMaps(identity_V33.copy(), mean_V3.copy(), active_V.copy()) for _ in range(_OPERATIONS if clamp else 1)
+    )
+    done_V = np.zeros(len(order_V4), np.int64)  # maps that are finished
 
     def factor(op: int, values_V: NDArray[np.float32], place: int) -> NDArray[np.float32]:
         return np.where(use_V4[:, place] & (order_V4[:, place] == op), values_V, one)
@@ -125,7 +134,14 @@ def _affine_maps(params: ViewParams, order_V4: NDArray[np.integer], use_V4: NDAr
             gray_V3 + LUMA.sum() * mean_V3
         )
         matrix_V33 = (b_V * c_V * s_V)[:, None, None] * matrix_V33 + ((1 - s_V)[:, None] * gray_V3)[:, None, :]
-    return AffineMaps(matrix_V33, mean_V3, active_V)
+        # A factor of at most 1 mixes values that are in the range with others that are: nothing to clamp.
+        ends_V = active_V & (clamp & (b_V * c_V * s_V > 1) | (place == len(JITTER_OPS) - 1))
+        for number, part in enumerate(maps):
+            rows = ends_V & (done_V == number)
+            part.matrix_V33[rows], part.mean_V3[rows], part.active_V[rows] = matrix_V33[rows], mean_V3[rows], True
+        done_V += ends_V
+        matrix_V33[ends_V], mean_V3[ends_V], active_V[ends_V] = identity_V33[ends_V], 0, False
+    return maps
 
 
 def normalise(images_V3SS: Tensor) -> Tensor:

@@ -33,14 +33,16 @@ _LUMA = tuple(LUMA.tolist())
 Planes = tuple[Tensor, Tensor, Tensor]
 
 
-def fused_on_device(crops: Tensor, params: ViewParams, out_V3SS: Tensor, *, compiled: bool = False) -> None:
+def fused_on_device(
+    crops: Tensor, params: ViewParams, out_V3SS: Tensor, *, compiled: bool = False, clamp: bool = False
+) -> None:
     """Colours crops and writes the normalised views into `out_V3SS` (any float type, e.g. bfloat16).
 
     `crops` is uint8 [V, S, S, 3] or floating [V, 3, S, S] in 0…1, on the device of `out_V3SS`. `params` has V entries
     ([B, N] is read row by row). `compiled` runs the passes through torch.compile; compiling is not thread-safe, so
-    callers in several threads take turns.
+    callers in several threads take turns. `clamp` is the plan's.
     """
-    plan = plan_colour(params)
+    plan = plan_colour(params, clamp)
     table_VC = to_device(table(plan), crops.device)
     before_blur = _compiled(_before_blur) if compiled else _before_blur
     after_blur = _compiled(_after_blur) if compiled else _after_blur
@@ -55,7 +57,7 @@ def fused_on_device(crops: Tensor, params: ViewParams, out_V3SS: Tensor, *, comp
 
 def table(plan: ColourPlan) -> NDArray[np.float32]:
     """[V, C]: the plan's values but the blur's, one view a row, in the order in which the passes read them."""
-    maps = [part for m in (plan.before, plan.after) for part in (m.matrix_V33.reshape(-1, 9), m.mean_V3)]
+    maps = [part for m in (*plan.before, *plan.after) for part in (m.matrix_V33.reshape(-1, 9), m.mean_V3)]
     flags = [plan.exchange_V, plan.sextants_V, plan.gray_V, plan.solarize_V]
     return np.concatenate([*maps, *(values_V[:, None] for values_V in flags)], axis=1, dtype=np.float32)
 
@@ -91,17 +93,20 @@ def _compiled(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _before_blur(crops: Tensor, table_VC: Tensor) -> Tensor:
     """[V, 3, S, S] float32 in 0…1: crops after jitter and grayscale."""
-    before_V9, before_V3, after_V9, after_V3, exchange_V1, sextants_V1, gray_V1, _ = _columns(table_VC)
-    planes = _affine(_planes(crops), before_V9, before_V3)
+    maps, (exchange_V1, sextants_V1, gray_V1, _) = _columns(table_VC)
+    planes, half = _planes(crops), len(maps) // 2
+    for matrix_V9, mean_V3 in maps[:half]:
+        planes = _affine(planes, matrix_V9, mean_V3)
     planes = _shift_hue(_exchange_channels(planes, exchange_V1), sextants_V1)
-    planes = _affine(planes, after_V9, after_V3)
+    for matrix_V9, mean_V3 in maps[half:]:
+        planes = _affine(planes, matrix_V9, mean_V3)
     gray_VSS = _weighted(planes, _LUMA)
     return torch.stack([torch.where(gray_V1[..., None] > 0, gray_VSS, plane) for plane in planes], 1)
 
 
 def _after_blur(images_V3SS: Tensor, table_VC: Tensor, out_V3SS: Tensor) -> Tensor:
     """Solarize and normalise, into `out_V3SS`, which is returned."""
-    solarize_V11 = _columns(table_VC)[-1][..., None] > 0
+    solarize_V11 = table_VC[:, -1, None, None] > 0
     planes = []
     for plane_VSS, mean, std in zip(images_V3SS.unbind(1), MEAN, STD, strict=True):
         inverted_VSS = torch.where(plane_VSS >= SOLARIZE_FROM / 255, 1 - plane_VSS, plane_VSS)
@@ -109,8 +114,10 @@ def _after_blur(images_V3SS: Tensor, table_VC: Tensor, out_V3SS: Tensor) -> Tens
     return out_V3SS.copy_(torch.stack(planes, 1))
 
 
-def _columns(table_VC: Tensor) -> tuple[Tensor, ...]:
-    return table_VC.split([9, 3, 9, 3, 1, 1, 1, 1], 1)
+def _columns(table_VC: Tensor) -> tuple[list[tuple[Tensor, Tensor]], tuple[Tensor, ...]]:
+    """The maps, those before hue and as many after it, and the flags."""
+    maps_VC, flags_V4 = table_VC[:, :-4], table_VC[:, -4:]
+    return [(part_V12[:, :9], part_V12[:, 9:]) for part_V12 in maps_VC.split(12, 1)], flags_V4.split(1, 1)
 
 
 def _planes(crops: Tensor) -> Planes:

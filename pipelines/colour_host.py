@@ -27,12 +27,12 @@ _SCALE = tuple(1 / (255 * std) for std in STD)
 _SHIFT = tuple(-mean / std for mean, std in zip(MEAN, STD, strict=True))
 
 
-def fused(crops_VSS3: NDArray[np.uint8], params: ViewParams, out_V3SS: Tensor) -> None:
+def fused(crops_VSS3: NDArray[np.uint8], params: ViewParams, out_V3SS: Tensor, *, clamp: bool = False) -> None:
     """Colours crops and writes the normalised views into `out_V3SS` (float32, CPU, contiguous).
 
-    `params` has V entries ([B, N] is read row by row). Safe to call from many threads at once.
+    `params` has V entries ([B, N] is read row by row); `clamp` is the plan's. Safe to call from many threads at once.
     """
-    plan = plan_colour(params)
+    plan = plan_colour(params, clamp)
     for row, (crop_SS3, view_3SS) in enumerate(zip(crops_VSS3, out_V3SS.numpy(), strict=True)):
         _colour_view(crop_SS3, plan, row, view_3SS)
 
@@ -84,23 +84,25 @@ def _scratch(size: int) -> _Scratch:
 
 
 def _jitter(image_SS3: MatLike, plan: ColourPlan, row: int, scratch: _Scratch) -> MatLike:
-    if plan.before.active_V[row]:
-        image_SS3 = _affine(image_SS3, plan.before, row, scratch.image_SS3())
+    image_SS3 = _affine(image_SS3, plan.before, row, scratch)
     exchange, sextants = int(plan.exchange_V[row]), float(plan.sextants_V[row])
     if exchange or sextants:
         image_SS3 = _shift_hue(image_SS3, exchange, sextants, scratch)
-    if plan.after.active_V[row]:
-        image_SS3 = _affine(image_SS3, plan.after, row, scratch.image_SS3())
+    return _affine(image_SS3, plan.after, row, scratch)
+
+
+def _affine(image_SS3: MatLike, every: tuple[AffineMaps, ...], row: int, scratch: _Scratch) -> MatLike:
+    """One map after the other."""
+    for maps in every:
+        if not maps.active_V[row]:
+            continue
+        matrix_34 = np.empty((3, 4), np.float32)
+        matrix_34[:, :3] = maps.matrix_V33[row]
+        weights_3 = maps.mean_V3[row].tolist()
+        mean_3 = cv2.mean(image_SS3) if any(weights_3) else (0, 0, 0)  # only contrast needs it
+        matrix_34[:, 3] = weights_3[0] * mean_3[0] + weights_3[1] * mean_3[1] + weights_3[2] * mean_3[2]
+        image_SS3 = cv2.transform(image_SS3, matrix_34, dst=scratch.image_SS3())
     return image_SS3
-
-
-def _affine(image_SS3: MatLike, maps: AffineMaps, row: int, out_SS3: MatLike) -> MatLike:
-    matrix_34 = np.empty((3, 4), np.float32)
-    matrix_34[:, :3] = maps.matrix_V33[row]
-    weights_3 = maps.mean_V3[row].tolist()
-    mean_3 = cv2.mean(image_SS3) if any(weights_3) else (0, 0, 0)  # only contrast needs it
-    matrix_34[:, 3] = weights_3[0] * mean_3[0] + weights_3[1] * mean_3[1] + weights_3[2] * mean_3[2]
-    return cv2.transform(image_SS3, matrix_34, dst=out_SS3)
 
 
 def _shift_hue(image_SS3: MatLike, exchange: int, sextants: float, scratch: _Scratch) -> MatLike:

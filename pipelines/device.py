@@ -140,6 +140,6 @@ def device_colour(name: str, compiled: bool) -> Callable[[Tensor, ViewParams, Te
         from pipelines.colour_exact import exact
 
         return exact
-    if name != "fused":
+    if name not in COLOURS:
         raise InputError(f"views.colour: {name!r} is not known; choose one of {', '.join(COLOURS)}")
-    return partial(fused_on_device, compiled=compiled)
+    return partial(fused_on_device, compiled=compiled, clamp=name == "clamped")

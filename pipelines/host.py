@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import torch
@@ -175,9 +176,9 @@ def host_colour(name: str) -> Callable[[np.ndarray, ViewParams, Tensor], None]:
         from pipelines.colour_exact import exact
 
         return exact
-    if name != "fused":
+    if name not in COLOURS:
         raise InputError(f"views.colour: {name!r} is not known; choose one of {', '.join(COLOURS)}")
-    return fused
+    return partial(fused, clamp=name == "clamped")
 
 
 def _crop(images: Sequence[Tensor], params: ViewParams, output: Output) -> Tensor:

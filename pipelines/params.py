@@ -134,34 +134,6 @@ def pair_colour_distance(params: ViewParams) -> NDArray[np.float32]:
     return np.sqrt(np.sum(squares, axis=0, dtype=np.float32))
 
 
-# What describes a view among its image's others, for `pair_columns`.
-DESCRIBED = ("area", "row", "column", "aspect", "flip", *JITTER_OPS, "gray", "blur", "solarize")
-PAIR_COLUMNS = ("iou", "cross_policy", *(f"{end}_{name}" for name in DESCRIBED for end in ("least", "greatest")))
-
-
-def pair_columns(params: ViewParams, sizes_B2: NDArray[np.integer]) -> NDArray[np.float32]:
-    """[B, P, X]: what a regression knows of a pair, in the order of PAIR_COLUMNS.
-
-    IoU; whether the views come from different policies of two; the least and the greatest of the two views' crop area
-    (share of the image), centre (shares of its height and width), aspect (logarithm) and colour parameters. Their
-    difference is a linear function of these two.
-    """
-    height_B1, width_B1 = sizes_B2[:, :1], sizes_B2[:, 1:]
-    described = {name: getattr(params, name) for name in DESCRIBED[4:]} | {
-        "area": params.height / height_B1 * params.width / width_B1,
-        "row": (params.top + params.height / 2) / height_B1,
-        "column": (params.left + params.width / 2) / width_B1,
-        "aspect": np.log(params.width / params.height),
-    }
-    table_P2 = pairs(params.shape[1])
-    cross_P = (table_P2[:, 0] - table_P2[:, 1]) % 2 != 0
-    columns = [pair_iou(params), np.broadcast_to(cross_P, (len(params), len(table_P2)))]
-    for name in DESCRIBED:
-        ends_BP2 = described[name][:, table_P2]
-        columns += [ends_BP2.min(2), ends_BP2.max(2)]
-    return np.stack(columns, 2).astype(np.float32)
-
-
 def _pair_ends(params: ViewParams) -> tuple[ViewParams, ViewParams]:
     """First and second view of every pair, [B, P] each."""
     table_P2 = pairs(params.shape[1])

@@ -1,5 +1,7 @@
 """Images of any source → shards: one idempotent task per output shard, the same on every engine."""
 
+import csv
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +40,8 @@ class Task:
     part: Part
     rules: Rules
     shard_samples: int
+    excluded: frozenset[tuple[str, int]] = frozenset()
+    """Key and CRC-32 of images of this shard that are left out."""
 
     @property
     def name(self) -> str:
@@ -52,6 +56,7 @@ class Task:
             "shard_samples": self.shard_samples,
             "first": self.first,
             "list of images": self.part.fingerprint(),
+            **({"excluded": sorted(key for key, _ in self.excluded)} if self.excluded else {}),
         }
 
 
@@ -62,7 +67,7 @@ def build_shard(task: Task) -> ShardResult:
         InputError: the disk is full, or a source cannot be reached.
     """
     numbered = enumerate(task.part.records(), task.first)
-    samples = (sample_of(number, record, task.rules) for number, record in numbered)
+    samples = (sample_of(number, record, task.rules, task.excluded) for number, record in numbered)
     try:
         return write_shard(Path(task.folder), task.name, samples, task.settings)
     except OSError as error:
@@ -70,7 +75,9 @@ def build_shard(task: Task) -> ShardResult:
         raise InputError(f"{task.folder}/{task.name}: {error}; {remedy}") from error
 
 
-def sample_of(number: int, record: Record, rules: Rules) -> Sample | Rejected:
+def sample_of(
+    number: int, record: Record, rules: Rules, excluded: frozenset[tuple[str, int]] = frozenset()
+) -> Sample | Rejected:
     """A record as it is written, or the reason why it is not."""
     key = sample_key(number, record.name)
     if record.problem:
@@ -79,6 +86,8 @@ def sample_of(number: int, record: Record, rules: Rules) -> Sample | Rejected:
         picture = prepare(record.content, rules)
     except BadImageError as error:
         return Rejected(key, record.name, str(error))
+    if (key, zlib.crc32(picture.content)) in excluded:
+        return Rejected(key, record.name, "excluded by --exclude")
     return Sample(
         key,
         picture.content,
@@ -119,6 +128,7 @@ def plan(
     label_from: str | None = None,
     labels: str | None = None,
     split: str | None = None,
+    exclude: Path | None = None,
 ) -> Plan:
     """Lists a source.
 
@@ -130,6 +140,7 @@ def plan(
         shard_samples: images per shard.
         keep_order: the files of a folder in the order of their names rather than spread.
         image, label, label_from, labels, split: see `Options`.
+        exclude: CSV file of `hardviews duplicates`; its images with keep = no are left out.
 
     Raises:
         InputError: wrong source or settings.
@@ -140,15 +151,50 @@ def plan(
     chosen = {name: value for name, value in given.items() if value is not None}
     listed = open_source(address, Options(shard_samples, keep_order, **chosen), run)
     starts = np.cumsum([0, *map(len, listed.parts)]).tolist()
-    tasks = [Task(str(out.resolve()), i, starts[i], part, rules, shard_samples) for i, part in enumerate(listed.parts)]
+    excluded = exclusions(exclude) if exclude else {}
+    tasks = [
+        Task(
+            str(out.resolve()),
+            i,
+            starts[i],
+            part,
+            rules,
+            shard_samples,
+            frozenset(one for n in range(starts[i], starts[i + 1]) for one in excluded.get(n, ())),
+        )
+        for i, part in enumerate(listed.parts)
+    ]
+    if exclude and not any(task.excluded for task in tasks):
+        raise InputError(
+            f"--exclude {exclude}: names none of these images; give the file made from shards of this source"
+        )
     provenance = {
         "images": address,
         **asdict(rules),
         "shard_samples": shard_samples,
         "keep_order": keep_order,
         **chosen,
+        **({"exclude": str(exclude)} if exclude else {}),
     }
     return Plan(out, tuple(tasks), listed.classes, provenance)
+
+
+def exclusions(path: Path) -> dict[int, list[tuple[str, int]]]:
+    """Number of an image in its source → keys and CRC-32s that a file of `hardviews duplicates` leaves out.
+
+    Raises:
+        InputError: it cannot be read, or is no such file.
+    """
+    try:
+        with path.open(newline="") as file:
+            rows = [(row["key"], int(row["crc32"], 16)) for row in csv.DictReader(file) if row["keep"] == "no"]
+            numbers = [int(key.split("-")[0]) for key, _ in rows]
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError, ValueError, TypeError) as error:
+        raise InputError(f"--exclude {path}: {error}; give a duplicates.csv of `hardviews duplicates`") from error
+    numbered: dict[int, list[tuple[str, int]]] = {}
+    for number, row in zip(numbers, rows, strict=True):
+        numbered.setdefault(number, []).append(row)
+    return numbered
 
 
 def build(

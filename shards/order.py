@@ -24,7 +24,8 @@ FINEST_SHARE = 10**9  # denominator; shares such as 0.3 and 1/3 are kept exactly
 STRETCH = 1 << 11  # positions looked through at once for the shards they need
 CACHED_EPOCHS, CACHED_BLOCKS = 4, 4  # per source; a batch touches few of either
 
-Shares = Sequence[float] | Sequence[Sequence[float]]
+Share = float | Fraction
+Shares = Sequence[Share] | Sequence[Sequence[Share]]
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class SampleOrder:
     def __init__(
         self,
         counts: Sequence[np.ndarray],
-        shares: Sequence[float] | Sequence[Sequence[float]],
+        shares: Shares,
         seed: int,
         block: int = 16,
     ) -> None:
@@ -172,7 +173,8 @@ class _Quota:
 
 def _share_rows(shares: Shares, totals: Sequence[int]) -> list[list[Fraction]]:
     """Shares per epoch and source that add up to 1, checked."""
-    table: Any = shares if len(shares) and np.ndim(shares[0]) else [shares]
+    table: Any = shares
+    table = table if len(table) and np.ndim(table[0]) else [table]
     for row in table:
         if len(row) != len(totals):
             raise InputError(f"shares: {len(row)} shares for {len(totals)} sources; give one for each")

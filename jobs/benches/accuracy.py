@@ -1,6 +1,6 @@
 """How far the colour operations are from torchvision's for the same parameters: the table of docs/photometric.md.
 
-The reference is torchvision's functional operations on float32 images, one after the other. Beside our three ways
+The reference is torchvision's functional operations on float32 images, one after the other. Beside our own ways
 stands torchvision's own uint8 path, which truncates after every operation: what an ordinary loader computes.
 
 Shape suffixes: V views, S side of a view in pixels, 3 channels. Values are of 255.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -88,20 +89,23 @@ def torchvision_views(case: Case, *, floating: bool) -> Tensor:
     return torch.stack(views)
 
 
-def _unnormalised(function: Callable[..., None], case: Case, device: str = "cpu") -> Tensor:
-    size = case.crops_VSS3.shape[1]
-    out_V3SS = torch.empty(len(case.crops_VSS3), 3, size, size, device=device)
-    crops = case.crops_VSS3 if function is fused else torch.from_numpy(case.crops_VSS3).to(device)
-    function(crops, case.params, out_V3SS)
+def _unnormalised(function: Callable[..., None], case: Case, device: str) -> Tensor:
+    """The views of a case on the device, or on the `host`, by OpenCV."""
+    size, host = case.crops_VSS3.shape[1], device == "host"
+    out_V3SS = torch.empty(len(case.crops_VSS3), 3, size, size, device="cpu" if host else device)
+    function(case.crops_VSS3 if host else torch.from_numpy(case.crops_VSS3).to(device), case.params, out_V3SS)
     mean_311, std_311 = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
     return (out_V3SS.cpu() * std_311 + mean_311) * 255
 
 
 def ways(device: str) -> dict[str, Callable[[Case], Tensor]]:
     """Name → the views of a case, values of 255."""
+    clamped, clamped_on_device = partial(fused, clamp=True), partial(fused_on_device, clamp=True)
     return {
-        "fused": lambda case: _unnormalised(fused, case),
+        "fused": lambda case: _unnormalised(fused, case, "host"),
         f"fused in torch ({device})": lambda case: _unnormalised(fused_on_device, case, device),
+        "clamped": lambda case: _unnormalised(clamped, case, "host"),
+        f"clamped in torch ({device})": lambda case: _unnormalised(clamped_on_device, case, device),
         f"exact ({device})": lambda case: _unnormalised(exact, case, device),
         "torchvision on uint8": lambda case: torchvision_views(case, floating=False),
     }

@@ -70,7 +70,7 @@ def configs(bench: RulesBench, shards: Path) -> dict[str, PretrainConfig]:
     backbone = replace(base.backbone, width=bench.width, depth=bench.depth, heads=max(1, bench.width // 32))
     base = replace(
         base,
-        data=DataConfig(real=str(shards), threads=1, prefetch=1),
+        data=DataConfig(real=(str(shards),), threads=1, prefetch=1),
         backbone=backbone,
         monitor=MonitorConfig(bank=0, health_every=0, loggers=()),
         steps=100 * TURN * (bench.rounds + 1),

@@ -73,7 +73,7 @@ def configs(bench: RunBench, shards: Path) -> dict[str, PretrainConfig]:
     """The bare run, the watched one, and the bare one again."""
     base = replace(
         preset(bench.preset),
-        data=DataConfig(real=str(shards), threads=bench.threads),
+        data=DataConfig(real=(str(shards),), threads=bench.threads),
         checkpoint=CheckpointConfig(every=FULL),
         steps=100 * FULL * (bench.cycles + 1),  # no end comes near
         batch=bench.batch,

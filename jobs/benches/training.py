@@ -28,7 +28,7 @@ from jobs.run.world import World, pick_device
 from jobs.training.health import forward_flops, peak_flops
 from jobs.training.opening import open_training
 from jobs.training.state import Training
-from jobs.training.step import train_step
+from jobs.training.step import autocast, train_step
 from models.backbones import BackboneConfig
 from models.negatives import NegativesConfig
 from models.objectives import MoBYConfig
@@ -36,10 +36,8 @@ from pipelines.batch import ViewBatch
 from pipelines.stream import cores
 from shards.errors import InputError
 
-SIDES = ("plain", "negatives", "hard", "target")
-FORWARDS = (
-    8  # of one view, in a step of MoBY on two views: both forward and backward online (3 each), both by the target
-)
+SIDES = ("plain", "negatives", "hard", "both", "target")
+PLAIN_UNITS = 8  # of MoBY on two views: both forward and backward online (3 each), both by the target
 NEVER = 1 << 40
 KERNELS = 12
 
@@ -51,8 +49,8 @@ class TrainingBench:
     backbone: BackboneConfig = field(default_factory=lambda: BackboneConfig("vit_small_patch16_224"))
     """Encoder."""
     sides: tuple[str, ...] = SIDES
-    """plain: MoBY on two random views; negatives: with synthetic negatives; hard: with the hardest pair of four views
-    besides; target: the same, scored by the target alone."""
+    """plain: MoBY on two random views; negatives: with synthetic negatives; hard: on the hardest pair of four views;
+    both: with both; target: the same, scored by the target alone."""
     batch: int = 256
     """Images per step."""
     steps: int = 20
@@ -71,6 +69,8 @@ class TrainingBench:
     """Arithmetic of the encoders; auto = bf16 on cuda, fp32 elsewhere."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; auto = on for cuda."""
+    decode_mb_s: float = 0.0
+    """JPEG that the device decodes in a second (10⁶ bytes), for the roofline; 0 leaves decoding out of it."""
     json: bool = False
     """Print the figures as one JSON object on the last line."""
 
@@ -78,6 +78,8 @@ class TrainingBench:
         for name in ("batch", "steps", "rounds", "made"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: {getattr(self, name)} must be at least 1")
+        if self.decode_mb_s < 0:
+            raise InputError(f"decode_mb_s: {self.decode_mb_s} must be 0 or above")
         if unknown := set(self.sides) - set(SIDES):
             raise InputError(f"sides: {', '.join(sorted(unknown))} unknown; choose among {', '.join(SIDES)}")
 
@@ -85,14 +87,15 @@ class TrainingBench:
 def config_of(side: str, bench: TrainingBench, shards: Path) -> PretrainConfig:
     """The run of a side, with synthetic negatives from the first step on where it has any."""
     always = MoBYConfig(NegativesConfig(start_epoch=0, last_epochs_without=0))
-    config = moby(bench.backbone) if side == "plain" else replace(synby(bench.backbone), objective=always)
-    if side in ("hard", "target"):
+    synthetic = side in ("negatives", "both", "target")
+    config = replace(synby(bench.backbone), objective=always) if synthetic else moby(bench.backbone)
+    if side in ("hard", "both", "target"):
         config = hard(config)
     if side == "target":
         config = replace(config, selection=replace(config.selection, encoder="target"))
     return replace(
         config,
-        data=DataConfig(real=str(shards), threads=bench.threads),
+        data=DataConfig(real=(str(shards),), threads=bench.threads),
         monitor=MonitorConfig(every=NEVER, bank=0, health_every=0, loggers=()),
         steps=NEVER,
         batch=bench.batch,
@@ -137,8 +140,9 @@ class Side:
             torch.cuda.synchronize()
 
 
-def measure_side(t: Training, bench: TrainingBench, bar: Bar) -> dict[str, object]:
-    """Milliseconds of a step either way, the data's share, and where the time of both goes."""
+def measure_side(t: Training, bench: TrainingBench, image_bytes: float, bar: Bar) -> dict[str, object]:
+    """Milliseconds of a step either way, the data's share, and where the time of both goes, beside the least that the
+    device's peak and its decoder allow for images of so many bytes on average."""
     side = Side(t)
     for streamed in (True, False):  # compiles, and fills caches and buffers
         side.seconds(max(3, bench.steps // 4), streamed)
@@ -156,7 +160,7 @@ def measure_side(t: Training, bench: TrainingBench, bar: Bar) -> dict[str, objec
     streamed, resident = (1e3 * statistics.median(values) for values in times.values())
     images = after["images"] - before["images"]
     size, device = bench.backbone.image_size, t.world.device
-    flops = FORWARDS * bench.batch * forward_flops(t.objective.backbone, size, device)
+    forward_ms = 1e3 * bench.batch * forward_flops(t.objective.backbone, size, device) / peak_flops(device)
     return {
         "streamed_ms": streamed,
         "resident_ms": resident,
@@ -165,12 +169,38 @@ def measure_side(t: Training, bench: TrainingBench, bar: Bar) -> dict[str, objec
         "data_share": (streamed - resident) / resident,
         "images_per_second": 1e3 * bench.batch / streamed,
         # Of plain MoBY's forwards and backwards, whatever selection adds.
-        "mfu": flops / (resident / 1e3) / peak_flops(device),
+        "mfu": PLAIN_UNITS * forward_ms / resident,
+        "forward_units": forward_units(t),
+        "roofline_ms": {
+            "compute": forward_units(t) * forward_ms,
+            "decode": 1e-3 * bench.batch * image_bytes / bench.decode_mb_s if bench.decode_mb_s else None,
+        },
         "phases_ms": phases,
         "stream_ms_per_image": {key: 1e3 * (after[key] - before[key]) / images for key in after if key != "images"},
         "peak_gigabytes": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
         "kernels_ms_per_batch": kernels(side) if device.type == "cuda" else None,
+        "kernels_per_step": kernels_per_step(side) if device.type == "cuda" else None,
     }
+
+
+def forward_units(t: Training) -> int:
+    """Forwards of one view of an image in a step, a backward as two: plain training's and what scoring adds."""
+    selection, objective = t.config.selection, t.objective
+    if not selection.scores(t.step):
+        return PLAIN_UNITS
+    with autocast(t):
+        again = 2 if objective.reuses_features(selection, t.world.device) else 0
+    return PLAIN_UNITS + selection.views * (2 if selection.encoder == "online" else 1) - again
+
+
+def kernels_per_step(side: Side, steps: int = 3) -> float:
+    """Kernels and copies that the device runs in a step on a batch that lies ready, while the stream rests."""
+    from torch.profiler import ProfilerActivity, profile
+
+    side.rest()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        side.seconds(steps, False)
+    return sum(event.count for event in profiler.key_averages() if event.self_device_time_total) / steps
 
 
 def kernels(side: Side, batches: int = 5) -> dict[str, float]:
@@ -198,6 +228,7 @@ def measure(bench: TrainingBench) -> dict[str, object]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hardviews-bench-")))
         images = bench.images or make_photographs(folder / "images", bench.made)
         make_shards(images, folder / "shards", bench.threads or cores())
+        sizes = [path.stat().st_size for path in images.rglob("*") if path.is_file()]
         bar = stack.enter_context(progress("measuring", 2 * bench.rounds * len(bench.sides), "measurements"))
         for side in bench.sides:
             if device.type == "cuda":
@@ -206,14 +237,17 @@ def measure(bench: TrainingBench) -> dict[str, object]:
             with ExitStack() as run:
                 place = RunFolder(folder / side)
                 config = config_of(side, bench, folder / "shards")
-                by_side[side] = measure_side(open_training(config, place, World(0, 1, device), run, False), bench, bar)
+                t = open_training(config, place, World(0, 1, device), run, False)
+                by_side[side] = measure_side(t, bench, statistics.mean(sizes), bar)
+            if bench.json:  # what a benchmark that is stopped has said
+                print(json.dumps({side: by_side[side]}), flush=True)
     return {"sides": by_side, **compared(by_side)}
 
 
 def compared(by_side: dict[str, dict[str, object]]) -> dict[str, float]:
     """Ratios of the other sides' steps to the plain one's, where that was measured."""
     times = {side: float(str(one["resident_ms"])) for side, one in by_side.items()}
-    names = {"negatives": "overhead_negatives", "hard": "overhead", "target": "overhead_target"}
+    names = {side: f"overhead_{side}" for side in SIDES[1:]}
     return {names[side]: times[side] / times["plain"] for side in times if side in names and "plain" in times}
 
 
@@ -222,11 +256,12 @@ def main(argv: Sequence[str]) -> None:
     figures = measure(bench)
     sides = figures["sides"]
     assert isinstance(sides, dict)
-    table = Table("step", "fed by the stream, ms", "from memory, ms", "data", "images/s", "MFU")
+    table = Table("step", "fed by the stream, ms", "from memory, ms", "data", "images/s", "MFU", "roofline, ms")
     table.title = f"{bench.backbone.name}, batch {bench.batch}, {bench.backbone.image_size} pixels"
     for name, one in sides.items():
         row = (f"{one['streamed_ms']:,.1f}", f"{one['resident_ms']:,.1f}", f"{one['data_share']:+.1%}")
-        table.add_row(name, *row, f"{one['images_per_second']:,.0f}", f"{one['mfu']:.0%}")
+        bounds = ", ".join(f"{part} {ms:,.1f}" for part, ms in one["roofline_ms"].items() if ms is not None)
+        table.add_row(name, *row, f"{one['images_per_second']:,.0f}", f"{one['mfu']:.0%}", bounds)
     table.caption = ", ".join(f"{name} {value:.3f}" for name, value in figures.items() if isinstance(value, float))
     tables.print(table)
     if bench.json:

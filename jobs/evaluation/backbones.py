@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from jobs.evaluation.frozen import IMAGENET_MEAN, IMAGENET_STD, Frozen, Pool
-from jobs.run.checkpoint import Which, entries, load_backbone
+from jobs.run.checkpoint import Which, load_backbone
 from jobs.run.config import load_config
 from jobs.run.folder import open_run
 from jobs.run.weights import cached_weights
@@ -71,10 +71,8 @@ def _from_run(config: ModelConfig, run: Path) -> tuple[Frozen, dict[str, Any]]:
             model = build_backbone(settings.backbone, 0.0)
         facts: dict[str, Any] = {"source": "untrained", "name": f"untrained {settings.backbone.name}", "step": None}
     else:
-        model, settings = load_backbone(folder.path, which=config.which, step=config.step)
-        newest = [entry.step for entry in entries(folder.checkpoints)][-1:]
-        step = config.step if config.step is not None else next(iter(newest), None)
-        facts = {"source": "run", "name": name, "step": step, "which": config.which}
+        model, settings, step, which = load_backbone(folder.path, which=config.which, step=config.step)
+        facts = {"source": "run", "name": name, "step": step, "which": which}
     size = config.size or settings.backbone.image_size
     return Frozen(model, facts["name"], size, config.pool), facts
 
@@ -86,7 +84,9 @@ def _from_timm(config: ModelConfig) -> tuple[Frozen, dict[str, Any]]:
     if not name.startswith("local-dir:") and not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:5]) or "see timm.list_models()"
         raise InputError(f"timm: {name} is no model of timm {timm.__version__}; known ones: {near}")
-    options: dict[str, Any] = {"img_size": config.size} if config.size and not name.startswith("local-dir:") else {}
+    known = None if name.startswith("local-dir:") else timm.get_pretrained_cfg(name)
+    fixed = known is not None and known.fixed_input_size  # others take any size, and no such argument
+    options: dict[str, Any] = {"img_size": config.size} if config.size and fixed else {}
     with fresh(seed=0):
         try:
             model: Any = timm.create_model(name, num_classes=0, **weights_of(config), **options)

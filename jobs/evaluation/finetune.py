@@ -17,8 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from jobs.evaluation.features import default_crop, gather, warn_broken
 from jobs.evaluation.frozen import Frozen, Pool, pooled, timm_module
 from jobs.evaluation.images import ImageSet
-from jobs.evaluation.loading import Loader, centre_crop, crop_and_flip
+from jobs.evaluation.loading import Loader, centre_crop, check_crops, crop_and_flip
 from jobs.run.optim import warmup_cosine
+from jobs.run.terminal import check_least, check_within
 from jobs.run.world import World
 from shards.errors import InputError
 
@@ -45,6 +46,9 @@ class FinetuneConfig:
     """Area of the random crops (share of the image)."""
 
     def __post_init__(self) -> None:
+        check_least(self, epochs=1, batch=1, lr=0, weight_decay=0)
+        check_within(self, 0, 1, "layer_decay", "smoothing")
+        check_crops(self.crop_scale)
         if not 0 <= self.warmup_epochs <= self.epochs:
             raise InputError(
                 f"warmup_epochs: {self.warmup_epochs:g} is not within the {self.epochs} epochs of the run; lower it, "

@@ -62,6 +62,19 @@ def pooled(model: nn.Module, crops_B3SS: Tensor, pool: Pool) -> Tensor:
     """
     if pool == "default":
         return model.forward(crops_B3SS)  # not compiled, which would be done again for the last, smaller batch
+    tokens, prefix = all_tokens(model, crops_B3SS)
+    mean = tokens[:, prefix:].mean(dim=1)
+    if pool == "mean":
+        return mean
+    if prefix == 0:
+        raise InputError(
+            f"pool: {pool} needs a class token, and {type(timm_module(model)).__name__} has none; use default or mean"
+        )
+    return tokens[:, 0] if pool == "cls" else torch.cat([tokens[:, 0], mean], dim=1)
+
+
+def all_tokens(model: nn.Module, crops_B3SS: Tensor) -> tuple[Tensor, int]:
+    """Tokens [B, T, D] before pooling, and how many of the first ones are no patches."""
     inner = timm_module(model)
     tokens = inner.forward_features(crops_B3SS)  # type: ignore[operator]
     if tokens.ndim == 4:
@@ -73,9 +86,10 @@ def pooled(model: nn.Module, crops_B3SS: Tensor, pool: Pool) -> Tensor:
         prefix = 0
     else:
         prefix = int(getattr(inner, "num_prefix_tokens", 0))
-    mean = tokens[:, prefix:].mean(dim=1)
-    if pool == "mean":
-        return mean
-    if prefix == 0:
-        raise InputError(f"pool: {pool} needs a class token, and {type(inner).__name__} has none; use default or mean")
-    return tokens[:, 0] if pool == "cls" else torch.cat([tokens[:, 0], mean], dim=1)
+    return tokens, prefix
+
+
+def patch_tokens(model: nn.Module, crops_B3SS: Tensor) -> Tensor:
+    """Tokens [B, T, D] of the patches, row by row."""
+    tokens, prefix = all_tokens(model, crops_B3SS)
+    return tokens[:, prefix:]

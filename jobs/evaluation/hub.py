@@ -13,6 +13,7 @@ import timm
 import torch
 from torch import nn
 
+from jobs.evaluation.features import default_crop
 from jobs.evaluation.frozen import IMAGENET_MEAN, IMAGENET_STD
 from models.backbones import BackboneConfig, timm_options
 from shards.errors import InputError, install_extra
@@ -21,8 +22,8 @@ from shards.errors import InputError, install_extra
 TOLERANCE = 1e-4
 
 
-def write_timm_folder(config: BackboneConfig, model: nn.Module, out: Path) -> None:
-    """Writes config.json and model.safetensors.
+def write_timm_folder(config: BackboneConfig, model: nn.Module, out: Path, licence: str = "") -> None:
+    """Writes config.json, with the crop that evaluation takes, and model.safetensors.
 
     Raises:
         InputError: an architecture that timm cannot build.
@@ -46,7 +47,7 @@ def write_timm_folder(config: BackboneConfig, model: nn.Module, out: Path) -> No
             "input_size": [3, size, size],
             "fixed_input_size": "img_size" in arguments,
             "interpolation": "bilinear",
-            "crop_pct": 0.875,
+            "crop_pct": default_crop(size),
             "crop_mode": "center",
             "mean": list(IMAGENET_MEAN),
             "std": list(IMAGENET_STD),
@@ -54,7 +55,7 @@ def write_timm_folder(config: BackboneConfig, model: nn.Module, out: Path) -> No
             "pool_size": None,
             "first_conv": getattr(model, "default_cfg", {}).get("first_conv", "patch_embed.proj"),
             "classifier": getattr(model, "default_cfg", {}).get("classifier", "head"),
-            "license": "apache-2.0",
+            **({"license": licence} if licence else {}),
         },
     }
     out.mkdir(parents=True, exist_ok=True)

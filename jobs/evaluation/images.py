@@ -4,6 +4,7 @@ import hashlib
 import os
 import unicodedata
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -12,24 +13,35 @@ import numpy as np
 from jobs.run.terminal import warn
 from shards.errors import InputError
 from shards.images import BadImageError, Rules, prepare
-from shards.manifest import open_manifest
+from shards.manifest import Columns, open_manifest
 from shards.reader import SampleError, SampleReader
 from shards.sources.folders import classed_files, read_file
+
+# Files of an ImageFolder whose content is in its fingerprint.
+FINGERPRINTED = 256
 
 
 class ImageSet(Protocol):
     """n encoded images with labels.
 
-    name: for people; labels: int64 [n], −1 where unknown; classes: names by label; identity: changes with the content.
+    name: for people; source: tag such as real, empty where there is none; labels: int64 [n], −1 where unknown;
+    classes: names by label; identity: changes with the content and, of files, with when and where they were written;
+    fingerprint: is the same of a copy on another machine.
     """
 
     name: str
+    source: str
     labels: np.ndarray
     classes: tuple[str, ...]
     identity: str
+    fingerprint: str
 
     def read(self, rows: Sequence[int]) -> list[np.ndarray | str]:
         """Encoded bytes, uint8 1-D, that every decoder shows alike, or why an image cannot be used."""
+        ...
+
+    def names(self, rows: np.ndarray) -> list[tuple[str, str]]:
+        """Shard and key of each image; of a folder's, nothing and its path in the folder."""
         ...
 
     def where(self, row: int) -> str:
@@ -52,20 +64,36 @@ class FolderImages:
             raise InputError(f"images: {root} holds no images; give shards or an ImageFolder")
         self._root, self._files = root, sorted(files)
         self.labels = np.array([label for _, _, label in self._files], dtype=np.int64)
-        self.name = "/".join(root.resolve().parts[-2:])
+        self.name, self.source = "/".join(root.resolve().parts[-2:]), ""
         digest = hashlib.sha256(b"as built, colours too")  # features of images looked at in another way don't count
         for name, _, _ in self._files:
             digest.update(os.fsencode(name) + _stamp(root / name).encode())
         self.identity = digest.hexdigest()
+        self.fingerprint = _fingerprint(root, [name for name, _, _ in self._files])
 
     def read(self, rows: Sequence[int]) -> list[np.ndarray | str]:
         return [_file_bytes(self._root / name, size) for name, size, _ in (self._files[row] for row in rows)]
+
+    def names(self, rows: np.ndarray) -> list[tuple[str, str]]:
+        return [("", printable(Path(self._files[row][0]))) for row in rows]
 
     def where(self, row: int) -> str:
         return printable(self._root / self._files[row][0])
 
     def close(self) -> None:
         """Nothing is held open."""
+
+
+def _fingerprint(root: Path, names: Sequence[str]) -> str:
+    """SHA-256 over names and sizes of all files and the content of some, spread over all: images by the same name and
+    of the same size are nearly always the same."""
+    digest = hashlib.sha256()
+    for number, name in enumerate(names):
+        with suppress(OSError):  # named when it is to be read as an image
+            digest.update(os.fsencode(name) + f" {(root / name).stat().st_size}\n".encode())
+            if number % -(-len(names) // FINGERPRINTED) == 0:
+                digest.update((root / name).read_bytes())
+    return digest.hexdigest()
 
 
 def printable(path: Path) -> str:
@@ -99,11 +127,20 @@ class ShardImages:
         self.labels = manifest.columns(np.arange(len(manifest))).label.astype(np.int64)
         self.classes = tuple(manifest.classes)
         self.name = "/".join(Path(address).resolve().parts[-2:]) if "://" not in address else address
-        self.identity = manifest.fingerprint
+        self._manifest, self.source = manifest, manifest.source
+        self.identity = self.fingerprint = manifest.fingerprint
 
     def read(self, rows: Sequence[int]) -> list[np.ndarray | str]:
         items = self._reader.read(np.asarray(rows, dtype=np.int64))
         return [item.reason if isinstance(item, SampleError) else item for item in items]
+
+    def columns(self) -> Columns:
+        """What the shards say of every image."""
+        return self._manifest.columns(np.arange(len(self._manifest)))
+
+    def names(self, rows: np.ndarray) -> list[tuple[str, str]]:
+        columns = self._manifest.columns(rows)
+        return [(self._manifest.shards[shard], key) for shard, key in zip(columns.shard, columns.key, strict=True)]
 
     def where(self, row: int) -> str:
         shard, key = self._reader.name(row)

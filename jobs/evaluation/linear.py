@@ -12,7 +12,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from jobs.run.terminal import check_least, check_within
 from jobs.run.world import World
+from shards.errors import InputError
 
 # Base learning rates for a batch of 256, as swept by DINO's and MoBY's linear evaluations.
 SWEEP = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -32,6 +34,12 @@ class LinearConfig:
     """SGD's momentum."""
     weight_decay: float = 0.0
     """SGD's weight decay."""
+
+    def __post_init__(self) -> None:
+        check_least(self, epochs=1, batch=1, weight_decay=0)
+        check_within(self, 0, 1, "momentum")
+        if not self.rates or min(self.rates) < 0:
+            raise InputError(f"rates: {self.rates} must name learning rates, none of them below 0")
 
 
 class LinearBank:

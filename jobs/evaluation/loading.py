@@ -19,6 +19,7 @@ from pipelines.decode import open_decoder
 from pipelines.draw import draw
 from pipelines.params import ViewParams
 from pipelines.policies import Policy, ViewGroup, ViewPolicy
+from shards.errors import InputError
 
 # Rows and sizes (height, width) int64 [B, 2] → one crop box and flip per image, [B, 1].
 Transform = Callable[[np.ndarray, np.ndarray], ViewParams]
@@ -47,6 +48,12 @@ def centre_crop(share: float) -> Transform:
     return boxes
 
 
+def check_crops(scale: tuple[float, float]) -> None:
+    """Raises InputError for areas that random crops cannot have."""
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise InputError(f"crop_scale: {scale} is out of range; give 0 < least ≤ greatest ≤ 1")
+
+
 def crop_and_flip(seed: int, epoch: int, size: int, scale: tuple[float, float]) -> Transform:
     """The linear probe's augmentation: a random resized crop and a flip, a pure function of (seed, epoch, row)."""
     view = ViewPolicy(scale=scale, flip=0.5, jitter=0, gray=0)
@@ -70,9 +77,10 @@ class Loader:
         std: Sequence[float] = IMAGENET_STD,
         threads: int = 0,
     ) -> None:
-        self._images, self._size, self._batch = images, size, batch
+        self._images, self._size = images, size
         threads = threads or os.cpu_count() or 1
-        self._decoder = open_decoder(batch, threads)
+        self._batch = min(batch, max(len(images.labels), 1))
+        self._decoder = open_decoder(self._batch, threads)
         self._pool = ThreadPoolExecutor(threads)
         self._mean = torch.tensor(mean)[:, None, None] * 255
         self._scale = 1 / (torch.tensor(std)[:, None, None] * 255)

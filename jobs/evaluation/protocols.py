@@ -3,10 +3,14 @@
 Suffixes: n training images, q test images, D width.
 """
 
+import fcntl
+import hashlib
+import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,17 +22,17 @@ from torch import Tensor
 
 from jobs.evaluation import linear
 from jobs.evaluation.backbones import ModelConfig, load_frozen
-from jobs.evaluation.features import Features, features_of
+from jobs.evaluation.features import Features, default_crop, features_of
 from jobs.evaluation.finetune import FinetuneConfig, finetune
 from jobs.evaluation.frozen import Frozen
 from jobs.evaluation.images import ImageSet, align_labels, label_table, open_images, warn_unscored
 from jobs.evaluation.knn import KS, TEMPERATURE, knn_scores
-from jobs.evaluation.loading import Loader, crop_and_flip
+from jobs.evaluation.loading import Loader, check_crops, crop_and_flip
 from jobs.evaluation.metrics import over_seeds, summarize
 from jobs.evaluation.retrieval import mean_average_precision
 from jobs.evaluation.splits import subset
 from jobs.run.folder import open_run, write_json
-from jobs.run.terminal import progress
+from jobs.run.terminal import check_least, progress
 from jobs.run.world import World, open_world
 from models.probes import rankme
 from shards.errors import InputError
@@ -139,6 +143,8 @@ def _evaluate(kind: str, config: CommonConfig, measure: Measure, labelled: bool 
         result = {
             "kind": kind,
             "model": facts,
+            "protocol": (protocol := protocol_of(config, frozen, train, test)),
+            "identity": identity_of(kind, facts, protocol),
             "train": {"name": train.name, "images": len(train.labels)},
             "test": {"name": test.name, "images": measured.pop("scored"), "listed": len(test.labels)},
             **measured,
@@ -148,43 +154,107 @@ def _evaluate(kind: str, config: CommonConfig, measure: Measure, labelled: bool 
         result["seconds"] = round(time.monotonic() - began, 2)
         if not world.leads:
             return {**result, "leads": False}
-    place = scores_file(kind, config, facts)
-    if place is not None:
-        place.parent.mkdir(parents=True, exist_ok=True)
+    if config.out is not None:
+        folder = config.out.parent
+    elif run is not None:
+        folder = open_run(run).evaluation
+    else:
+        return result
+    folder.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder):
+        place = config.out or scores_file(folder, name_of(kind, config, facts), result["identity"])
         write_json(place, result)
-        return {**result, "file": str(place)}
-    return result
+    return {**result, "file": str(place)}
 
 
 def _check(config: CommonConfig) -> None:
-    if config.forward_batch < 1:
-        raise InputError(f"forward_batch: {config.forward_batch} must be at least 1")
-    if isinstance(config, FewLabelsConfig) and config.seeds < 1:
-        raise InputError(f"seeds: {config.seeds} must be at least 1")
+    check_least(config, forward_batch=1)
+    check_least(config.model, size=0)
+    if isinstance(config, FewLabelsConfig):
+        check_least(config, seeds=1, shots=0)
+        if not 0 < config.labels <= 1:
+            raise InputError(f"labels: {config.labels} is no share of the labels; give above 0 and at most 1")
     if isinstance(config, KnnConfig) and (not config.k or min(config.k) < 1):
         raise InputError(f"k: {config.k} must name numbers of neighbours above 0")
     if isinstance(config, KnnConfig) and config.temperature <= 0:
         raise InputError(f"temperature: {config.temperature} must be above 0")
+    if isinstance(config, LinearProbeConfig):
+        check_crops(config.crop_scale)
+        if not 0 <= config.validation < 1:
+            raise InputError(
+                f"validation: {config.validation} must be at least 0 and below 1: the rest trains the probe"
+            )
 
 
-def scores_file(kind: str, config: CommonConfig, facts: dict[str, Any]) -> Path | None:
-    """Where the scores go: the same measure of the same checkpoint replaces its older file."""
-    if config.out is not None:
-        return config.out
-    if config.model.run is None:
-        return None
-    step = facts["step"]
-    words = [kind, facts["source"] if facts["source"] != "run" else f"step-{step}", Path(config.test).name]
+# Flags that change no score: where things lie, and how fast it goes.
+NO_PROTOCOL = {"model", "train", "test", "forward_batch", "device", "cache", "out"}
+
+
+def protocol_of(config: CommonConfig, frozen: Frozen, train: ImageSet, test: ImageSet) -> dict[str, Any]:
+    """All that decides a score besides the weights, as JSON values: scores of equal protocols can be compared."""
+    settings = {name: value for name, value in asdict(config).items() if name not in NO_PROTOCOL}
+    settings |= settings.pop("sgd", {}) | settings.pop("tuning", {})
+    if settings.get("augment") is False:
+        del settings["crop_scale"]
+    data = {
+        role: {"name": images.name, "images": len(images.labels), "fingerprint": images.fingerprint}
+        for role, images in (("train", train), ("test", test))
+    }
+    crop = {"size": frozen.size, "crop": default_crop(frozen.size), "pool": frozen.pool}
+    return json.loads(json.dumps({**data, **crop, "mean": frozen.mean, "std": frozen.std, **settings}))
+
+
+def identity_of(kind: str, facts: dict[str, Any], protocol: dict[str, Any]) -> str:
+    """What an evaluation is, in 12 digits: measure, weights and protocol."""
+    weights = {name: value for name, value in facts.items() if facts["source"] != "run" or name != "name"}
+    data = {role: protocol[role]["fingerprint"] for role in ("train", "test")}
+    text = json.dumps([kind, weights, {**protocol, **data}], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def name_of(kind: str, config: CommonConfig, facts: dict[str, Any]) -> str:
+    """What a reader looks for in the name of a file of scores."""
+    words = [kind, facts["source"] if facts["source"] != "run" else f"step-{facts['step']}", Path(config.test).name]
     if config.model.pool != "default":
         words.append(config.model.pool)
-    if facts.get("which", "kept") != "kept":
+    if config.model.which != "kept" and "which" in facts:
         words.append(facts["which"])
     if isinstance(config, FewLabelsConfig) and config.shots:
         words.append(f"{config.shots}-shot")
     elif isinstance(config, FewLabelsConfig) and config.labels < 1:
         words.append(f"{100 * config.labels:g}-percent")
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(words))
-    return open_run(config.model.run).evaluation / f"{name}.json"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(words))
+
+
+def scores_file(folder: Path, name: str, identity: str) -> Path:
+    """Where the scores go: they replace older ones of the same evaluation alone. Where another evaluation has the
+    plain name, the identity is part of it."""
+    for path in folder.glob("*.json"):
+        if kept_identity(path) == identity:
+            return path
+    plain = folder / f"{name}.json"
+    return folder / f"{name}-{identity}.json" if plain.exists() else plain
+
+
+def kept_identity(path: Path) -> str | None:
+    """Identity of the evaluation that a file holds; None where it holds none."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return content.get("identity") if isinstance(content, dict) else None
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Other processes that want the same wait meanwhile."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _repeat(
@@ -243,6 +313,8 @@ def _hold_out(rows: np.ndarray, labels_n: np.ndarray, share: float, seed: int) -
     if share == 0:
         return rows, rows[:0]
     held = rows[subset(labels_n[rows], share=share, seed=seed)]
+    if len(held) == len(rows):  # of each class at least one is held out
+        raise InputError(f"validation: {share} leaves no image to train on; give a smaller share, or more images")
     return np.setdiff1d(rows, held), held
 
 

@@ -54,8 +54,8 @@ def replay_step(
     images: Sequence[int] | None = None,
     *,
     limit: int | None = None,
-    real: str = "",
-    synthetic: str = "",
+    real: tuple[str, ...] = (),
+    synthetic: tuple[str, ...] = (),
     device: str = "auto",
 ) -> Replayed:
     """The views of a step.
@@ -63,7 +63,7 @@ def replay_step(
     Args:
         images: which rows of the step's batch (all ranks side by side); None for all.
         limit: at most so many rows.
-        real, synthetic: where the shards lie now; empty for where the run found them.
+        real, synthetic: where the shards lie now; none for where the run found them.
         device: auto (the run's), cpu or cuda.
 
     Raises:

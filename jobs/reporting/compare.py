@@ -7,8 +7,8 @@ import numpy as np
 from jobs.reporting import charts
 from jobs.reporting.charts import Series
 from jobs.reporting.html import Markup, join, number, percent, table, tag
+from jobs.reporting.protocols import side_by_side
 from jobs.reporting.rundata import RunData, flatten, is_finite
-from jobs.reporting.sections import best_scores
 from jobs.studies.difference import Difference, difference, in_points
 
 LOSS = "train/loss"
@@ -24,7 +24,6 @@ def comparison(runs: Sequence[RunData]) -> Markup:
     """Final numbers of all runs, what differs between their settings, and their curves in one chart each."""
     rows: list[list[object]] = []
     for run in runs:
-        scores = {name: top1 for name, top1, _ in best_scores(run)}
         share = (run.analysis or {}).get("lowest_iou_share")
         _, speed = run.series("train/images_per_second")
         rows.append([
@@ -33,7 +32,6 @@ def comparison(runs: Sequence[RunData]) -> Markup:
             max((line.get("step", 0) for line in run.metrics), default=0),
             _cell(run.last("train/loss"), lambda x: number(x, 4)),
             _cell(run.last("knn/top1"), percent),
-            *(_cell(scores.get(name), percent) for name in ("Evaluated kNN", "Linear probe", "Fine-tuned")),
             _cell(float(np.median(speed)) if len(speed) else None, lambda x: number(x, 4)),
             _cell(share, percent),
         ])  # fmt: skip
@@ -43,9 +41,6 @@ def comparison(runs: Sequence[RunData]) -> Markup:
         "Steps",
         "Loss",
         "kNN",
-        "Evaluated kNN",
-        "Linear",
-        "Fine-tuned",
         "Images/s",
         "Hardest is lowest IoU",
     ]
@@ -59,22 +54,39 @@ def comparison(runs: Sequence[RunData]) -> Markup:
     about = "Second arm less the first, in points, over shared seeds; 95 % interval by Student's t"
     return join(
         tag("div", overview, class_="card"),
+        tag("div", evaluated(runs), class_="card", style="margin:1rem 0"),
         tag("div", table(["Score", "Difference"], beside, about), class_="card", style="margin:1rem 0") if arms else "",
         tag("div", differences(runs), class_="card", style="margin:1rem 0"),
         tag("div", *figures, class_="cards"),
     )
 
 
+def evaluated(runs: Sequence[RunData]) -> Markup:
+    """Top-1 of the runs' own checkpoints, a row for each protocol."""
+    scored = side_by_side(runs)
+    if not scored:
+        return tag("p", "No run was evaluated yet.")
+    rows: list[list[object]] = [
+        [label, *("" if score is None else (score.top1, f"{percent(score.top1)} (step {number(score.step)})")
+                  for score in row)]
+        for label, row in scored.items()
+    ]  # fmt: skip
+    return table(
+        ["Evaluation", *(run.name for run in runs)], rows, "Top-1 by equal protocols, of the newest step scored"
+    )
+
+
 def arm_differences(runs: Sequence[RunData]) -> dict[str, Difference]:
     """By score, what the second of two arms has more than the first, paired over the seeds that both have. Runs that
     differ in their seed alone are one arm; empty where there are not two arms, or none of their seeds is shared."""
-    arms: dict[str, list[RunData]] = {}
-    for run in runs:
+    scored = scores_of(runs)
+    arms: dict[str, list[int]] = {}
+    for i, run in enumerate(runs):
         own = {key: value for key, value in flatten(run.config).items() if key not in (*PLACES, "seed")}
-        arms.setdefault(repr(sorted(own.items(), key=lambda item: item[0])), []).append(run)
+        arms.setdefault(repr(sorted(own.items(), key=lambda item: item[0])), []).append(i)
     if len(arms) != 2:
         return {}
-    first, second = ([(run.setting("seed"), scores_of(run)) for run in arm] for arm in arms.values())
+    first, second = ([(runs[i].setting("seed"), scored[i]) for i in arm] for arm in arms.values())
     pairs = {}
     for name in dict.fromkeys(name for _, scores in first for name in scores):
         one, other = ({s: scores[name] for s, scores in arm if name in scores} for arm in (first, second))
@@ -83,11 +95,14 @@ def arm_differences(runs: Sequence[RunData]) -> dict[str, Difference]:
     return pairs
 
 
-def scores_of(run: RunData) -> dict[str, float]:
-    """Accuracies by name: the last held-out kNN while training, and evaluations."""
-    scores = {name: top1 for name, top1, _ in best_scores(run)}
-    last = run.last("knn/top1")
-    return scores if last is None else {"kNN": last, **scores}
+def scores_of(runs: Sequence[RunData]) -> list[dict[str, float]]:
+    """Each run's accuracies by name: the last held-out kNN while training, and evaluations by protocol."""
+    scored = [{} if (last := run.last("knn/top1")) is None else {"kNN": last} for run in runs]
+    for label, row in side_by_side(runs).items():
+        for scores, score in zip(scored, row, strict=True):
+            if score is not None:
+                scores[label] = score.top1
+    return scored
 
 
 def differences(runs: Sequence[RunData]) -> Markup:

@@ -3,8 +3,7 @@
 Suffixes: B images, N views, V views of one image.
 """
 
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,8 @@ from shards.errors import InputError
 
 SAMPLES = 24
 MAPPED = 4
+
+NO_SHARDS = "The configuration names no shards."
 
 
 def pictures(run: RunData, images: int) -> dict[str, Markup | str]:
@@ -119,16 +120,12 @@ def samples(run: RunData, count: int) -> Markup | str:
     """Images of each source side by side, evenly spread, so classes stand opposite each other."""
     cards = []
     for source in ("real", "synthetic"):
-        if run.setting(f"data.{source}"):
-            with _source_images(run, source) as images:
-                cards.append(_mosaic(source.capitalize(), images, count))
-    return tag("div", *cards, class_="cards") if cards else "The configuration names no shards."
-
-
-@contextmanager
-def _source_images(run: RunData, source: str) -> Iterator[ImageSet]:
-    with closing(open_images(str(run.setting(f"data.{source}")))) as images:
-        yield images
+        places = run.addresses(source)
+        for place in places:
+            folder = f": {place.rstrip('/').rpartition('/')[2]}" if len(places) > 1 else ""
+            with closing(open_images(place)) as images:
+                cards.append(_mosaic(source.capitalize() + folder, images, count))
+    return tag("div", *cards, class_="cards") if cards else NO_SHARDS
 
 
 def _mosaic(title: str, images: ImageSet, count: int) -> Markup:
@@ -168,11 +165,13 @@ def _decode(images: ImageSet, rows: list[int]) -> list[np.ndarray]:
 
 def attention(run: RunData, count: int) -> Markup | str:
     """Attention maps and Grad-CAM of the untrained backbone and up to three checkpoints."""
-    source = "real" if run.setting("data.real") else "synthetic"
+    places = [*run.addresses("real"), *run.addresses("synthetic")]
+    if not places:
+        return NO_SHARDS
     models = checkpoint_models(run.path, checkpoint_steps(run.path), "target")
     figures: list[Markup] = []
     reasons: list[str] = []
-    with _source_images(run, source) as images:
+    with closing(open_images(places[0])) as images:
         rows = by_class(images, count)
         methods: tuple[tuple[Method, str, str], ...] = (
             ("attention", "Attention", "last layer, mean over heads, from the class token or all patches"),

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -78,6 +78,16 @@ class RunData:
         encoder = f", {origin['encoder']} encoder" if origin.get("encoder") else ""
         return f"{origin['kind']} {origin['name']}{step}{encoder} (SHA-256 {origin['sha256'][:12]})"
 
+    def addresses(self, source: str) -> list[str]:
+        """Where the `real` or the `synthetic` shards lie."""
+        return addresses(flatten(self.config), source)
+
+
+def addresses(flat: Mapping[str, Any], source: str) -> list[str]:
+    """Where the shards of a source lie, from settings by dotted key; runs of before have one address as text."""
+    value = flat.get(f"data.{source}") or []
+    return [value] if isinstance(value, str) else list(value)
+
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as one level with dotted keys."""
@@ -110,6 +120,17 @@ def read_run(path: Path) -> RunData:
         quarantine=read_metrics(folder.quarantine),
         problems=problems,
     )
+
+
+def told_apart(runs: Sequence[RunData]) -> list[RunData]:
+    """The runs by names that differ: where folders have the same, by as many of those above as it takes."""
+    places = [run.path.resolve().parts for run in runs]
+    names = []
+    for place in places:
+        alike = {other for other in places if other[-1] == place[-1] and other != place}
+        depth = next(n for n in range(1, len(place) + 1) if not any(other[-n:] == place[-n:] for other in alike))
+        names.append("/".join(place[-depth:]))
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
 def _analysis(folder: RunFolder, problems: list[str]) -> dict[str, Any] | None:

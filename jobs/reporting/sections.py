@@ -10,6 +10,7 @@ from jobs.reporting import charts
 from jobs.reporting.charts import Bar, Series
 from jobs.reporting.health import checks
 from jobs.reporting.html import Markup, join, number, percent, seconds, table, tag
+from jobs.reporting.protocols import described, side_by_side
 from jobs.reporting.rundata import RunData, is_finite
 
 # A str that is not Markup is the reason why a section has nothing to show.
@@ -79,8 +80,9 @@ def headline(run: RunData) -> list[tuple[str, str, str]]:
     if len(knn):
         note = f"{percent(knn[0])} at the first measure" if len(knn) > 1 else "one measure so far"
         tiles.append(("kNN top-1", percent(knn[-1]), note))
-    best = best_scores(run)
-    tiles += [(f"{name} top-1", percent(top1), note) for name, top1, note in best]
+    for label, (score,) in side_by_side([run]).items():
+        if score is not None:
+            tiles.append((f"{label} top-1", percent(score.top1), f"step {score.step}, {score.which} encoder"))
     loss = run.last("train/loss")
     if loss is not None:
         tiles.append(("Loss", number(loss, 4), f"{number(run.series('train/loss')[1][0], 4)} at the start"))
@@ -91,20 +93,6 @@ def headline(run: RunData) -> list[tuple[str, str, str]]:
     if is_finite(share) and is_finite(chance):
         tiles.append(("Hardest is lowest IoU", percent(share), f"{percent(chance)} by chance"))
     return tiles
-
-
-def best_scores(run: RunData) -> list[tuple[str, float, str]]:
-    """Per kind of evaluation of this run's own checkpoints: name, newest step's top-1, note."""
-    scores = []
-    for kind, name in (("knn", "Evaluated kNN"), ("linear", "Linear probe"), ("finetune", "Fine-tuned")):
-        own = [e for e in run.evaluations if e["kind"] == kind and e.get("model", {}).get("source") == "run"]
-        scored = [e for e in own if is_finite(e.get("scores", {}).get("top1"))]
-        if scored:
-            last = max(scored, key=lambda e: (e["model"].get("step") or 0, e.get("labels") or 1.0))
-            scores.append(
-                (name, last["scores"]["top1"], f"step {last['model'].get('step')}, {last['model'].get('which')}")
-            )
-    return scores
 
 
 def curves(run: RunData) -> Markup | str:
@@ -183,17 +171,24 @@ def scores(run: RunData) -> Markup | str:
         s, model = e.get("scores", {}), e.get("model", {})
         rows.append([
             e["kind"], model.get("name", ""), model.get("step") if model.get("step") is not None else "",
+            model.get("which", ""),
             _score(s, "top1"), _score(s, "top5"), _score(s, "map"), _score(s, "rankme", plain=True),
-            f"{percent(e['labels'], 0)}" if is_finite(e.get("labels")) else "", e.get("test", {}).get("name", ""),
+            e.get("train", {}).get("name", ""), e.get("test", {}).get("name", ""),
+            described(e.get("protocol") or {}), e.get("identity", ""),
         ])  # fmt: skip
-    heads = ["Evaluation", "Model", "Step", "Top-1", "Top-5", "mAP", "RankMe", "Labels", "Test images"]
+    heads = [
+        "Evaluation", "Model", "Step", "Encoder", "Top-1", "Top-5", "mAP", "RankMe",
+        "Learned from", "Test images", "Protocol", "Identity",
+    ]  # fmt: skip
     empty = [i for i in range(len(heads)) if all(row[i] == "" for row in rows)]
     kept = [i for i in range(len(heads)) if i not in empty]
     overview = table(
-        [heads[i] for i in kept], [[row[i] for i in kept] for row in rows], "Scores; deviations are over seeds"
+        [heads[i] for i in kept],
+        [[row[i] for i in kept] for row in rows],
+        "Scores; deviations are over seeds. Only those of equal protocols on the same images can be compared",
     )
     parts = [tag("div", overview, class_="card wide")]
-    newest = {e["kind"]: e for e in run.evaluations}
+    newest = {e["kind"]: e for e in sorted(run.evaluations, key=lambda e: e.get("model", {}).get("step") or 0)}
     for e in newest.values():
         parts += _details(e)
     return tag("div", *parts, class_="cards")

@@ -9,7 +9,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -144,8 +144,17 @@ def load_step(folder: Path, step: int | None) -> dict[str, Any]:
     raise InputError(f"step: {folder} has no checkpoint of step {step}; there are: {steps}")
 
 
-def load_backbone(run: str | Path, which: Which = "kept", step: int | None = None) -> tuple[nn.Module, PretrainConfig]:
-    """A run's backbone in evaluation mode on the CPU, and the run's configuration.
+class LoadedBackbone(NamedTuple):
+    """A run's backbone in evaluation mode on the CPU, the run's configuration, and which weights these are."""
+
+    backbone: nn.Module
+    config: PretrainConfig
+    step: int
+    which: Literal["online", "target"]
+
+
+def load_backbone(run: str | Path, which: Which = "kept", step: int | None = None) -> LoadedBackbone:
+    """The backbone of a run's checkpoint of `step`, or of its newest intact one.
 
     `which`: the encoder that the objective's paper evaluates, the online one, or the momentum target (the online one
     where the objective has none).
@@ -155,10 +164,12 @@ def load_backbone(run: str | Path, which: Which = "kept", step: int | None = Non
     """
     folder = open_run(run)
     config = load_config(folder.config)
-    weights = load_step(folder.checkpoints, step)["objective"]
-    prefix = f"{kept_encoder(config.objective) if which == 'kept' else which}.backbone."
-    if not any(name.startswith(prefix) for name in weights):
-        prefix = "online.backbone."
+    content = load_step(folder.checkpoints, step)
+    weights = content["objective"]
+    encoder = kept_encoder(config.objective) if which == "kept" else which
+    if not any(name.startswith(f"{encoder}.backbone.") for name in weights):
+        encoder = "online"
+    prefix = f"{encoder}.backbone."
     backbone = build_backbone(config.backbone, 0.0)
     try:
         backbone.load_state_dict({n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)})
@@ -167,7 +178,7 @@ def load_backbone(run: str | Path, which: Which = "kept", step: int | None = Non
             f"backbone: the checkpoint in {folder.checkpoints} does not fit {config.backbone.name} of config.json "
             f"({' '.join(str(error).split())[:200]}); was config.json changed?"
         ) from error
-    return backbone.eval(), config
+    return LoadedBackbone(backbone.eval(), config, content["step"], encoder)
 
 
 def sha256(path: Path) -> str:

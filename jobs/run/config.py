@@ -1,9 +1,8 @@
 """The configuration of a pretraining run: frozen dataclasses, and their JSON form."""
 
 import json
-import math
 import re
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -13,6 +12,7 @@ import tyro
 from jobs.run.folder import write_json
 from jobs.run.metrics import LOGGERS
 from jobs.run.optim import OptimizerConfig
+from jobs.run.terminal import check_numbers
 from models.backbones import BackboneConfig
 from models.objectives import OBJECTIVES, ObjectiveConfig
 from models.objectives.moby import MoBYConfig
@@ -43,10 +43,14 @@ class Origin:
 class DataConfig:
     """Where the images come from."""
 
-    real: str = ""
-    """Shards of real images: a folder or an fsspec address such as s3://bucket/shards; empty = none."""
-    synthetic: str = ""
-    """Shards of synthetic images; empty = none."""
+    real: tuple[str, ...] = ()
+    """Shards of real images: one or several folders or fsspec addresses such as s3://bucket/shards; none = no real
+    images."""
+    synthetic: tuple[str, ...] = ()
+    """Shards of synthetic images, likewise."""
+    weights: tuple[float, ...] = ()
+    """Weight of each folder among the real and among the synthetic ones, in the order of data.real and then
+    data.synthetic; none = by their number of images."""
     synthetic_share: float = 0.5
     """Share of synthetic images in every stretch of the stream (0 to 1); without synthetic shards it is 0."""
     final_synthetic_share: float | None = None
@@ -65,6 +69,10 @@ class DataConfig:
     """Size the cache may grow to (10⁹ bytes); the least recently used shards go first."""
 
     def __post_init__(self) -> None:
+        for name in ("real", "synthetic"):
+            if isinstance(address := getattr(self, name), str):  # as one address was written before there were several
+                object.__setattr__(self, name, (address,) if address else ())
+        check_weights(self)
         for name in ("synthetic_share", "max_failures"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"data.{name}: {getattr(self, name)} must lie between 0 and 1")
@@ -75,6 +83,22 @@ class DataConfig:
         for name in ("block", "prefetch", "cache_gb"):
             if getattr(self, name) < 1:
                 raise InputError(f"data.{name}: {getattr(self, name)} must be at least 1")
+
+
+def check_weights(config: DataConfig) -> None:
+    """Raises InputError for weights that are not one for each folder, are negative, or leave a side without images."""
+    if not config.weights:
+        return
+    sides = (len(config.real), len(config.synthetic))
+    if len(config.weights) != sum(sides):
+        raise InputError(
+            f"data.weights: {len(config.weights)} for {sides[0]} folders of real and {sides[1]} of synthetic images; "
+            f"give one for each"
+        )
+    # Numbers that are not finite have a check of their own.
+    for side in (config.weights[: sides[0]], config.weights[sides[0] :]):
+        if min(side, default=0) < 0 or (side and not any(side)):
+            raise InputError(f"data.weights: {list(side)}; give numbers of 0 or above, one of each side above 0")
 
 
 # Fields that ViewsConfig and ViewPolicy have in common.
@@ -119,8 +143,9 @@ class ViewsConfig:
     """Probability of solarization (0 to 1)."""
     interpolation: Interpolation = "bilinear"
     """How crops are resized: bilinear, or bicubic as in DINO's and iBOT's code."""
-    colour: Literal["fused", "exact"] = "fused"
-    """Colour operations: fused into few passes, or one by one by Kornia."""
+    colour: Literal["fused", "clamped", "exact"] = "fused"
+    """Colour operations: fused into few passes; clamped = the same, but values are clamped after each operation, as
+    torchvision does; exact = one by one by Kornia."""
     iou: IouScript = field(default_factory=IouScript)
     """Scripted overlap of an image's views instead of free draws."""
 
@@ -288,21 +313,7 @@ class PretrainConfig:
         for name in ("batch", "accumulate"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: {getattr(self, name)} must be at least 1")
-        _check_finite(self)
-
-
-def _check_finite(config: Any, prefix: str = "") -> None:
-    """Checks all numbers once: comparisons with NaN are false, so range checks alone would let it pass.
-
-    Raises:
-        InputError: a value that is infinite or not a number.
-    """
-    for name, value in vars(config).items():
-        if is_dataclass(value):
-            _check_finite(value, f"{prefix}{name}.")
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float) and not math.isfinite(number):
-                raise InputError(f"{prefix}{name}: {number} is not finite; give a number")
+        check_numbers(self, "")
 
 
 KINDS_OF_VALUE = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -375,6 +386,10 @@ def from_plain(plain: dict[str, Any]) -> PretrainConfig:
     Raises:
         InputError: an unknown key, a value of the wrong type or out of range; with the field's dotted name.
     """
+    data = plain.get("data")
+    if isinstance(data, dict):  # an address by itself, as configurations of before hold it
+        texts = {name: data[name] for name in ("real", "synthetic") if isinstance(data.get(name), str)}
+        plain = {**plain, "data": {**data, **{name: [text] if text else [] for name, text in texts.items()}}}
     try:
         return _converter().structure(plain, PretrainConfig)
     except cattrs.BaseValidationError as error:

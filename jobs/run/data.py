@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from math import ceil
 
+import numpy as np
 import torch
 from timm.layers.patch_embed import PatchEmbed
 from torch import nn
@@ -31,12 +33,13 @@ class Data:
     manifests: tuple[Manifest, ...]
     order: SampleOrder
     reader: SampleReader
+    real: int
+    """How many of the manifests, the first ones, are of real images."""
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Source tags in the order of their numbers; where both shards were built with the same tag, what they are."""
-        tags = tuple(manifest.source for manifest in self.manifests)
-        return tags if len(set(tags)) == len(tags) else ("real", "synthetic")
+        """Tags of the folders of shards, in the order of their numbers, no two alike."""
+        return tags([manifest.source for manifest in self.manifests], [m.root for m in self.manifests], self.real)
 
 
 def open_data(config: PretrainConfig) -> Data:
@@ -45,28 +48,52 @@ def open_data(config: PretrainConfig) -> Data:
     Raises:
         InputError: neither is named, one cannot be read, or a share asks for what is not there.
     """
-    addresses = [address for address in (config.data.real, config.data.synthetic) if address]
+    addresses = (*config.data.real, *config.data.synthetic)
     if not addresses:
         raise InputError("data.real: no shards given; name a folder that `hardviews build` made")
     manifests = tuple(open_manifest(address) for address in addresses)
     counts = [manifest.counts for manifest in manifests]
     seed, block = config.seed, config.data.block
-    order = SampleOrder(counts, shares(config.data, 1), seed, block)
+    order = SampleOrder(counts, shares(config.data, counts, 1), seed, block)
     if config.data.final_synthetic_share is not None:
         epochs = config.epochs if config.steps is None else config.steps * config.batch / order.epoch_length
-        order = SampleOrder(counts, shares(config.data, ceil(epochs)), seed, block)
+        order = SampleOrder(counts, shares(config.data, counts, ceil(epochs)), seed, block)
     cache = ShardCache(config.data.cache, int(config.data.cache_gb * 1e9))
-    return Data(manifests, order, SampleReader(manifests, cache))
+    return Data(manifests, order, SampleReader(manifests, cache), len(config.data.real))
 
 
-def shares(config: DataConfig, epochs: int) -> list[list[float]]:
-    """Per epoch the share of each source that is there, real before synthetic."""
-    if not (config.real and config.synthetic):
-        return [[1.0]]
+def tags(given: Sequence[str], roots: Sequence[str], real: int) -> tuple[str, ...]:
+    """A tag for each folder: the one it was built with. Where real and synthetic folders share it, what they are; where
+    folders of a side share it, with their own names behind it, or numbers where these are alike too."""
+    sides = ["real"] * real + ["synthetic"] * (len(given) - real)
+    shared = set(given[:real]) & set(given[real:])
+    names = [side if tag in shared else tag for tag, side in zip(given, sides, strict=True)]
+    for ends in ([root.rstrip("/").rpartition("/")[2] for root in roots], [str(n + 1) for n in range(len(names))]):
+        names = [f"{name}-{end}" if names.count(name) > 1 else name for name, end in zip(names, ends, strict=True)]
+    return tuple(names)
+
+
+def shares(config: DataConfig, counts: Sequence[np.ndarray], epochs: int) -> list[list[Fraction]]:
+    """Per epoch the share of each folder of shards: that of its side, real before synthetic, divided by weight.
+
+    Args:
+        counts: per folder int64[S], samples in each shard.
+    """
     first = config.synthetic_share
     last = first if config.final_synthetic_share is None else config.final_synthetic_share
     ramp = [first + (last - first) * epoch / max(epochs - 1, 1) for epoch in range(max(epochs, 1))]
-    return [[1 - share, share] for share in ramp]
+    weights = [Fraction(weight) for weight in config.weights or [int(count.sum()) for count in counts]]
+    sides = [weights[: len(config.real)], weights[len(config.real) :]]
+    if not all(sides):
+        ramp = [float(not sides[0])]
+    return [
+        [
+            Fraction(share) * weight / sum(side)
+            for share, side in zip((1 - of, of), sides, strict=True)
+            for weight in side
+        ]
+        for of in ramp
+    ]
 
 
 def run_length(config: PretrainConfig, order: SampleOrder) -> Length:
@@ -100,7 +127,7 @@ def check_crops(config: PretrainConfig, backbone: nn.Module) -> None:
 
 
 def strong_blur(config: PretrainConfig) -> str | None:
-    """Advice where the blur, in proportion to the view's side, is stronger than its policy's at 224 pixels; else None."""
+    """Advice where the blur, in proportion to the view's side, exceeds its policy's at 224 pixels; else None."""
     drawn = run_policy(config).groups
     for group, published in zip(drawn, build_policy(config.views.policy, PUBLISHED_SIZE).groups, strict=True):
         share = group.size / published.size

@@ -5,6 +5,7 @@ import glob
 import json
 import math
 import os
+import secrets
 import shutil
 import socket
 import threading
@@ -88,6 +89,14 @@ class RunFolder:
                 raise InputError(f"run: {self.path} exists and is not a run folder; choose another --run")
             if not overwrite:
                 raise InputError(f"run: {self.path} exists; go on with --resume or replace it with --overwrite")
+
+    def identity(self) -> str:
+        """What tells this run from all others, whatever their folders are called: drawn once and kept in the folder."""
+        path = self.path / "identity"
+        if not path.is_file():
+            with whole_file(path) as temporary:
+                temporary.write_text(secrets.token_hex(8))
+        return path.read_text().strip()
 
     @property
     def lock(self) -> Path:

@@ -81,9 +81,8 @@ class WandB:
     def __init__(self, folder: RunFolder, step: int, config: Mapping[str, Any]) -> None:
         import wandb
 
-        self._run = wandb.init(
-            dir=folder.path, id=folder.path.name, name=folder.path.name, resume="allow", config=dict(config)
-        )
+        name = folder.path.resolve().name
+        self._run = wandb.init(dir=folder.path, id=folder.identity(), name=name, resume="allow", config=dict(config))
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         self._run.log(dict(scalars), step=step)
@@ -93,17 +92,18 @@ class WandB:
 
 
 class MLflow:
-    """MLflow; the store comes from MLFLOW_TRACKING_URI, else a local SQLite file below the run folder's parent."""
+    """MLflow; the store comes from MLFLOW_TRACKING_URI, else it is a SQLite file beside the run folder."""
 
     def __init__(self, folder: RunFolder, step: int, config: Mapping[str, Any]) -> None:
         import mlflow
 
-        self._client = mlflow.MlflowClient()
+        store = None if "MLFLOW_TRACKING_URI" in os.environ else f"sqlite:///{folder.path.resolve().parent}/mlflow.db"
+        self._client = mlflow.MlflowClient(store)
         experiment = self._client.get_experiment_by_name("hardviews")
         number = experiment.experiment_id if experiment else self._client.create_experiment("hardviews")
-        name = folder.path.name
-        earlier = self._client.search_runs([number], f"attributes.run_name = '{name}'", max_results=1) if step else []
-        run = earlier[0] if earlier else self._client.create_run(number, run_name=name)
+        tags = {"hardviews.run": folder.identity()}
+        earlier = self._client.search_runs([number], f"tags.`hardviews.run` = '{folder.identity()}'", max_results=1)
+        run = earlier[0] if earlier else self._client.create_run(number, tags=tags, run_name=folder.path.resolve().name)
         self._id = run.info.run_id
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:

@@ -40,7 +40,7 @@ def moby(backbone: BackboneConfig) -> PretrainConfig:
         backbone=replace(backbone, drop_path=0.2),
         objective=MoBYConfig(negatives=NONE),
         selection=RANDOM_PAIR,
-        views=ViewsConfig("byol"),
+        views=ViewsConfig("byol", colour="clamped"),
         optimizer=OptimizerConfig(
             "adamw",
             lr=1e-3,
@@ -85,7 +85,7 @@ def mochi(backbone: BackboneConfig) -> PretrainConfig:
         backbone=backbone,
         objective=MoBYConfig(mixed, queue=16_384, momentum=0.999, hidden=2048, width=128),
         selection=RANDOM_PAIR,
-        views=ViewsConfig("moco_v2"),
+        views=ViewsConfig("moco_v2", colour="clamped"),
         optimizer=OptimizerConfig("sgd", lr=0.03, lr_batch=256, weight_decay=1e-4, decay="all", warmup_epochs=0),
         epochs=200,
         batch=128,
@@ -98,7 +98,7 @@ def on_vit(objective: ObjectiveConfig, lr: float, weight_decay: float) -> Pretra
         backbone=replace(VIT_S_MOCO_V3, fixed_patch=True),  # section 4.2 there
         objective=objective,
         selection=RANDOM_PAIR,
-        views=ViewsConfig("moco_v3"),
+        views=ViewsConfig("moco_v3", colour="clamped"),
         optimizer=OptimizerConfig(
             "adamw", lr=lr, lr_batch=256, weight_decay=weight_decay, decay="all", warmup_epochs=40
         ),
@@ -116,7 +116,7 @@ def simsiam() -> PretrainConfig:
         backbone=RESNET_50,
         objective=SimSiamConfig(),
         selection=RANDOM_PAIR,
-        views=ViewsConfig("moco_v2"),
+        views=ViewsConfig("moco_v2", colour="clamped"),
         optimizer=sgd,
         epochs=100,
         batch=512,
@@ -129,7 +129,7 @@ def simclr() -> PretrainConfig:
         backbone=RESNET_50,
         objective=SimCLRConfig(temperature=0.1),
         selection=RANDOM_PAIR,
-        views=ViewsConfig("simclr"),
+        views=ViewsConfig("simclr", colour="clamped"),
         optimizer=OptimizerConfig("lars", lr=0.3, lr_batch=256, weight_decay=1e-4, warmup_epochs=10),
         epochs=100,
         batch=4096,
@@ -142,7 +142,7 @@ def dino() -> PretrainConfig:
         backbone=VIT_S,
         objective=DINOConfig(),
         selection=RANDOM_PAIR,
-        views=ViewsConfig("dino", interpolation="bicubic"),
+        views=ViewsConfig("dino", interpolation="bicubic", colour="clamped"),
         optimizer=self_distillation(512),
         epochs=100,
         batch=512,
@@ -156,7 +156,7 @@ def ibot() -> PretrainConfig:
         backbone=VIT_S,
         objective=IBOTConfig(norm_last_layer=False, local_views=0),
         selection=RANDOM_PAIR,
-        views=ViewsConfig("byol", crop_scale=(0.14, 1.0), interpolation="bicubic"),
+        views=ViewsConfig("byol", crop_scale=(0.14, 1.0), interpolation="bicubic", colour="clamped"),
         optimizer=self_distillation(512),
         epochs=100,
         batch=512,
@@ -180,7 +180,7 @@ def self_distillation(batch: int) -> OptimizerConfig:
 
 
 def hard(config: PretrainConfig) -> PretrainConfig:
-    """The configuration with the hardest pair of four views (HVP); with multi-crop also of twice as many local views."""
+    """The configuration with the hardest pair of four views (HVP); with multi-crop of twice as many local views."""
     config = replace(config, selection=SelectionConfig(views=4, rule="hardest"))
     if not isinstance(config.objective, DINOConfig) or not config.objective.local_views:
         return config

@@ -1,9 +1,11 @@
 """How this process waits and keeps its memory; free of torch, for threads' waiting is set before torch is imported."""
 
 import ctypes
+import gc
 import os
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 
 # Parameters of glibc's mallopt(3), from <malloc.h>.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
@@ -32,3 +34,19 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     return mallopt is not None and bool(mallopt(_MMAP_MAX, 0)) and bool(mallopt(_TRIM_THRESHOLD, -1))
+
+
+@contextmanager
+def collecting_by_hand() -> Iterator[None]:
+    """Inside, Python looks for garbage in cycles only where `gc.collect()` is called, and never among what was there
+    before. A collection amid a step keeps the host from feeding the device; one rank's keeps all ranks waiting."""
+    automatic = gc.isenabled()
+    gc.disable()
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if automatic:
+            gc.enable()

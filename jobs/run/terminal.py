@@ -3,13 +3,15 @@
 import contextlib
 import difflib
 import io
+import math
 import os
 import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from dataclasses import is_dataclass
+from typing import Any, TypeVar
 
 import tyro
 from rich.console import Console, RenderableType
@@ -60,7 +62,40 @@ def parse(config: type[Config], argv: Sequence[str], prog: str, default: Config 
     if unknown:
         raise InputError(unknown_flag(unknown[0], config, prog, default))
     assert parsed is not None
+    check_numbers(parsed)
     return parsed
+
+
+def check_numbers(config: Any, prefix: str | None = None) -> None:
+    """Checks all numbers once: comparisons with NaN are false, so range checks alone would let it pass.
+
+    Messages name a field with `prefix` and the fields that it is within, or, where that is None, by itself.
+
+    Raises:
+        InputError: a value that is infinite, not a number, or a whole number of more than 63 bits.
+    """
+    for name, value in vars(config).items():
+        if is_dataclass(value):
+            check_numbers(value, None if prefix is None else f"{prefix}{name}.")
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise InputError(f"{prefix or ''}{name}: {number} is not finite; give a number")
+            if isinstance(number, int) and abs(number) >= 1 << 63:
+                raise InputError(f"{prefix or ''}{name}: {number} is too large; give a smaller number")
+
+
+def check_least(config: Any, **least: float) -> None:
+    """Raises InputError for a field below its least value."""
+    for name, bound in least.items():
+        if (value := getattr(config, name)) < bound:
+            raise InputError(f"{name}: {value} must be at least {bound}")
+
+
+def check_within(config: Any, low: float, high: float, *names: str) -> None:
+    """Raises InputError for a field that is not within `low` and `high`."""
+    for name in names:
+        if not low <= getattr(config, name) <= high:
+            raise InputError(f"{name}: {getattr(config, name)} must lie between {low} and {high}")
 
 
 def one_line(box: str) -> str:

@@ -1,20 +1,23 @@
 """The training loop."""
 
+import gc
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from jobs.run.config import PretrainConfig
 from jobs.run.failure import TrainingFailedError
 from jobs.run.folder import RunFolder
+from jobs.run.process import collecting_by_hand
 from jobs.run.terminal import Bar, console, progress, warn
 from jobs.run.world import World
 from jobs.training.ending import as_training_failure, record_failure
 from jobs.training.opening import open_training
 from jobs.training.state import Training, save
 from jobs.training.step import train_step
+from jobs.training.tracing import tracing
 from jobs.training.verdict import Verdict
 from shards.errors import InputError
 
@@ -22,8 +25,11 @@ from shards.errors import InputError
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def train(config: PretrainConfig, folder: RunFolder, world: World, *, resume: bool = False) -> str:
-    """Trains until the configured length or a signal; returns `finished` or `interrupted`.
+def train(
+    config: PretrainConfig, folder: RunFolder, world: World, *, resume: bool = False, traced_steps: int = 0
+) -> str:
+    """Trains until the configured length or a signal; returns `finished` or `interrupted`. Of `traced_steps` steps the
+    run's folder gets a trace.
 
     What is random in a step is a function of (seed, step, rank); order and views are functions of the position. So a
     run that goes on from a checkpoint computes what it would have computed without the interruption.
@@ -37,7 +43,7 @@ def train(config: PretrainConfig, folder: RunFolder, world: World, *, resume: bo
     with ExitStack() as signals:  # are heard until all else is closed
         try:
             with as_training_failure(folder.path):
-                return run(config, folder, world, signals, resume)
+                return run(config, folder, world, signals, resume, traced_steps)
         except BaseException as error:
             # Before it has begun, a run that is not resumed has no state; there may be that of a run to be replaced.
             mistake = isinstance(error, InputError | KeyboardInterrupt)
@@ -53,25 +59,30 @@ def written(folder: RunFolder) -> int | None:
     return folder.state.stat().st_mtime_ns if folder.state.is_file() else None
 
 
-def run(config: PretrainConfig, folder: RunFolder, world: World, signals: ExitStack, resume: bool) -> str:
+def run(
+    config: PretrainConfig, folder: RunFolder, world: World, signals: ExitStack, resume: bool, traced_steps: int
+) -> str:
     """Opens everything, trains, closes everything but `signals`."""
     with ExitStack() as stack:
         t = open_training(config, folder, world, stack, resume)
         note_state(t, "running")  # a resumed run with the verdict it had
+        trace = stack.enter_context(tracing(t, traced_steps))
         stop = signals.enter_context(stop_signals())
         bar = stack.enter_context(step_bar(t))
         if not resume:
             t.monitor.evaluate(t.step)
             save(t)
-        state = loop(t, stop, bar)
+        stack.enter_context(collecting_by_hand())
+        state = loop(t, stop, bar, trace)
         if t.saver is not None:
             t.saver.wait()
     note_state(t, state)
     return state
 
 
-def loop(t: Training, stop: threading.Event, bar: Bar) -> str:
-    """Steps until the end or a signal, with a checkpoint every so often and one at the end."""
+def loop(t: Training, stop: threading.Event, bar: Bar, trace: Callable[[], None]) -> str:
+    """Steps until the end or a signal, with a checkpoint every so often and one at the end; `trace` hears of each."""
+    epoch = int(t.step / t.length.steps_per_epoch)
     while t.step < t.length.steps:
         with t.timer.phase("data", host=True):
             batch = next(t.stream)
@@ -79,6 +90,7 @@ def loop(t: Training, stop: threading.Event, bar: Bar) -> str:
         with t.timer.phase("monitors", host=True):
             before = t.monitor.verdict
             t.monitor.after_step(t.step, batch, result)
+        trace()
         if t.saver is not None:
             t.saver.surface()
         bar.advance(1, note=t.monitor.note)
@@ -87,6 +99,9 @@ def loop(t: Training, stop: threading.Event, bar: Bar) -> str:
         if result.stopping or t.step % t.config.checkpoint.every == 0 or t.step == t.length.steps:
             save(t)
             note_state(t, "running")
+            gc.collect()
+        if epoch != (epoch := int(t.step / t.length.steps_per_epoch)):
+            gc.collect()
         if result.stopping and t.step < t.length.steps:
             if t.world.leads:
                 warn(f"stopped at step {t.step} of {t.length.steps}; a checkpoint is written, go on with --resume")

@@ -197,6 +197,7 @@ class Monitor:
         scalars["system/mfu"] = self._utilisation(scalars["train/images_per_second"])
         self.images_per_second = scalars["train/images_per_second"]
         chance = self.objective.chance(self.config.batch // self.config.accumulate, real=True)
+        self.signs.filled = step * self.config.batch >= getattr(self.config.objective, "queue", 0)
         real = scalars.get("train/loss_real", scalars["train/loss"])
         self.signs.take_loss(scalars.get("train/loss_random_pair", real), chance)
         self.note = note(scalars)

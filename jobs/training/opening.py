@@ -42,8 +42,6 @@ from jobs.training.state import Stateful, Training
 from jobs.training.timing import StepTimer
 from models.objectives import Length, Objective, build_objective
 from models.objectives.base import Chosen, Encoder, has_batchnorm
-from models.prediction import Prediction
-from pipelines.params import PAIR_COLUMNS
 from shards.errors import InputError
 from shards.reader import SampleError
 
@@ -100,9 +98,6 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
     bank = open_bank(config, data, objective, world.device)
     monitor = Monitor(config, world, objective, length, schedule, guard, timer, data.sources, folder.curves, bank)
     kept: dict[str, Stateful] = {"objective": objective, "optimizer": optimizer, "monitor": monitor, "guard": guard}
-    prediction = Prediction(len(PAIR_COLUMNS)).to(world.device) if config.selection.predicts else None
-    if prediction is not None:
-        kept["prediction"] = prediction
     if saved is not None:
         for name, part in kept.items():
             part.load_state_dict(saved[name])
@@ -154,7 +149,6 @@ def open_training(config: PretrainConfig, folder: RunFolder, world: World, stack
         monitor,
         timer,
         guard,
-        prediction,
         saver,
         kept,
         step,
@@ -222,7 +216,8 @@ def compile_encoders(config: PretrainConfig, objective: Objective, device: torch
 
 def comparable(config: PretrainConfig) -> PretrainConfig:
     """A configuration without what may change while a run is stopped: where the shards lie, and its length."""
-    return replace(config, data=replace(config.data, real="", synthetic=""), epochs=1.0, steps=None)
+    real, synthetic = (("?",) * len(addresses) for addresses in (config.data.real, config.data.synthetic))
+    return replace(config, data=replace(config.data, real=real, synthetic=synthetic), epochs=1.0, steps=None)
 
 
 def check_length(config: PretrainConfig, before: PretrainConfig, data: Data, step: int) -> None:

@@ -17,7 +17,6 @@ from jobs.training.monitor import Monitor
 from jobs.training.saving import CheckpointWriter
 from jobs.training.timing import StepTimer
 from models.objectives import Length, Objective
-from models.prediction import Prediction
 from pipelines.stream import ViewStream
 
 
@@ -46,8 +45,6 @@ class Training:
     monitor: Monitor
     timer: StepTimer
     guard: FiniteGuard
-    prediction: Prediction | None
-    """Where the rule of choice predicts losses."""
     saver: CheckpointWriter | None
     """On the leading rank."""
     kept: dict[str, Stateful]

@@ -5,7 +5,7 @@ Shape suffixes: B images of this rank, N views, P pairs.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,9 @@ from jobs.training.health import clip_and_norm, gradient_norms
 from jobs.training.monitor import StepResult
 from jobs.training.state import Training
 from models.objectives.base import Scores
-from models.selection import audit, same_policy, select
+from models.selection import same_policy, select
 from pipelines.batch import ViewBatch
-from pipelines.params import pair_columns, pair_iou, pairs
+from pipelines.params import pair_iou, pairs
 from pipelines.philox import Purpose, uniform
 
 
@@ -37,8 +37,6 @@ class Choice:
     at_random_B: Tensor
     """bool: the image trains on a random pair although its step chooses by the rule."""
     scores: Scores | None = None
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-    """How the regression's choice compares with the scored losses."""
     views_BM: Tensor | None = None
 
     @property
@@ -72,7 +70,6 @@ def train_step(t: Training, batch: ViewBatch, asked_to_stop: Callable[[], bool] 
                 metrics["chance"] = torch.tensor(chance)
             with t.timer.phase("backward"):
                 (loss / len(parts)).backward()
-        metrics |= choice.metrics
         if selection.audits(t.step):
             with t.timer.phase("audit"), autocast(t):
                 metrics |= t.objective.audit(part.crops, choice.best_B, selection)
@@ -114,37 +111,19 @@ def choose(t: Training, batch: ViewBatch) -> Choice:
     def random_pairs() -> Tensor:
         return select(on_device(t, drawn(Purpose.CHOICE, len(pairs(selection.views)))), "random", barred_P)
 
-    scores = t.objective.pair_losses(batch.scored, selection) if selection.scores(t.step) else None
-    ranked_BP, metrics = ranking(t, batch, scores, barred_P)
-    if ranked_BP is None:
+    scored = selection.scores(t.step)
+    if not scored and (selection.rule != "lowest-iou" or t.step % selection.every):
         random_B = random_pairs()
         return Choice(random_B, random_B, torch.zeros_like(random_B, dtype=torch.bool))
-    best_B = select(ranked_BP, selection.rule, barred_P)
+    if scored:
+        scores = t.objective.pair_losses(batch.scored, selection)
+        best_B = select(scores.losses_BP, selection.rule, barred_P)
+    else:
+        scores, iou_BP = None, pair_iou(batch.params[:, : selection.views])
+        best_B = select(on_device(t, iou_BP), "lowest-iou", barred_P)
     at_random_B = on_device(t, drawn(Purpose.SHARE, 1)[:, 0] < selection.share_at_random)
     choice_B = torch.where(at_random_B, random_pairs(), best_B)
-    return Choice(choice_B, best_B, at_random_B, scores, metrics)
-
-
-def ranking(
-    t: Training, batch: ViewBatch, scores: Scores | None, barred_P: Tensor | None
-) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """[B, P]: what the rule looks at, None where a random pair trains; and, on a scored step of a rule that predicts,
-    agreement and regret of the prediction that earlier steps have taught."""
-    selection = t.config.selection
-    params = batch.params[:, : selection.views]
-    if t.prediction is None:
-        if scores is None and selection.rule == "lowest-iou" and t.step % selection.every == 0:
-            return on_device(t, pair_iou(params)), {}
-        return (None if scores is None else scores.losses_BP), {}
-    columns_BPX = on_device(t, pair_columns(params, batch.sizes_B2))
-    predicted_BP = t.prediction(columns_BPX)
-    if scores is None:
-        return (predicted_BP if selection.rule == "predicted" else None), {}
-    t.prediction.learn(columns_BPX, scores.losses_BP, barred_P)
-    judged = audit(scores.losses_BP, select(predicted_BP, "predicted", barred_P), selection)
-    metrics = {name.replace("/", "/predicted_"): value for name, value in judged.items()}
-    ranked_BP = scores.losses_BP if selection.rule == "predicted" else scores.losses_BP - predicted_BP
-    return ranked_BP, metrics
+    return Choice(choice_B, best_B, at_random_B, scores)
 
 
 def update(t: Training, loss: float, finite: bool) -> None:
@@ -152,13 +131,9 @@ def update(t: Training, loss: float, finite: bool) -> None:
     if finite:
         t.optimizer.step()
         t.objective.after_step()
-        if t.prediction is not None:
-            t.prediction.update()
         t.guard.passed()
     else:
         t.objective.skip_step()
-        if t.prediction is not None:
-            t.prediction.skip()
         t.guard.skip(t.step, t.objective, loss, str(t.folder.checkpoints))
 
 

@@ -21,7 +21,7 @@ KEPT = 1 / 3  # share of the margins that keeps a run learning that was: single 
 ONE_POINT = -0.02
 STILL = ", the target has not moved since the start: lower objective.momentum"
 DIVERGED = 1.25  # times chance, and times the first loss
-LONGEST_PATIENCE = 2000  # steps
+SHORTEST_PATIENCE, LONGEST_PATIENCE = 50, 2000  # steps
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,9 @@ class Signs:
     """Before the first step."""
     learned: bool = False
     """Whether it was learning at any line so far."""
+    filled: bool = True
+    """Whether the queue of negatives, where there is one, holds keys alone: against the random rows of its start any
+    loss is low."""
     lost: bool = False
     """Whether a loss of the newest line was not finite."""
 
@@ -139,12 +142,12 @@ def judge(signs: Signs, step: int, steps: int, margins: Margins = Margins()) -> 
     an image nearer to each other than to others', which a loss far below chance shows by itself; and the target,
     where there is one, moves. collapsed: embeddings are one point, after the run learned or when patience is over.
     forgetting: learning, but when patience is over, held-out kNN accuracy is 2 points below that of the weights
-    that the run began with. diverging: the loss is not finite, or far above both chance and its start. not-
-    learning: none of these when patience is over, which is half of the run, 2,000 steps at most. While nothing is
+    that the run began with. diverging: the loss is not finite, or far above both chance and its start.
+    not-learning: none of these when patience is over, which is half of the run, 50 to 2,000 steps. While nothing is
     known about embeddings a run is diverging or not learning yet.
     """
     figures = {name: value for name, value in asdict(signs).items() if type(value) is float and math.isfinite(value)}
-    over = step >= min(steps / 2, LONGEST_PATIENCE)
+    over = step >= max(SHORTEST_PATIENCE, min(steps / 2, LONGEST_PATIENCE))
     still = signs.target_norm == signs.first_target_norm
 
     def verdict(name: Name) -> Verdict:
@@ -163,6 +166,6 @@ def judge(signs: Signs, step: int, steps: int, margins: Margins = Margins()) -> 
         told = below > margin and (nearer or below > CLEARLY * margin > 0)
     else:
         told = signs.loss < signs.first_loss - share * FALLEN and nearer
-    if told and signs.uniformity < margins.spread and not still:
+    if told and signs.filled and signs.uniformity < margins.spread and not still:
         return verdict("forgetting" if over and signs.knn < signs.first_knn - FORGOTTEN else "learning")
     return verdict("not-learning" if over else "not-learning-yet")

@@ -1,6 +1,7 @@
 """WebDataset tars."""
 
 import json
+import os
 import posixpath
 import re
 import tarfile
@@ -97,23 +98,31 @@ class Group:
     members: tuple[Member, ...]
 
 
-def groups(file: Any) -> Iterator[Group | str]:
+def groups(file: Any, above: str = "", start: int = 0, stop: int | None = None) -> Iterator[Group | str]:
     """Samples of a tar as WebDataset groups them: neighbours whose names agree up to the first dot.
 
     Where that would join several images whose names are numbered behind that dot (`photo.0001.jpg`), each is a sample.
     A second member of the same name begins a new sample. Links to files of the tar stand for those. Tars that were
     joined by appending are read to the last one. Yields an error message at last where the tar ends too early or its
-    headers are damaged. What systems left behind is passed over, and nothing is extracted.
+    headers are damaged. What systems left behind is passed over, and nothing is extracted. A tar in the tar is read
+    where it lies, from `start` to `stop`; its name and a slash, `above`, then stand before the keys.
     """
     key, members, problem = "", [], ""
     names: dict[str, Member | str] | None = None
-    for info in headers(file):
+    for info in headers(file, start, stop):
         if isinstance(info, str):
             problem = info
             break
+        if info.isreg() and info.name.endswith(".tar") and not is_left_behind(info.name):
+            if members:
+                yield from samples(key, members)
+                members = []
+            yield from groups(file, f"{above}{info.name}/", info.offset_data, info.offset_data + info.size)
+            continue
         name, extension = split_name(info.name)
         if not name or is_left_behind(info.name) or not (info.isreg() or info.islnk() or info.issym()):
             continue
+        name = above + name
         if members and (name != key or any(extension == member.extension for member in members)):
             yield from samples(key, members)
             members = []
@@ -122,7 +131,7 @@ def groups(file: Any) -> Iterator[Group | str]:
             members.append(member_of(info, extension))
         else:
             if names is None:
-                whole = (one for one in headers(file) if not isinstance(one, str))
+                whole = (one for one in headers(file, start, stop) if not isinstance(one, str))
                 names = {posixpath.normpath(one.name): place_of(one) for one in whole}
             members.append(linked(info, names)._replace(extension=extension))
     if members:
@@ -131,19 +140,25 @@ def groups(file: Any) -> Iterator[Group | str]:
         yield problem
 
 
-def headers(file: Any) -> Iterator[tarfile.TarInfo | str]:
-    """All headers of a tar, or of several that were joined, and at last what is wrong with it, if anything is."""
-    head = read_at(file, 0, 10)
+def headers(file: Any, start: int = 0, stop: int | None = None) -> Iterator[tarfile.TarInfo | str]:
+    """All headers of a tar, or of several that were joined, and at last what is wrong with it, if anything is.
+
+    Args:
+        start, stop: where the tar lies in the file; None for up to the file's end.
+    """
+    head = read_at(file, start, 10)
     packed = next((kind for magic, kind in PACKED.items() if re.match(magic, head, re.DOTALL)), None)
     if packed:
         yield f"{packed}, whatever its name says: unpack it first"
         return
-    start = 0
-    while start >= 0:
+    last: int = file.seek(0, os.SEEK_END) if stop is None else stop
+    while 0 <= start < last:
         file.seek(start)
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for info in tar:
+                    if info.offset >= last:  # the tar has no end mark, and what follows is not its own
+                        return
                     yield info
                     # tarfile keeps every header it has seen, and grows with the tar
                     tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
@@ -152,7 +167,7 @@ def headers(file: Any) -> Iterator[tarfile.TarInfo | str]:
             yield f"the tar is damaged here: {error}"
             return
         # tarfile takes a damaged header for the end.
-        if any(read_at(file, end, tarfile.BLOCKSIZE)):
+        if end < last and any(read_at(file, end, tarfile.BLOCKSIZE)):
             yield "the tar is damaged here: no header and no end mark"
             return
         start = after_zeros(file, end)
@@ -264,8 +279,7 @@ def tar_record(tar: Tar, group: Group | str, file: Any, numbers: Mapping[str, in
     image = image_member(tar.name, group, tar.image)
     if image is None:
         kinds = ", ".join(member.extension for member in group.members)
-        hint = "; unpack the outer tar first, and name the tars in it" if kinds == "tar" else ""
-        return Record(name, -1, b"", f"no {tar.image or 'image'} among its files ({kinds}){hint}")
+        return Record(name, -1, b"", f"no {tar.image or 'image'} among its files ({kinds})")
     if image.problem:
         return Record(f"{name}.{image.extension}", -1, b"", image.problem)
     content = content_of(image, file)

@@ -8,6 +8,15 @@ import numpy as np
 from jobs.reporting.gallery import HardViews
 
 
+def protocol(kind: str, **changes: object) -> dict:
+    """A protocol as evaluations record it."""
+    data = {
+        role: {"name": f"cats/{role}", "images": 8, "fingerprint": f"{role}0123456789"} for role in ("train", "test")
+    }
+    own = {"k": [10, 20], "temperature": 0.07} if kind == "knn" else {"epochs": 100, "batch": 256}
+    return {**data, "size": 32, "crop": 1.0, "pool": "default", "labels": 1.0, "shots": 0, "seeds": 1, **own, **changes}
+
+
 def make_run(path: Path, *, lines: int = 40, seed: int = 0) -> Path:
     """A run folder with everything the report reads but images."""
     rng = np.random.default_rng(seed)
@@ -45,6 +54,10 @@ def make_run(path: Path, *, lines: int = 40, seed: int = 0) -> Path:
             "kind": kind,
             "model": {"name": path.name, "source": "run", "step": 390, "which": "target"},
             "scores": {"top1": top1, "top5": 0.9, "top1_deviation": 0.01},
+            "protocol": protocol(kind),
+            "identity": f"{kind}0123456789"[:12],
+            "train": protocol(kind)["train"],
+            "test": protocol(kind)["test"],
             "confusion": [[3, 1, 0], [0, 4, 0], [0, 0, 0]],
             "classes": ["cat", "dog", "emu without images"],
             "per_class": [{"class": "cat", "images": 4, "top1": 0.75}, {"class": "dog", "images": 4, "top1": 1.0}],

@@ -29,7 +29,7 @@ FLAGS = ["demo", "--steps", "2", "--diffusion-steps", "2", "--seed", "3"]
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return image_folder(tmp_path_factory.mktemp("images") / "colours", 10, classes=3)
+    return image_folder(tmp_path_factory.mktemp("images") / "colours", 10, classes=3, side=12)
 
 
 @pytest.fixture(scope="module")
@@ -110,22 +110,25 @@ def shards(root: Path, side: int, gray: bool) -> Manifest:
 
 
 @pytest.mark.parametrize(
-    ("side", "gray", "views", "size", "says"),
+    ("side", "gray", "views", "size", "cloned", "says"),
     [
-        (28, True, GRAY_VIEWS, 32, "about 28 pixels a side and gray"),
-        (32, False, COLOUR_VIEWS, 32, "about 32 pixels a side and in colour"),
-        (400, False, COLOUR_VIEWS, 64, "about 400 pixels a side and in colour"),
-        (200, True, GRAY_VIEWS, 64, "Views of 64 pixels"),
+        (14, True, GRAY_VIEWS, 32, 16, "about 14 pixels a side and gray"),
+        (28, True, GRAY_VIEWS, 32, 0, "about 28 pixels a side and gray"),
+        (32, False, COLOUR_VIEWS, 32, 0, "about 32 pixels a side and in colour"),
+        (400, False, COLOUR_VIEWS, 64, 0, "about 400 pixels a side and in colour"),
+        (200, True, GRAY_VIEWS, 64, 0, "Views of 64 pixels"),
     ],
 )
-def test_views_suit_size_and_colour(tmp_path: Path, side: int, gray: bool, views: object, size: int, says: str) -> None:
+def test_views_suit_size_and_colour(
+    tmp_path: Path, side: int, gray: bool, views: object, size: int, cloned: int, says: str
+) -> None:
     setting = demo.folder_setting(shards(tmp_path, side, gray))
-    assert (setting.views, setting.side) == (views, size) and says in setting.reason
+    assert (setting.views, setting.side, setting.cloned) == (views, size, cloned) and says in setting.reason
 
 
 @pytest.mark.parametrize(("side", "patch"), [(32, 8), (64, 16)])
 def test_the_backbone_takes_views_of_either_size(side: int, patch: int) -> None:
-    config = demo.arm_config(DemoConfig(), demo.arms_of(2)["hard"], Setting(COLOUR_VIEWS, side, patch, ""), False)
+    config = demo.arm_config(DemoConfig(), demo.arms_of(2)["hard"], Setting(COLOUR_VIEWS, side, patch, 0, ""), False)
     objective = make_objective(config, Length(2, 1.0), torch.device("cpu"))
     assert objective.backbone(torch.zeros(2, 3, side, side)).shape == (2, 128)
 
@@ -137,7 +140,7 @@ def test_digits_are_neither_mirrored_nor_coloured_nor_blurred() -> None:
 
 
 def test_photographs_get_no_clone_of_minutes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    setting = Setting(COLOUR_VIEWS, 64, 16, "")
+    setting = Setting(COLOUR_VIEWS, 64, 16, 0, "")
     config = DemoConfig(out=tmp_path)
     assert not demo.make_clone(config, shards(tmp_path, 80, False), setting)
     assert f"hardviews generate --pipeline {demo.PRETRAINED} --like" in capsys.readouterr().err
@@ -149,11 +152,12 @@ def test_a_clone_is_trained_on_where_two_thirds_are_confirmed(
     out: Path, share: float, mixed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(demo, "confirmed", lambda *images: share)
-    config, setting = DemoConfig(out=out, diffusion_steps=2), demo.digits_setting()
-    assert demo.make_clone(config, open_manifest(out / "shards" / "real"), setting) == mixed
+    config, real = DemoConfig(out=out, diffusion_steps=2, seed=3), open_manifest(out / "shards" / "real")
+    setting = demo.folder_setting(real)
+    assert setting.cloned == 12 and demo.make_clone(config, real, setting) == mixed
     assert ("hardviews generate --pipeline" in capsys.readouterr().err) == (not mixed)
     data = demo.arm_config(config, demo.arms_of(2)["hard"], setting, mixed).data
-    assert data.synthetic == (str(out / "shards" / "synthetic") if mixed else "")
+    assert data.synthetic == ((str(out / "shards" / "synthetic"),) if mixed else ())
 
 
 def test_the_words_follow_the_figures() -> None:

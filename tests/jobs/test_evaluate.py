@@ -45,7 +45,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 
 def scores(run: RunFolder, name: str) -> dict:
-    return json.loads((run.evaluation / f"{name}.json").read_text())
+    """The newest file of that name, which has its evaluation's identity behind it where another one was first."""
+    newest = max(run.evaluation.glob(f"{name}*.json"), key=lambda path: path.stat().st_mtime_ns)
+    return json.loads(newest.read_text())
 
 
 def flags(run: RunFolder, train: Path, test: Path) -> list[str]:
@@ -309,7 +311,7 @@ def test_knn_command_keeps_its_scores(
     evaluate.main(["knn", *flags(run, train, test), "--k", "5", "20"])
     assert "knn-step-4-test.json" in capsys.readouterr().out.replace("\n", "")
     kept = scores(run, "knn-step-4-test")
-    assert kept["model"] == {"source": "run", "name": "one", "step": 4, "which": "kept"}
+    assert kept["model"] == {"source": "run", "name": "one", "step": 4, "which": "online"}
     assert kept["scores"]["top1"] > 0.6
     assert [row["k"] for row in kept["by_k"]] == [5, 20]
     assert np.array(kept["confusion"]).sum() == kept["test"]["images"] == 24
@@ -433,6 +435,65 @@ def test_timm_models_without_a_network(train: Path, test: Path, tmp_path: Path) 
 def test_mistakes_are_named(run: RunFolder, train: Path, test: Path, change: list[str], said: str) -> None:
     with pytest.raises(InputError, match=said.replace("+", r"\+")):
         evaluate.main(["knn", *flags(run, train, test), *change])
+
+
+def test_scores_of_other_protocols_are_kept_beside_each_other(
+    tmp_path: Path, train: Path, test: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = write_run(tmp_path / "run")
+    other = shutil.copytree(test, tmp_path / "other" / "test")
+    next(other.rglob("*.png")).unlink()
+    commands = (
+        ["--test", str(test)], ["--test", str(other)], ["--k", "1"], ["--temperature", "0.5"], ["--step", "2"],
+        ["--train", str(test)], ["--shots", "1"], ["--which", "target"], ["--forward-batch", "5"],
+    )  # fmt: skip
+    for change in commands:
+        evaluate.main(["knn", *flags(own, train, test), *change])
+    kept = {path.name: json.loads(path.read_text()) for path in own.evaluation.glob("*.json")}
+    # The run has no target, so that all encoders are the online one; how fast it goes changes no score.
+    assert len(kept) == len({content["identity"] for content in kept.values()}) == 7
+    assert all(content["model"]["which"] == "online" for content in kept.values())
+    for name, content in kept.items():
+        plain = name in ("knn-step-4-test.json", "knn-step-2-test.json", "knn-step-4-test-1-shot.json")
+        assert plain or name == f"knn-step-4-test-{content['identity']}.json"
+    first = kept["knn-step-4-test.json"]["protocol"]
+    assert (first["k"], first["temperature"], first["crop"], first["size"]) == ([10, 20, 100, 200], 0.07, 1.0, 16)
+    assert first["test"]["images"] == 24 and first["train"]["fingerprint"] != first["test"]["fingerprint"]
+    copied = open_images(shutil.copytree(test, tmp_path / "copy" / "test"))
+    assert copied.fingerprint == first["test"]["fingerprint"]
+
+
+def test_the_step_that_is_recorded_is_the_one_that_was_scored(tmp_path: Path) -> None:
+    own = write_run(tmp_path / "run")
+    (own.checkpoints / "step-00000004.pt").write_bytes(b"damaged")
+    assert load_frozen(ModelConfig(run=own.path))[1]["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "said"),
+    [
+        ("linear", ["--epochs", "0"], "epochs: 0 must be at least 1"),
+        ("linear", ["--batch", "0"], "batch: 0 must be at least 1"),
+        ("linear", ["--rates"], r"rates: \(\) must name"),
+        ("linear", ["--momentum", "nan"], "momentum: nan must lie between 0 and 1"),
+        ("linear", ["--validation", "1.0"], "validation: 1.0 must be at least 0 and below 1"),
+        ("linear", ["--validation", "0.99", "--shots", "1", "--no-augment"], "validation: 0.99 leaves no image"),
+        ("linear", ["--crop-scale", "0", "1"], "crop_scale: .* out of range"),
+        ("finetune", ["--epochs", "0"], "epochs: 0 must be at least 1"),
+        ("finetune", ["--batch", "-1"], "batch: -1 must be at least 1"),
+        ("finetune", ["--smoothing", "2"], "smoothing: 2.0 must lie between 0 and 1"),
+        ("knn", ["--temperature", "nan"], "temperature: nan is not finite"),
+        ("knn", ["--labels", "0"], "labels: 0.0 is no share"),
+        ("knn", ["--seeds", "0"], "seeds: 0 must be at least 1"),
+        ("knn", ["--seeds", str(10**30)], "seeds: .* is too large"),
+        ("retrieval", ["--size", "-1"], "size: -1 must be at least 0"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused_before_anything_is_computed(
+    run: RunFolder, train: Path, test: Path, kind: str, change: list[str], said: str
+) -> None:
+    with pytest.raises(InputError, match=f"^{said}"):
+        evaluate.main([kind, *flags(run, train, test), *change])
 
 
 def test_missing_labels_another_architecture_and_no_kind_are_named(

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 from evaluation_runs import TINY, backbone_at, write_run
+from PIL import Image
 
 from jobs import export_backbone
+from jobs.evaluation.backbones import ModelConfig, load_frozen
+from jobs.evaluation.features import extract_features
 from models.backbones import BackboneConfig
 from shards.errors import InputError
 
@@ -73,10 +76,11 @@ def test_the_model_card_states_data_settings_and_scores(tmp_path: Path) -> None:
     run.config.write_text(json.dumps(config))
     run.write_state("finished", verdict="learning", verdict_reason="loss 11.02, chance 13.86")
     run.evaluation.mkdir()
-    score = {"kind": "linear", "model": {"source": "run", "step": 4}, "test": {"name": "held/out"}}
-    (run.evaluation / "linear.json").write_text(
-        json.dumps({**score, "scores": {"top1": 0.731, "top5": 0.95, "top1_deviation": 0.004}})
-    )
+    for step, top1 in ((2, 0.9), (4, 0.731)):
+        score = {"kind": "linear", "model": {"source": "run", "step": step, "which": "online"}}
+        score |= {"train": {"name": "jane/photos"}, "test": {"name": "held/out"}, "protocol": {"size": 16, "epochs": 9}}
+        score |= {"scores": {"top1": top1, "top5": 0.95, "top1_deviation": 0.004}}
+        (run.evaluation / f"linear-{step}.json").write_text(json.dumps(score))
     export_backbone.main([str(run.path), "--out", str(tmp_path / "out")])
     card = (tmp_path / "out" / "README.md").read_text()
     front, body = card.split("---\n")[1:3]
@@ -87,11 +91,45 @@ def test_the_model_card_states_data_settings_and_scores(tmp_path: Path) -> None:
         "photos |",
         "clone |",
         "25.0 %",
-        "| linear | held/out | 4 | 73.1 % ± 0.4 | 95.0 % |",
+        "| linear | photos | out | size 16, epochs 9 | 73.1 % ± 0.4 | 95.0 % |",
     ):
         assert words in body, words
-    settings = body.split("<details>")[0]
-    assert "/somewhere/private" not in settings
+    assert '"real": "photos"' in body and '"synthetic": "clone"' in body
+    for words in ("/somewhere", "private", "bucket", "jane", "90.0 %"):  # places, and scores of other weights
+        assert words not in card, words
+
+
+@pytest.mark.parametrize("licence", ["", "cc-by-4.0"])
+def test_the_weights_licence_is_declared_where_it_is_asked_for(tmp_path: Path, licence: str) -> None:
+    run = write_run(tmp_path / "run")
+    export_backbone.main([str(run.path), "--out", str(tmp_path / "out"), *(["--licence", licence] if licence else [])])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    front = (tmp_path / "out" / "README.md").read_text().split("---\n")[1]
+    assert config["pretrained_cfg"].get("license", "") == licence
+    assert ("license: cc-by-4.0" in front) if licence else ("license" not in front)
+
+
+@pytest.mark.parametrize(("size", "side"), [(16, (16, 16)), (16, (40, 56)), (96, (150, 111))])
+def test_the_card_s_code_gives_the_features_that_evaluation_scores(
+    tmp_path: Path, size: int, side: tuple[int, int]
+) -> None:
+    run = write_run(tmp_path / "run", replace(TINY, image_size=size))
+    export_backbone.main([str(run.path), "--out", str(tmp_path / "out")])
+    picture = np.random.default_rng(0).integers(0, 256, (4, 5, 3), np.uint8)
+    (tmp_path / "images" / "one").mkdir(parents=True)
+    smooth = Image.fromarray(picture).resize(side, Image.Resampling.BICUBIC)
+    smooth.save(tmp_path / "images" / "one" / "image.jpg", quality=95)
+    code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace("PATH/TO/THIS/FOLDER", str(tmp_path / "out")) + "\ntorch.save(features, 'features.pt')\n"
+    command = [sys.executable, "-I", "-c", code]
+    done = subprocess.run(
+        command, cwd=tmp_path / "images" / "one", capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    by_card = torch.load(tmp_path / "images" / "one" / "features.pt")
+    frozen, _ = load_frozen(ModelConfig(run=run.path))
+    scored = extract_features(frozen, tmp_path / "images", size, torch.device("cpu")).features_nD
+    assert (by_card - scored).abs().max() < 0.05 * scored.std()
 
 
 def test_what_timm_cannot_build_is_refused_with_a_way_out(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,8 @@ from jobs.run.folder import RunFolder
 WALKER = str(Path(__file__).with_name("flag_walker.py"))
 NUMBERS = ("0", "1", "-1", "1000000000000", "nan")
 TEXTS = ("", "/no/such/file", "nan", "ü[x]*?\n")
-SECONDS = 8.0
+SECONDS = 4.0  # of the processor, that a command may take
+PATIENCE = 180.0  # of the clock, after which it hangs
 TINY = (
     "--backbone.image-size 16 --backbone.patch-size 8 --backbone.width 24 --backbone.depth 1 --backbone.heads 2 "
     "--backbone.drop-path 0 --steps 2 --batch 8 --monitor.loggers json --data.threads 1 --device cpu "
@@ -63,6 +65,7 @@ def commands(at: Inputs) -> dict[str, list[str]]:
         "index": f"{at.test} --overwrite --workers 1",
         "verify": f"{at.test} --workers 1",
         "info": f"{at.test}",
+        "duplicates": f"{at.test} --out {at.out}/duplicates",
         "generate": f"--pipeline {at.out}/pipeline --like {at.test} --out {at.out}/clone --train-on {at.test} "
         "--steps 1 --train.side 8 --train.width 8 --train.steps 1 --count 2 --device cpu --size 8",
         "evaluate knn": sets,
@@ -70,6 +73,7 @@ def commands(at: Inputs) -> dict[str, list[str]]:
         "evaluate finetune": f"{sets} --epochs 1",
         "evaluate retrieval": sets,
         "evaluate maps": f"--run {at.run} --images {at.test} --count 1 --device cpu --out {at.out}",
+        "embed": f"--run {at.run} --data {at.test} --out {at.out}/features --device cpu",
         "export": f"{at.run} --out {at.out}",
         "export-backbone": f"{at.run} --out {at.out}",
         "analyse": f"{at.run} --pairs 1000 --no-pictures",
@@ -93,12 +97,13 @@ def flags_of(job: str) -> list[argparse.Action]:
     actions: list[argparse.Action] = []
 
     def note(kind: type, **options: Any) -> None:
+        warnings.simplefilter("ignore")  # get_parser is the one way to a parser, and deprecated
         kept = {name: options[name] for name in ("prog", "default", "config") if name in options}
         parser = tyro.extras.get_parser(kind, **kept)
         actions.extend(action for action in parser._actions if "-h" not in action.option_strings)
         raise SystemExit(0)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(tyro, "cli", note)
         cli.run([*job.split(), "--help"])
         raise SystemExit  # a job that returns behind its parser
@@ -144,36 +149,35 @@ class Walker:
     """A process that runs commands, and another one where it crashes or hangs."""
 
     def __init__(self, folder: Path, seconds: float) -> None:
-        self._folder, self._seconds = folder, seconds
+        self._folder, self._seconds, self._log = folder, seconds, (folder / "log.txt").open("a")
         self._process = self._begin()
 
     def _begin(self) -> "subprocess.Popen[str]":
         command = [sys.executable, WALKER, str(self._seconds)]
         home = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         pipe = subprocess.PIPE
-        log = (self._folder / "log.txt").open("a")
         return subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=log, text=True, cwd=self._folder, env={**os.environ, **home}
+            command, stdin=pipe, stdout=pipe, stderr=self._log, text=True, cwd=self._folder, env={**os.environ, **home}
         )
 
     def run(self, words: Sequence[str]) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(words) + "\n")
         self._process.stdin.flush()
-        late = threading.Timer(self._seconds + 120, self._process.kill)
+        late = threading.Timer(PATIENCE, self._process.kill)
         late.start()
         line = self._process.stdout.readline()
         late.cancel()
         if line:
             return json.loads(line)
-        self._process.kill()
-        code = self._process.wait()
+        self.close()
+        code = self._process.returncode
         self._process = self._begin()
         return {"code": code, "printed": "", "trace": f"the process ended with {code}"}
 
     def close(self) -> None:
         self._process.kill()
-        self._process.wait()
+        self._process.communicate()
 
 
 def faults(answer: dict[str, Any]) -> str | None:
@@ -206,8 +210,8 @@ JOBS = [*commands(Inputs(*[Path()] * 5))]
 @pytest.mark.parametrize("job", JOBS)
 def test_every_flag_with_boundary_values(job: str, inputs: Inputs, tmp_path: Path) -> None:
     at = replace(inputs, out=tmp_path / "out")
-    walker, wrong, late = Walker(tmp_path, SECONDS), [], 0
-    walked = list(cases(job, commands(at)[job]))
+    walked, wrong, late = list(cases(job, commands(at)[job])), [], 0
+    walker = Walker(tmp_path, SECONDS)
     try:
         for words in walked:
             shutil.rmtree(at.out, ignore_errors=True)
@@ -222,3 +226,18 @@ def test_every_flag_with_boundary_values(job: str, inputs: Inputs, tmp_path: Pat
         walker.close()
     print(f"{job}: {len(flags_of(job))} flags, {len(walked)} commands, {late} still at work after {SECONDS:g} s")
     assert not wrong, f"{len(wrong)} of {len(walked)}:\n" + "\n\n".join(wrong)
+
+
+@pytest.mark.parametrize("job", ["evaluate linear", "evaluate finetune", "analyse", "replay", "generate", "sweep"])
+def test_numbers_that_are_none_are_refused_by_every_flag(job: str, tmp_path: Path) -> None:
+    """The part of the walk that takes no time: a command line is read before anything is opened."""
+    base, tried = commands(Inputs(*[tmp_path] * 5))[job], 0
+    for words in cases(job, base):
+        if words[-1] == "nan" and words[-2].startswith("--"):
+            try:
+                code = cli.run(words)
+            except SystemExit as ended:
+                code = ended.code
+            assert code == 2, words[-2:]
+            tried += 1
+    assert tried > 2

@@ -35,7 +35,7 @@ def on_gpu(tiny: PretrainConfig) -> PretrainConfig:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("compiled", ["off", "on"])
+@pytest.mark.parametrize("compiled", ["off", "on"], ids=["plain", "compiled"])
 def test_a_short_run(on_gpu: PretrainConfig, tmp_path: Path, compiled: str, precision: str) -> None:
     config = replace(on_gpu, compile=compiled, precision=precision)
     assert pretrain(config, tmp_path / "run") == "finished"
@@ -85,7 +85,7 @@ def test_a_resumed_run_goes_on(on_gpu: PretrainConfig, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"encoder": "target", "layer": 1}], ids=["online", "target early"])
-@pytest.mark.parametrize("compiled", ["off", "on"])
+@pytest.mark.parametrize("compiled", ["off", "on"], ids=["plain", "compiled"])
 def test_a_step_waits_for_the_device_once(
     on_gpu: PretrainConfig, tmp_path: Path, compiled: str, changes: dict[str, Any]
 ) -> None:

@@ -269,6 +269,10 @@ def test_presets_have_the_papers_values() -> None:
     )
     assert replace(synco, backbone=DEIT_S) == replace(preset("synby-deit-s"), backbone=DEIT_S)
     assert preset("dino-vit-s").backbone.positions == preset("ibot-hard-vit-s").backbone.positions == "plain"
+    colours = {name: preset(name).views.colour for name in PRESETS}
+    assert {name for name, colour in colours.items() if colour != "clamped"} == {"synby-vit-tiny", "moby-vit-tiny"}
+    bicubic = {name for name in PRESETS if preset(name).views.interpolation == "bicubic"}
+    assert bicubic == {f"{name}-vit-s" for name in ("dino", "dino-hard", "ibot", "ibot-hard")}
     simsiam = preset("simsiam-rn50")
     assert (simsiam.optimizer.lr, simsiam.optimizer.constant_predictor, simsiam.batch) == (0.05, True, 512)
     dino = preset("dino-hard-vit-s")

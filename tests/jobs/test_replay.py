@@ -84,7 +84,8 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, list[Vi
 @pytest.fixture(scope="module")
 def multi(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, list[ViewBatch]]:
     return write_run(
-        tmp_path_factory.mktemp("multi"), ViewsConfig(policy="dino", local_views=2, interpolation="bicubic")
+        tmp_path_factory.mktemp("multi"),
+        ViewsConfig(policy="dino", local_views=2, interpolation="bicubic", colour="clamped"),
     )
 
 

@@ -156,7 +156,7 @@ def test_the_best_of_an_accuracy_is_the_highest(tmp_path: Path) -> None:
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
     paths = [str(make_run(tmp_path / place / "run", [])) for place in ("x", "y")]
-    assert compare(paths)["runs"] == paths
+    assert compare(paths)["runs"] == ["x/run", "y/run"]
 
 
 def test_the_picture_has_a_chart_per_metric(pair: list[str], tmp_path: Path) -> None:

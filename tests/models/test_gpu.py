@@ -18,10 +18,17 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
     # torch calls the mode that finds waits a prototype.
     pytest.mark.filterwarnings("ignore:.*[Ss]ynchronization debug mode"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # a hint of torch's compiler
 ]
 
 GPU = torch.device("cuda")
 SYNTHETIC = NegativesConfig(8, 4, 4, 4, 4, 4, 4, start_epoch=0, last_epochs_without=0, of_epochs=None)
+
+
+@pytest.fixture(autouse=True)
+def products_in_fp32(monkeypatch):
+    """PyTorch's convolutions are TF32 by default, whose 10 bits of mantissa would not meet the tolerances below."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @contextmanager

@@ -65,10 +65,7 @@ def test_the_pair_is_taken_in_one_gather(count):
     ("changes", "message"),
     [
         ({"views": 1}, "selection.views: 1 leaves no pair to choose; give 2 or more"),
-        (
-            {"rule": "worst"},
-            "selection.rule: 'worst' is unknown; known: hardest, easiest, random",
-        ),
+        ({"rule": "worst"}, "selection.rule: 'worst' is unknown; known: hardest, easiest, random, lowest-iou"),
         ({"encoder": "both"}, "selection.encoder: 'both' is unknown; known: online, target"),
         ({"precision": "fp4"}, "selection.precision: 'fp4' is unknown; known: same, auto, bf16"),
         ({"batchnorm": "none"}, "selection.batchnorm: 'none' is unknown; known: view, joint, running"),

@@ -87,13 +87,15 @@ def test_dinov3_s_names_are_timm_s(capsys: pytest.CaptureFixture[str]) -> None:
     ("name", "size", "options", "ours"),
     [
         ("vit_tiny_patch16_224", 64, {"patch_size": 8}, {"patch_size": 8}),
+        ("vit_tiny_patch16_224", 64, {"depth": 1}, {"depth": 1, "positions": "plain"}),
         ("vit_small_patch16_dinov3", 64, {"patch_size": 8}, {"patch_size": 8}),
         ("swin_tiny_patch4_window7_224", 96, {}, {}),
     ],
 )
 def test_positions_patches_and_windows_are_resampled_as_timm_does(name: str, size: int, options, ours) -> None:
     torch.manual_seed(0)
-    pretrained = timm.create_model(name, num_classes=0, img_size=112 if "swin" in name else 32).state_dict()
+    depth = {"depth": options["depth"]} if "depth" in options else {}
+    pretrained = timm.create_model(name, num_classes=0, img_size=112 if "swin" in name else 32, **depth).state_dict()
     overlay = {"state_dict": dict(pretrained), "num_classes": 0}
     theirs = timm.create_model(
         name, pretrained=True, num_classes=0, img_size=size, pretrained_cfg_overlay=overlay, **options

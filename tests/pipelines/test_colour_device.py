@@ -13,16 +13,17 @@ CASE = next(case for case in cases(32, 2) if case.operation == "whole policy")
 CROPS = torch.from_numpy(CASE.crops_VSS3)
 
 
-def coloured(rows: slice = slice(None), compiled: bool = False) -> torch.Tensor:
+def coloured(rows: slice = slice(None), compiled: bool = False, clamp: bool = False) -> torch.Tensor:
     crops = CROPS[rows]
     out = torch.full((len(crops), 3, 32, 32), torch.nan)
-    fused_on_device(crops, CASE.params[rows], out, compiled=compiled)
+    fused_on_device(crops, CASE.params[rows], out, compiled=compiled, clamp=clamp)
     return out
 
 
 @pytest.mark.parametrize("rows", [slice(0, 1), slice(3, 8), slice(5, 24)])
 def test_a_view_is_the_same_to_the_bit_in_any_batch(rows: slice) -> None:
     assert torch.equal(coloured(rows), coloured()[rows])
+    assert torch.equal(coloured(rows, clamp=True), coloured(clamp=True)[rows])
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 24])
@@ -62,7 +63,8 @@ def test_the_table_holds_what_the_plan_says() -> None:
     plan = plan_colour(CASE.params)
     table_VC = table(plan)
     assert table_VC.shape == (len(CROPS), 28) and table_VC.dtype == np.float32
-    assert np.array_equal(table_VC[:, :9].reshape(-1, 3, 3), plan.before.matrix_V33)
+    assert np.array_equal(table_VC[:, :9].reshape(-1, 3, 3), plan.before[0].matrix_V33)
+    assert table(plan_colour(CASE.params, clamp=True)).shape == (len(CROPS), 76)
     assert np.array_equal(
         table_VC[:, 24:].T, np.stack([plan.exchange_V, plan.sextants_V, plan.gray_V, plan.solarize_V])
     )

@@ -232,6 +232,32 @@ def test_the_graph_for_a_gpu_can_be_defined_without_one(interpolation: Interpola
             graph.build()
 
 
+def test_every_operator_of_the_gpu_graph_takes_its_inputs_where_they_lie() -> None:
+    """Places and arguments by the operators' schemas. Inner names of DALI are used here alone."""
+    graph = views_graph(8, [(4, 224), (6, 96)], torch.device("cuda", 0), 4)
+    try:
+        from nvidia.dali.backend import TryGetSchema
+
+        graph._build_graph()
+        operators = [(op, op.spec.NumRegularInput(), op.outputs[0].device, op.check_args) for op in graph._ops]
+    except (ImportError, AttributeError) as error:
+        pytest.skip(f"not supported by this DALI: {error}")
+    places: dict[str, set[str]] = {}
+    for op, regular, place, check_arguments in operators:
+        kind = op.name.strip("_").rstrip("0123456789").strip("_")
+        places.setdefault(kind, set()).add(place)
+        schema = TryGetSchema({"Image": "decoders__Image"}.get(kind, kind))
+        if schema is None:  # an input of the graph, or a part of one
+            continue
+        check_arguments()
+        for number, edge in enumerate(op.inputs):
+            where = schema.GetInputDevice(number, edge.device, place) if number < regular else "cpu"
+            assert edge.device == ("cpu" if kind == "Image" else where), (op.name, number, edge.device)
+    moved = {kind for kind, found in places.items() if found == {"gpu"}}
+    assert moved == {"Image", "Slice", "Resize", "Flip", "Stack"}
+    assert all(found == {"cpu"} for kind, found in places.items() if kind not in moved)
+
+
 def test_dalis_graph_names_broken_images_and_goes_on() -> None:
     data = [jpeg(height, width) for height, width in SIZES]
     groups, params = views_of("byol", 16, 2)

@@ -33,6 +33,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
     pytest.mark.filterwarnings("ignore:.*[Ss]ynchronization debug mode"),  # a prototype, says torch
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # a hint of torch's compiler
 ]
 
 CASES = cases(64, photographs=2)

@@ -9,11 +9,9 @@ import pytest
 from pipelines.draw import draw
 from pipelines.params import (
     FIELDS,
-    PAIR_COLUMNS,
     PARAMETERS,
     ViewParams,
     pair_colour_distance,
-    pair_columns,
     pair_distance,
     pair_iou,
     pairs,
@@ -86,28 +84,3 @@ def test_distances_against_a_loop(params: ViewParams) -> None:
                 for v in (a, b)
             ]
             assert colour[row, pair] == pytest.approx(np.linalg.norm(strengths[0] - strengths[1]), rel=1e-5)
-
-
-def test_columns_of_a_pair_are_its_overlap_its_policies_and_both_ends_of_each_parameter(params: ViewParams) -> None:
-    columns = pair_columns(params, SIZES)
-    assert columns.shape == (3, 6, len(PAIR_COLUMNS)) and columns.dtype == np.float32
-    for row, (height, width) in enumerate(SIZES):
-        for pair, (a, b) in enumerate(pairs(4)):
-            found = dict(zip(PAIR_COLUMNS, columns[row, pair], strict=True))
-            assert found["iou"] == pair_iou(params)[row, pair]
-            assert found["cross_policy"] == (a % 2 != b % 2)
-            one, other = (
-                {
-                    "area": view.height * view.width / (height * width),
-                    "row": (view.top + view.height / 2) / height,
-                    "column": (view.left + view.width / 2) / width,
-                    "aspect": np.log(view.width / view.height),
-                    "hue": view.hue,
-                    "blur": view.blur,
-                    "gray": float(view.gray),
-                }
-                for view in (params[row, a], params[row, b])
-            )
-            for name in one:
-                assert found[f"least_{name}"] == pytest.approx(min(one[name], other[name]), rel=1e-5)
-                assert found[f"greatest_{name}"] == pytest.approx(max(one[name], other[name]), rel=1e-5)

@@ -303,8 +303,8 @@ def test_the_profile_says_where_time_went(data: tuple[Reader, Order]) -> None:
         ({"prefetch": -1}, "prefetch"),
         ({"threads": -1}, "threads"),
         ({"backend": "gpu"}, "auto, host, device"),
-        ({"colour": "kornia", "backend": "host"}, "fused, exact"),
-        ({"colour": "kornia", "backend": "device"}, "fused, exact"),
+        ({"colour": "kornia", "backend": "host"}, "fused, clamped, exact"),
+        ({"colour": "kornia", "backend": "device"}, "fused, clamped, exact"),
     ],
 )
 def test_bad_options_are_named(data: tuple[Reader, Order], options: dict, says: str) -> None:

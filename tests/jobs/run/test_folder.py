@@ -2,9 +2,11 @@
 
 import json
 import math
+import sqlite3
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,37 @@ def test_every_logger_takes_scalars_without_a_network(
         "mlflow": lambda: any("0.5 3" in p.read_text() for p in (tmp_path / "mlruns").rglob("metrics/train/loss")),
     }
     assert found[name]()
+
+
+@pytest.mark.parametrize("name", ["wandb", pytest.param("mlflow", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore")
+def test_runs_of_one_folder_name_are_two_runs_to_trackers_and_a_resumed_one_is_itself(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    folders = [RunFolder(tmp_path / "runs" / parent / "bob's 10:00") for parent in ("first", "second")]
+    for folder in folders:
+        folder.clear()
+    for folder, step in ((folders[0], 0), (folders[1], 0), (folders[0], 1)):
+        loggers = Loggers([name], folder, step, {})
+        loggers.log(step + 1, {"train/loss": 0.5})
+        loggers.close()
+    if name == "wandb":
+        ids = [{path.name.rsplit("-", 1)[1] for path in folder.path.glob("wandb/offline-run-*")} for folder in folders]
+        assert all(len(own) == 1 for own in ids) and ids[0] != ids[1]
+    else:
+        counts = []
+        for folder in folders:
+            with closing(sqlite3.connect(folder.path.parent / "mlflow.db")) as store:
+                counts += store.execute("select count(*) from metrics where key = 'train/loss' group by run_uuid")
+        assert counts == [(2,), (1,)]
+    assert not [*Path.cwd().iterdir()]
+    assert folders[0].identity() == folders[0].identity() != folders[1].identity()
 
 
 def test_tensorboard_reads_back_and_a_resumed_run_replaces_what_it_repeats(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from jobs.pretrain import pretrain
-from jobs.run.config import DataConfig, MonitorConfig, PretrainConfig, ViewsConfig
+from jobs.run import checkpoint
+from jobs.run.config import CheckpointConfig, DataConfig, MonitorConfig, PretrainConfig, ViewsConfig
 from jobs.run.failure import TrainingFailedError
 from jobs.run.folder import RunFolder
 from jobs.run.metrics import read_metrics
@@ -140,10 +141,30 @@ def test_a_run_that_learned_is_not_doubted_for_one_line() -> None:
     assert judge(signs, 150, 150).name == "not-learning"
 
 
-def test_patience_is_half_of_the_run_and_at_most_2000_steps() -> None:
+def test_a_loss_against_a_queue_s_first_random_rows_tells_nothing() -> None:
+    signs = LEARNS.signs()
+    signs.filled = False
+    assert judge(signs, 5, 150).name == "not-learning-yet"
+
+
+def test_a_run_notes_when_its_queue_is_filled(tiny: PretrainConfig, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")  # 50 rows, 16 of them a step
+    pretrain(replace(judged(tiny, 4), checkpoint=CheckpointConfig(every=1, keep=4)), folder.path)
+    saved = [checkpoint.load(entry.path)["monitor"]["signs"] for entry in checkpoint.entries(folder.checkpoints)]
+    assert [signs["filled"] for signs in saved[-4:]] == [False, False, False, True]
+
+
+@pytest.mark.parametrize(("last", "steps"), [(119, 240), (1999, 10**6), (49, 60)])
+def test_patience_is_half_of_the_run_from_50_to_2000_steps(last: int, steps: int) -> None:
     signs = RUNS["the former demo"].signs()
-    names = [judge(signs, step, steps).name for step, steps in ((119, 240), (120, 240), (2000, 10**6))]
-    assert names == ["not-learning-yet", "not-learning", "not-learning"]
+    names = [judge(signs, step, steps).name for step in (last, last + 1)]
+    assert names == ["not-learning-yet", "not-learning"]
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judges runs of a few steps as longer ones."""
+    monkeypatch.setattr("jobs.training.verdict.SHORTEST_PATIENCE", 0)
 
 
 def test_a_run_that_is_worse_than_its_starting_weights_forgets() -> None:
@@ -166,6 +187,7 @@ def judged(tiny: PretrainConfig, steps: int, **monitor: object) -> PretrainConfi
     return replace(tiny, steps=steps, monitor=replace(tiny.monitor, every=1, health_every=1, **monitor))
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_run_records_its_verdict(tiny: PretrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pretrain(judged(tiny, 6), tmp_path / "run")
     state = RunFolder(tmp_path / "run").read_state()
@@ -200,6 +222,7 @@ def test_a_resumed_run_has_its_verdict_from_the_start(
     assert new["verdict"] == old["verdict"] and new["verdict_figures"] == old["verdict_figures"]
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_target_that_never_moves_is_seen(tiny: PretrainConfig, tmp_path: Path) -> None:
     for momentum in (0.99, 1.0):
         run = RunFolder(tmp_path / str(momentum))
@@ -223,6 +246,7 @@ def test_no_run_is_ended_before_its_embeddings_are_looked_at(health_every: int) 
         MonitorConfig(health_every=health_every, stop_not_learning=50)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_rate_far_too_high_is_not_learning(tiny: PretrainConfig, tmp_path: Path) -> None:
     config = judged(tiny, 6)
     pretrain(replace(config, optimizer=replace(config.optimizer, lr=100.0, warmup_epochs=0)), tmp_path / "run")
