@@ -14,7 +14,8 @@ from torch, on average 0.03/255 of noise at 224 pixels and 0.01 of photographs.
 
 DALI cannot skip a sample: one broken image fails its batch, and its parser may end the process with a segmentation
 fault. So `DaliDecoder` gives what does not look whole to Pillow, whose pixels are the same; where a batch fails all the
-same, Pillow decodes it and the pipeline, which may not be run again, is replaced. `DaliViews` halves the batch.
+same, Pillow decodes it and the pipeline, which may not be run again, is replaced. `DaliViews` gets a PNG instead of
+what does not look whole, and halves a batch that fails.
 Where DALI has no wheel (macOS), `PillowDecoder` keeps the same contract.
 
 EXIF orientation is ignored, as by torchvision's ImageFolder: boxes are drawn from the stored height and width.
@@ -156,6 +157,27 @@ def looks_whole(item: Bytes) -> bool:
     return trimmed(item.tobytes(), extension) is not None
 
 
+def parsable(data: Sequence[Bytes]) -> list[Bytes]:
+    """The same images as DALI can parse without harm: what does not look whole is decoded by Pillow and becomes a PNG.
+
+    Raises:
+        BrokenImagesError: naming all rows that Pillow cannot decode.
+    """
+    safe, broken = list(data), {}
+    for row, item in enumerate(data):
+        if not looks_whole(item):
+            (image,) = PillowDecoder().decode([item])
+            if isinstance(image, str):
+                broken[row] = image
+            else:
+                png = io.BytesIO()
+                Image.fromarray(image.numpy()).save(png, "PNG", compress_level=1)
+                safe[row] = np.frombuffer(png.getvalue(), np.uint8)
+    if broken:
+        raise BrokenImagesError(broken)
+    return safe
+
+
 def built(pipeline: Any) -> Any:
     """The same pipeline of DALI, ready to run."""
     pipeline.build()
@@ -254,6 +276,7 @@ class DaliViews:
         Raises:
             BrokenImagesError: naming all rows that cannot be decoded.
         """
+        data = parsable(data)
         joined = ViewParams.concatenate(params, axis=1)
         boxes = _boxes(joined, self._sizes_N, self._cubic)
         if self._cubic:

@@ -18,6 +18,8 @@ from jobs.run.weights import cached_weights
 from models.backbones import build_backbone
 from shards.errors import InputError
 
+LARGEST = 4096  # side of the crops, pixels
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -56,7 +58,22 @@ def load_frozen(config: ModelConfig) -> tuple[Frozen, dict[str, Any]]:
         raise InputError("run: give either --run RUN or --timm NAME")
     if config.pixels and (config.run is None or config.untrained or config.pool != "default"):
         raise InputError("pixels: they are features by themselves; give --run and --size at most beside them")
-    return _from_run(config, config.run) if config.run is not None else _from_timm(config)
+    frozen, facts = _from_run(config, config.run) if config.run is not None else _from_timm(config)
+    if config.size:
+        check_size(frozen)
+    return frozen, facts
+
+
+def check_size(frozen: Frozen) -> None:
+    """Raises InputError for a side of crops that the backbone does not take."""
+    try:
+        if frozen.size > LARGEST:
+            raise ValueError(f"at most {LARGEST} pixels are taken")
+        with torch.inference_mode():
+            frozen.features(torch.zeros(1, 3, frozen.size, frozen.size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise InputError(f"size: {frozen.name} cannot take crops of {frozen.size} pixels ({reason})") from error
 
 
 def _from_run(config: ModelConfig, run: Path) -> tuple[Frozen, dict[str, Any]]:

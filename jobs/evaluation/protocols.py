@@ -169,6 +169,8 @@ def _evaluate(kind: str, config: CommonConfig, measure: Measure, labelled: bool 
 
 def _check(config: CommonConfig) -> None:
     check_least(config, forward_batch=1)
+    if config.out is not None and config.out.is_dir():
+        raise InputError(f"out: {config.out} is a folder; give a file for the scores")
     check_least(config.model, size=0)
     if isinstance(config, FewLabelsConfig):
         check_least(config, seeds=1, shots=0)

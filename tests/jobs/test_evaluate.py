@@ -487,6 +487,9 @@ def test_the_step_that_is_recorded_is_the_one_that_was_scored(tmp_path: Path) ->
         ("knn", ["--seeds", "0"], "seeds: 0 must be at least 1"),
         ("knn", ["--seeds", str(10**30)], "seeds: .* is too large"),
         ("retrieval", ["--size", "-1"], "size: -1 must be at least 0"),
+        ("retrieval", ["--size", "1"], "size: one cannot take crops of 1 pixels"),
+        ("retrieval", ["--size", str(10**12)], "size: one cannot take crops of 1000000000000 pixels"),
+        ("knn", ["--out", ""], "out: . is a folder; give a file"),
     ],
 )
 def test_values_that_make_no_sense_are_refused_before_anything_is_computed(

@@ -149,16 +149,18 @@ class Walker:
     """A process that runs commands, and another one where it crashes or hangs."""
 
     def __init__(self, folder: Path, seconds: float) -> None:
-        self._folder, self._seconds, self._log = folder, seconds, (folder / "log.txt").open("a")
+        self._folder, self._seconds = folder, seconds
         self._process = self._begin()
 
     def _begin(self) -> "subprocess.Popen[str]":
         command = [sys.executable, WALKER, str(self._seconds)]
         home = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         pipe = subprocess.PIPE
-        return subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=self._log, text=True, cwd=self._folder, env={**os.environ, **home}
-        )
+        whole = {**os.environ, **home}
+        with (self._folder / "log.txt").open("a") as log:
+            return subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, stderr=log, text=True, cwd=self._folder, env=whole
+            )
 
     def run(self, words: Sequence[str]) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None

@@ -24,6 +24,7 @@ from pipelines.decode import (
     cubic_shares,
     find_broken,
     inner_share,
+    looks_whole,
     open_decoder,
     views_graph,
 )
@@ -97,13 +98,24 @@ def test_broken_images_do_not_end_the_process(kind: str) -> None:
     code = """
 import sys
 import numpy as np
-from pipelines.decode import open_decoder
+import torch
+from pipelines.decode import BrokenImagesError, DaliViews, open_decoder
+from pipelines.params import ViewParams
 from test_decode import jpeg
 whole = jpeg(48, 64)
 broken = {"head": whole[:200], "half": whole[: len(whole) // 2], "page": np.frombuffer(b"<html>404</html>", np.uint8)}
+data = [whole] * 10 + [broken[sys.argv[1]]] + [whole] * 53
 for _ in range(20):
-    found = open_decoder(64, 2, "dali").decode([whole] * 10 + [broken[sys.argv[1]]] + [whole] * 53)
+    found = open_decoder(64, 2, "dali").decode(data)
     assert [i for i, item in enumerate(found) if isinstance(item, str)] == [10]
+params = ViewParams.identity(*(np.full((64, 1), side, np.int32) for side in (0, 0, 48, 64)))
+for _ in range(20):
+    try:
+        DaliViews(64, [(1, 16)], torch.device("cpu"), 2).crops(data, [params])
+    except BrokenImagesError as error:
+        assert [*error.reasons] == [10]
+    else:
+        raise SystemExit("no image is broken")
 """
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run([sys.executable, "-c", code, kind], env={**os.environ, "PYTHONPATH": path}, check=False)
@@ -256,6 +268,18 @@ def test_every_operator_of_the_gpu_graph_takes_its_inputs_where_they_lie() -> No
     moved = {kind for kind, found in places.items() if found == {"gpu"}}
     assert moved == {"Image", "Slice", "Resize", "Flip", "Stack"}
     assert all(found == {"cpu"} for kind, found in places.items() if kind not in moved)
+
+
+def test_dalis_graph_gets_what_its_parser_cannot_take_as_png() -> None:
+    data = [jpeg(height, width) for height, width in SIZES]
+    groups, params = views_of("byol", 16, 2)
+    graph = DaliViews(8, groups, torch.device("cpu"), 1)
+    image = np.asarray(Image.open(io.BytesIO(data[1].tobytes())))
+    png, bmp = (encoded(image, kind) for kind in ("PNG", "BMP"))
+    assert looks_whole(png) and not looks_whole(bmp)
+    expected = graph.crops([data[0], png, *data[2:]], params)
+    got = graph.crops([data[0], bmp, *data[2:]], params)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_dalis_graph_names_broken_images_and_goes_on() -> None:
