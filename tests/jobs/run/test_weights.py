@@ -52,7 +52,7 @@ def test_features_of_every_family_are_timm_s(family: str, tiny: PretrainConfig, 
     overlay = {"file": str(file), "num_classes": 7}
     expected = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay, **options).eval()
     for which in ("online", "target"):
-        model, *_ = checkpoint.load_backbone(tmp_path / "run", which)
+        model = checkpoint.load_backbone(tmp_path / "run", which).backbone
         with torch.no_grad():
             assert torch.equal(model(x), expected(x))
 
@@ -92,7 +92,7 @@ def test_a_run_begins_with_another_run_s_encoder(
     assert origin is not None and (origin.kind, origin.name, origin.step, origin.encoder) == ("run", "first", 6, source)
     assert origin.sha256 == entry.facts["sha256"]
     assert checkpoint.load_newest(run / "checkpoints")["config"]["origin"]["sha256"] == origin.sha256
-    card = model_card(read_run(run), 0, "online")
+    card = model_card(read_run(run), 4, "online")
     assert f"| started from | run first, step 6, {source} encoder (SHA-256 {origin.sha256[:12]}) |" in card
 
 
