@@ -4,7 +4,6 @@ import hashlib
 import os
 import unicodedata
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -69,7 +68,7 @@ class FolderImages:
         for name, _, _ in self._files:
             digest.update(os.fsencode(name) + _stamp(root / name).encode())
         self.identity = digest.hexdigest()
-        self.fingerprint = _fingerprint(root, [name for name, _, _ in self._files])
+        self.fingerprint = _fingerprint(root, [(name, size) for name, size, _ in self._files])
 
     def read(self, rows: Sequence[int]) -> list[np.ndarray | str]:
         return [_file_bytes(self._root / name, size) for name, size, _ in (self._files[row] for row in rows)]
@@ -84,15 +83,14 @@ class FolderImages:
         """Nothing is held open."""
 
 
-def _fingerprint(root: Path, names: Sequence[str]) -> str:
+def _fingerprint(root: Path, files: Sequence[tuple[str, int]]) -> str:
     """SHA-256 over names and sizes of all files and the content of some, spread over all: images by the same name and
-    of the same size are nearly always the same."""
+    of the same size are nearly always the same. What cannot be read is named when it is to be read as an image."""
     digest = hashlib.sha256()
-    for number, name in enumerate(names):
-        with suppress(OSError):  # named when it is to be read as an image
-            digest.update(os.fsencode(name) + f" {(root / name).stat().st_size}\n".encode())
-            if number % -(-len(names) // FINGERPRINTED) == 0:
-                digest.update((root / name).read_bytes())
+    for number, (name, size) in enumerate(files):
+        digest.update(os.fsencode(name) + f" {size}\n".encode())
+        if number % -(-len(files) // FINGERPRINTED) == 0:
+            digest.update(read_file(root / name, size)[0])
     return digest.hexdigest()
 
 

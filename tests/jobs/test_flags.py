@@ -25,7 +25,7 @@ from jobs.run.folder import RunFolder
 
 WALKER = str(Path(__file__).with_name("flag_walker.py"))
 NUMBERS = ("0", "1", "-1", "1000000000000", "nan")
-TEXTS = ("", "/no/such/file", "nan", "ü[x]*?\n")
+TEXTS = ("", "/dev/null/file", "nan", "ü[x]*?\n")
 SECONDS = 4.0  # of the processor, that a command may take
 PATIENCE = 180.0  # of the clock, after which it hangs
 TINY = (
