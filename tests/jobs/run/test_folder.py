@@ -127,7 +127,7 @@ def test_runs_of_one_folder_name_are_two_runs_to_trackers_and_a_resumed_one_is_i
         loggers.log(step + 1, {"train/loss": 0.5})
         loggers.close()
     if name == "wandb":
-        ids = [{path.name.rsplit("-", 1)[1] for path in folder.path.glob("wandb/offline-run-*")} for folder in folders]
+        ids = [{path.name.split("-")[3] for path in folder.path.glob("wandb/offline-run-*")} for folder in folders]
         assert all(len(own) == 1 for own in ids) and ids[0] != ids[1]
     else:
         counts = []
