@@ -170,20 +170,21 @@ def test_contrastive_tasks_are_analysed_by_source_and_the_oracle_has_no_false_ne
     name: str, tiny: PretrainConfig, tmp_path: Path
 ) -> None:
     plain = replace(tiny, objective=replace(SMALL[name], negatives=SIX))
-    scalars = {}
+    lines = {}
     for run, config in {
         "plain": plain,
         "oracle": replace(plain, objective=replace(plain.objective, oracle=True)),
     }.items():
         pretrain(config, tmp_path / run)
-        scalars[run] = [line for line in read_metrics(tmp_path / run / "metrics.jsonl") if "contrast/proxy" in line][-1]
+        lines[run] = [line for line in read_metrics(tmp_path / run / "metrics.jsonl") if "contrast/proxy" in line]
     of_classes = ("false_negatives", "false_components", "false_pairs")
-    assert undocumented(set(scalars["plain"])) == set()
+    assert undocumented(set(lines["plain"][-1])) == set()
     for kind in ("proxy", "proxy_synthetic", *of_classes):
         for source in ("", "/real", "/synthetic"):
-            assert f"contrast/{kind}{source}" in scalars["plain"]
-    for kind in of_classes:
-        assert scalars["oracle"][f"contrast/{kind}"] == 0 < scalars["plain"][f"contrast/{kind}"]
+            assert f"contrast/{kind}{source}" in lines["plain"][-1]
+    for kind in of_classes:  # among so few images a single step may have none
+        most = {run: max(line[f"contrast/{kind}"] for line in of_run) for run, of_run in lines.items()}
+        assert most["oracle"] == 0 < most["plain"]
     curve = read_metrics(tmp_path / "plain" / "curves.jsonl")[-1]
     rows = {"moby": 32, "moco_v3": 15, "simclr": 30}[name]  # the queue; the other images; their two views
     for source in ("", "/real", "/synthetic"):
