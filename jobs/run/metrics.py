@@ -125,13 +125,36 @@ LOGGERS: dict[str, Callable[[RunFolder, int, Mapping[str, Any]], Logger]] = {
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Raises InputError for a logger whose package is not installed."""
+    """To be called before anything is written.
+
+    Raises:
+        InputError: a logger whose package is not installed, or W&B without a key that its server takes.
+    """
     for name in names:
         if name in ("wandb", "mlflow"):
             try:
                 importlib.import_module(name)
             except ImportError as error:
                 raise InputError(f"loggers: {name} is not installed; {install_extra('loggers')}") from error
+    if "wandb" in names:
+        check_wandb()
+
+
+def check_wandb() -> None:
+    """Raises InputError where W&B is to send to its server and cannot."""
+    import wandb
+
+    if wandb.setup().settings.mode != "online":
+        return
+    try:
+        reason = "" if wandb.login(prompt=False) else "there is no API key"
+    except wandb.Error as error:
+        reason = str(error).splitlines()[0]
+    if reason:
+        raise InputError(
+            f"loggers: wandb cannot log in ({reason}); run `wandb login`, or set WANDB_MODE=offline to keep its "
+            f"files here"
+        )
 
 
 class Loggers:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sqlite3
 import subprocess
 import sys
@@ -188,3 +189,20 @@ def test_what_a_killed_process_left_of_a_file_goes_and_what_a_living_one_writes_
         half.write_text("half")
         raise RuntimeError
     assert path.read_text() == "one" and {*tmp_path.iterdir()} == {path, other}
+
+
+def test_wandb_without_a_key_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    environment |= {"HOME": str(tmp_path), "WANDB_SILENT": "true"}
+    code = "from jobs.run.metrics import check_loggers; check_loggers(['wandb'])"
+    for mode, refused in (("online", True), ("offline", False)):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**environment, "WANDB_MODE": mode},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert ("InputError: loggers: wandb cannot log in (there is no API key)" in done.stderr) is refused, done.stderr
+        assert done.returncode == refused
