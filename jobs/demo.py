@@ -15,8 +15,6 @@ from jobs.benches.digits import split_folder, write_digits
 from jobs.build import BuildConfig
 from jobs.build import run as build
 from jobs.evaluation.backbones import ModelConfig
-from jobs.evaluation.linear import LinearConfig
-from jobs.evaluation.protocols import KnnConfig, LinearProbeConfig, evaluate_knn, evaluate_linear
 from jobs.export import export
 from jobs.generate import GenerateConfig
 from jobs.generate import run as generate
@@ -25,10 +23,11 @@ from jobs.report import write_report
 from jobs.run.config import CheckpointConfig, DataConfig, MonitorConfig, PretrainConfig, ViewsConfig, load_config
 from jobs.run.folder import RunFolder, write_json
 from jobs.run.metrics import read_metrics
-from jobs.run.presets import RANDOM_PAIR, preset
-from jobs.run.terminal import console, parse, tables
+from jobs.run.presets import HARDEST_OF_4, RANDOM_PAIR, preset
+from jobs.run.terminal import check_least, console, note, parse, tables
 from jobs.studies.plan import differences
 from jobs.studies.ready import DIGIT_VIEWS
+from jobs.sweep import VALIDATION, scores_of
 from jobs.training.verdict import ADVICE
 from models.backbones import BackboneConfig
 from models.negatives import NONE
@@ -46,7 +45,6 @@ SMALL = 40  # pixels a side up to which images get views of 32
 CLONED = 16  # pixels a side up to which minutes of diffusion training draw more than mush
 PRETRAINED = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 DIFFUSION = TrainSettings(seconds=None)
-HARD = SelectionConfig(views=4, rule="hardest")
 # A step with hard views scores four views before it trains on two: about the time of two plain ones. The number is
 # fixed, so that what is learned does not depend on the machine.
 SAME_TIME = 2
@@ -109,7 +107,7 @@ def demo(config: DemoConfig) -> Path:
     out, arms = config.out, arms_of(config.steps)
     out.mkdir(parents=True, exist_ok=True)
     steps = sum(arm.steps for arm in arms.values())
-    say(
+    note(
         f"Builds shards and, of small images, a synthetic clone; trains a small ViT without labels three times, with "
         f"random pairs of views and with hard ones, {steps:,} steps of 128 images in all; then measures and reports. "
         f"About {1 + MINUTES * steps:.0f} min on two free cores."
@@ -124,7 +122,7 @@ def demo(config: DemoConfig) -> Path:
         for part, name in (("train", "real"), ("test", "test"))
     )
     setting = digits_setting() if config.images is None else folder_setting(real)
-    say(f"{len(real):,} images to learn from, {len(test):,} held out. {setting.reason}")
+    note(f"{len(real):,} images to learn from, {len(test):,} held out. {setting.reason}")
     heading(2, "a synthetic clone from a diffusion model")
     cloned = make_clone(config, real, setting)
     configs = {name: arm_config(config, arm, setting, cloned) for name, arm in arms.items()}
@@ -140,8 +138,8 @@ def demo(config: DemoConfig) -> Path:
     write_json(out / "demo.json", results)
     tables.print(table(results))
     for line in in_words(results, analysis):
-        say(line)
-    say(f"The report is {report}, the figures are in {out / 'demo.json'}; {results['seconds']:.0f} s in all.")
+        note(line)
+    note(f"The report is {report}, the figures are in {out / 'demo.json'}; {results['seconds']:.0f} s in all.")
     return report
 
 
@@ -149,7 +147,7 @@ def arms_of(steps: int) -> dict[str, Arm]:
     """The arms by their key in demo.json."""
     return {
         "random": Arm(RANDOM_PAIR, steps),
-        "hard": Arm(HARD, steps),
+        "hard": Arm(HARDEST_OF_4, steps),
         "random_same_time": Arm(RANDOM_PAIR, SAME_TIME * steps),
     }
 
@@ -190,7 +188,7 @@ def make_clone(config: DemoConfig, real: Manifest, setting: Setting) -> bool:
         f"generate --pipeline {PRETRAINED} --like {shards / 'real'} --out {shards / 'pretrained'}"
     )
     if not setting.cloned:
-        say(f"None: minutes of training draw no images of this size, so only real ones are trained on. {other}")
+        note(f"None: minutes of training draw no images of this size, so only real ones are trained on. {other}")
         return False
     generate(
         GenerateConfig(
@@ -207,7 +205,7 @@ def make_clone(config: DemoConfig, real: Manifest, setting: Setting) -> bool:
     clone = open_manifest(shards / "synthetic")
     share = confirmed(*read_images(clone, setting.cloned), *read_images(real, setting.cloned))
     good = share >= CONFIRMED
-    say(
+    note(
         f"A kNN on the real images confirms the class of {share:.1%} of {len(clone):,} synthetic images; "
         + ("half of what is trained on is synthetic." if good else f"too few, so they are not trained on. {other}")
     )
@@ -276,15 +274,11 @@ def measure(out: Path, configs: dict[str, PretrainConfig]) -> dict[str, Any]:
         **{name: ModelConfig(run=out / name) for name in configs},
     }
     train, test = (str(out / "shards" / part) for part in ("real", "test"))
-    results: dict[str, Any] = {"knn": {}, "linear": {}}
-    for name, model in models.items():
-        knn = evaluate_knn(KnnConfig(model=model, train=train, test=test))
-        # The learning rate is picked on a fifth of the training images: the held-out ones are for the score alone.
-        probe = LinearProbeConfig(
-            model=model, train=train, test=test, sgd=LinearConfig(epochs=50), augment=False, validation=0.2
-        )
-        results["knn"][name] = knn["scores"]["top1"]
-        results["linear"][name] = evaluate_linear(probe)["scores"]["top1"]
+    settings = {"train": train, "test": test, "probe_epochs": 50, "validation": VALIDATION}
+    scores = {name: scores_of(model, settings) for name, model in models.items()}
+    results: dict[str, Any] = {
+        measure: {name: own[measure] for name, own in scores.items()} for measure in ("knn", "linear")
+    }
     folders = {name: RunFolder(out / name) for name in configs}
     metrics = {name: read_metrics(folder.metrics) for name, folder in folders.items()}
     results["loss"] = {name: losses(metrics[name]) for name in configs}
@@ -366,10 +360,6 @@ def points(difference: float) -> str:
     return f"{abs(100 * difference):.1f} points {'above' if difference >= 0 else 'below'}"
 
 
-def say(text: str) -> None:
-    console.print(text, highlight=False, markup=False)
-
-
 def heading(number: int, text: str) -> None:
     console.print(f"\n{number}/6 {text}", style="bold", highlight=False)
 
@@ -377,7 +367,5 @@ def heading(number: int, text: str) -> None:
 def main(argv: Sequence[str]) -> None:
     """Entry point of `hardviews demo`."""
     config = parse(DemoConfig, argv, prog="hardviews demo")
-    for name in ("steps", "diffusion_steps"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name}: {getattr(config, name)} must be at least 1")
+    check_least(config, steps=1, diffusion_steps=1)
     demo(config)

@@ -14,7 +14,7 @@ import tyro
 from jobs.evaluation.duplicates import BITS, Sets, exact_pairs, groups, hashes, near_pairs, thumbnails
 from jobs.evaluation.images import ShardImages
 from jobs.run.folder import write_json
-from jobs.run.terminal import parse, progress, warn
+from jobs.run.terminal import check_within, parse, progress, warn
 from shards.errors import InputError
 
 SHOWN = (12, 6)  # groups, and images of each, in the picture
@@ -44,8 +44,7 @@ def duplicates(config: DuplicatesConfig) -> dict[str, Any]:
     """
     if not config.shards:
         raise InputError("shards: none given; name one or more folders of shards")
-    if not 0 <= config.distance <= 16:
-        raise InputError(f"distance: {config.distance} must lie between 0 and 16")
+    check_within(config, 0, 16, "distance")
     if config.out.exists() and not config.out.is_dir():
         raise InputError(f"out: {config.out} is a file; give a folder")
     began = time.monotonic()

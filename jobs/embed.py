@@ -11,7 +11,7 @@ import tyro
 from jobs.evaluation.backbones import ModelConfig, load_frozen
 from jobs.evaluation.embeddings import Layout, facts_of, open_folder, write_parts
 from jobs.evaluation.images import open_images
-from jobs.run.terminal import Bar, parse, progress, warn
+from jobs.run.terminal import Bar, check_least, parse, progress, warn
 from jobs.run.world import open_world
 from shards.errors import InputError
 
@@ -49,9 +49,7 @@ def embed(config: EmbedConfig) -> None:
     Raises:
         InputError: no such backbone or images; the folder holds features of another kind; no image could be read.
     """
-    for name in ("views", "rows", "forward_batch"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name}: {getattr(config, name)} must be at least 1")
+    check_least(config, views=1, rows=1, forward_batch=1)
     model = config.model
     if config.backbone is not None:
         if not (config.backbone / "model.safetensors").is_file():

@@ -5,11 +5,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import tyro
 
-from jobs.run.config import DataConfig, MonitorConfig, PretrainConfig, load_config
+from jobs.run.config import PretrainConfig, load_config
 from jobs.run.failure import RankLostError
 from jobs.run.folder import RunFolder
 from jobs.run.presets import PRESETS, preset
@@ -21,8 +21,6 @@ from jobs.training.ending import record_failure
 from jobs.training.loop import train
 from shards.errors import InputError
 from shards.files import local_path
-
-Part = TypeVar("Part", DataConfig, MonitorConfig)
 
 
 @dataclass(frozen=True)
@@ -69,17 +67,16 @@ def pretrain(
 def absolute(config: PretrainConfig) -> PretrainConfig:
     """The configuration with paths that hold in any working directory."""
 
-    def fixed(part: Part, *names: str) -> Part:
-        return replace(part, **{name: whole(getattr(part, name)) for name in names})
-
     def whole(address: str) -> str:
         path = local_path(address) if address else None
         return address if path is None else str(path.absolute())
 
-    data = fixed(config.data, "cache")
-    data = replace(data, real=tuple(map(whole, data.real)), synthetic=tuple(map(whole, data.synthetic)))
+    data, monitor = config.data, config.monitor
+    real, synthetic = (tuple(map(whole, addresses)) for addresses in (data.real, data.synthetic))
+    data = replace(data, real=real, synthetic=synthetic, cache=whole(data.cache))
+    monitor = replace(monitor, knn_train=whole(monitor.knn_train), knn_test=whole(monitor.knn_test))
     init = str(Path(config.init).absolute()) if config.init and Path(config.init).exists() else config.init
-    return replace(config, init=init, data=data, monitor=fixed(config.monitor, "knn_train", "knn_test"))
+    return replace(config, init=init, data=data, monitor=monitor)
 
 
 def continued(own: PretrainConfig, given: PretrainConfig) -> PretrainConfig:

@@ -8,7 +8,6 @@ Letters: n images of a part, D width, T patches, B images of a batch, S side in 
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from jobs.evaluation.features import default_crop
 from jobs.evaluation.frozen import Frozen, patch_tokens
 from jobs.evaluation.images import ImageSet
 from jobs.evaluation.loading import Loader, Transform, centre_crop, crop_and_flip
-from jobs.run.folder import write_json
+from jobs.run.folder import whole_file, write_json
 from jobs.run.world import World
 from shards.errors import InputError
 
@@ -178,12 +177,8 @@ def fixed(values: np.ndarray) -> pa.Array:
 
 def _write(path: Path, table: pa.Table) -> None:
     """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole_file(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

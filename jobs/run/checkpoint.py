@@ -7,6 +7,7 @@ is the done-marker, so that a kill between the two leaves nothing that looks lik
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,7 +19,7 @@ from jobs.run.config import PretrainConfig, Which, load_config
 from jobs.run.folder import open_run, write_json
 from jobs.run.terminal import warn
 from models.backbones import build_backbone
-from models.objectives import kept_encoder
+from models.objectives import ObjectiveConfig, kept_encoder
 from shards.errors import InputError
 
 SCHEMA_VERSION = 2
@@ -166,9 +167,7 @@ def load_backbone(run: str | Path, which: Which = "kept", step: int | None = Non
     config = load_config(folder.config)
     content = load_step(folder.checkpoints, step)
     weights = content["objective"]
-    encoder = kept_encoder(config.objective) if which == "kept" else which
-    if not any(name.startswith(f"{encoder}.backbone.") for name in weights):
-        encoder = "online"
+    encoder = encoder_in(weights, config.objective, which)
     prefix = f"{encoder}.backbone."
     backbone = build_backbone(config.backbone, 0.0)
     try:
@@ -179,6 +178,12 @@ def load_backbone(run: str | Path, which: Which = "kept", step: int | None = Non
             f"({' '.join(str(error).split())[:200]}); was config.json changed?"
         ) from error
     return LoadedBackbone(backbone.eval(), config, content["step"], encoder)
+
+
+def encoder_in(weights: Iterable[str], objective: ObjectiveConfig, which: Which) -> Literal["online", "target"]:
+    """The encoder that `which` means among weights of these names: the online one where there is no target."""
+    encoder = kept_encoder(objective) if which == "kept" else which
+    return encoder if any(name.startswith(f"{encoder}.backbone.") for name in weights) else "online"
 
 
 def sha256(path: Path) -> str:

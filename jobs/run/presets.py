@@ -23,6 +23,7 @@ from models.selection import SelectionConfig
 from shards.errors import InputError
 
 RANDOM_PAIR = SelectionConfig(views=2, rule="random")
+HARDEST_OF_4 = SelectionConfig(views=4, rule="hardest")
 DEIT_S = BackboneConfig("deit_small_patch16_224")
 SWIN_T = BackboneConfig("swin_tiny_patch4_window7_224")
 RESNET_50 = BackboneConfig("resnet50")
@@ -181,7 +182,7 @@ def self_distillation(batch: int) -> OptimizerConfig:
 
 def hard(config: PretrainConfig) -> PretrainConfig:
     """The configuration with the hardest pair of four views (HVP); with multi-crop of twice as many local views."""
-    config = replace(config, selection=SelectionConfig(views=4, rule="hardest"))
+    config = replace(config, selection=HARDEST_OF_4)
     if not isinstance(config.objective, DINOConfig) or not config.objective.local_views:
         return config
     return replace(config, views=replace(config.views, local_views=2 * config.objective.local_views))

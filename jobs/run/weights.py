@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import safetensors.torch
 import timm
@@ -15,14 +15,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from jobs.run import checkpoint
-from jobs.run.config import Origin, PretrainConfig, from_plain
+from jobs.run.config import Origin, PretrainConfig, Which, from_plain
 from jobs.run.terminal import note, warn
-from models.objectives import Objective, ObjectiveConfig, kept_encoder
+from models.objectives import Objective, ObjectiveConfig
 from models.objectives.base import Encoder
 from models.weights import backbone_weights, load_weights
+from pipelines.colour import MEAN, STD
 from shards.errors import InputError
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET = (MEAN, STD)
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class StartingWeights:
 
     content: Mapping[str, Any]
     origin: Origin
-    encoder: Literal["kept", "online", "target"]
+    encoder: Which
     objective: ObjectiveConfig | None = None
     """Of a run."""
     input: Mapping[str, Any] | None = None
@@ -148,9 +149,7 @@ def _from_file(path: Path, config: PretrainConfig) -> StartingWeights:
 def _ours(content: Mapping[str, Any], origin: Origin, config: PretrainConfig) -> StartingWeights:
     """A checkpoint of this project."""
     objective = from_plain(content["config"]).objective
-    encoder = kept_encoder(objective) if config.which == "kept" else config.which
-    if not any(name.startswith(f"{encoder}.") for name in content["objective"]):
-        encoder = "online"  # an objective without target
+    encoder = checkpoint.encoder_in(content["objective"], objective, config.which)
     return StartingWeights({"objective": content["objective"]}, replace(origin, encoder=encoder), encoder, objective)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from jobs.run.terminal import console
+from jobs.run.terminal import note
 from jobs.training.state import Training
 from shards.errors import InputError
 
@@ -35,7 +35,7 @@ def tracing(t: Training, steps: int) -> Iterator[Callable[[], None]]:
     def write(profiler: profile) -> None:
         path.parent.mkdir(exist_ok=True)
         profiler.export_chrome_trace(str(path))
-        console.print(f"traced steps: {path}", highlight=False)
+        note(f"traced steps: {path}")
 
     with profile(
         schedule=schedule(wait=BEFORE - 1, warmup=1, active=steps, repeat=1), on_trace_ready=write
