@@ -19,7 +19,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from models.heads import BatchNorm, BatchNorm2d
+from models.heads import BatchNorm, BatchNorm2d, has_batchnorm
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def _check_other(model: nn.Module, config: BackboneConfig) -> None:
     name, side = config.name, config.image_size
     if not hasattr(model, "forward_features"):
         raise ValueError(f"backbone.name: {name} has no forward_features; take a model of one feature an image")
-    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()):
+    if has_batchnorm(model):
         raise ValueError(
             f"backbone.name: {name} has BatchNorm, whose statistics are shared among processes for ResNets alone; take "
             f"a ResNet, or a family with LayerNorm such as ConvNeXt"

@@ -118,11 +118,12 @@ def _info_nce(
         parts.append(without(made_BL, None if barred_BK is None else barred_BK.all(1, keepdim=True)))
         ranked_B1 = ranked_B1 & (positive_B1 > parts[2].max(1, keepdim=True).values)
         metrics["proxy_synthetic"] = ranked_B1.float().mean()
+    logits = torch.cat(parts, 1) / temperature
     target_B = torch.zeros(len(q_BD), dtype=torch.int64, device=q_BD.device)
     if synthetic is not None:
         with torch.no_grad():
-            metrics["loss_real"] = F.cross_entropy(torch.cat(parts[:2], 1) / temperature, target_B)
-    return F.cross_entropy(torch.cat(parts, 1) / temperature, target_B), metrics
+            metrics["loss_real"] = F.cross_entropy(logits[:, : 1 + len(negatives_KD)], target_B)
+    return F.cross_entropy(logits, target_B), metrics
 
 
 def without(similarity: Tensor, barred: Tensor | None) -> Tensor:

@@ -61,6 +61,11 @@ class BatchNorm2d(_Synchronised, nn.BatchNorm2d):
     """Over [B, C, H, W], for ResNets."""
 
 
+def has_batchnorm(module: nn.Module) -> bool:
+    """Whether any part normalises by batch statistics."""
+    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
+
+
 def mlp(
     width_in: int,
     hidden: int,

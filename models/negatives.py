@@ -115,6 +115,10 @@ class NegativesConfig:
         counts = {kind: last - first for kind, first, last in zip(KINDS, [0, *bounds], bounds, strict=False)}
         return replace(self, share=None, **counts)
 
+    def at(self, epoch: float, epochs: float) -> "NegativesConfig | None":
+        """Itself where `active`, else None."""
+        return self if self.active(epoch, epochs) else None
+
     def active(self, epoch: float, epochs: float) -> bool:
         """Whether synthetic negatives are used at `epoch` (fractional, since the start) of a run of `epochs`."""
         if self.total == 0:

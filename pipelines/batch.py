@@ -5,8 +5,9 @@ Shape suffixes: B images, N views over all groups, n views of one group, S side 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -17,10 +18,27 @@ from torch import Tensor
 from pipelines.draw import draw, static_colour
 from pipelines.params import FIELDS, ViewParams
 from pipelines.policies import Interpolation, Policy
+from shards.errors import InputError
 from shards.reader import SampleError
 
 STAGES = ("draw", "read", "decode", "crop", "colour", "copy")  # of making a batch, in the clocks of both producers
 COLOURS = ("fused", "clamped", "exact")  # ways to compute the colour of views
+
+
+def colour_step(name: str, fused: Callable[..., None]) -> Callable[..., None]:
+    """The colour step on crops: (uint8 [V, S, S, 3], parameters, [V, 3, S, S] to write). `fused` is the backend's own,
+    for all operations at once; `exact` serves both backends.
+
+    Raises:
+        InputError: for an unknown name.
+    """
+    if name not in COLOURS:
+        raise InputError(f"views.colour: {name!r} is not known; choose one of {', '.join(COLOURS)}")
+    if name == "exact":
+        from pipelines.colour_exact import exact
+
+        return exact
+    return partial(fused, clamp=name == "clamped")
 
 
 class Facts(Protocol):

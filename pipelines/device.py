@@ -20,13 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.batch import COLOURS, STAGES, BatchPlan, Reader, Recipe, ViewBatch, finish, wait_for
+from pipelines.batch import STAGES, BatchPlan, Reader, Recipe, ViewBatch, colour_step, finish, wait_for
 from pipelines.clock import Clock
 from pipelines.colour_device import fused_on_device
 from pipelines.decode import BrokenImagesError, DaliViews
-from pipelines.params import ViewParams
 from pipelines.replace import Replacer, read_rows, undecodable
-from shards.errors import InputError
 
 _LANES = 3  # batches in the making: one is read, one decoded, one coloured
 
@@ -52,7 +50,7 @@ class DeviceProducer:
         self.clock = Clock(STAGES)
         self._reader, self._recipe = reader, recipe
         self._device, self._dtype = device, dtype
-        self._colour = device_colour(colour, compiled and device.type == "cuda")
+        self._colour = colour_step(colour, partial(fused_on_device, compiled=compiled and device.type == "cuda"))
         self._colouring = threading.Lock()  # torch compiles in one thread at a time
         # Selection at the trained size shares the crops.
         self._cropped = list({output.key: output for output in recipe.outputs}.values())
@@ -128,18 +126,3 @@ class DeviceProducer:
         if not hasattr(self._local, "graph"):
             self._local.graph = self._open_graph()
         return self._local.graph
-
-
-def device_colour(name: str, compiled: bool) -> Callable[[Tensor, ViewParams, Tensor], None]:
-    """The colour step on a device's crops: (uint8 [V, S, S, 3], parameters, [V, 3, S, S] to write).
-
-    Raises:
-        InputError: for an unknown name.
-    """
-    if name == "exact":
-        from pipelines.colour_exact import exact
-
-        return exact
-    if name not in COLOURS:
-        raise InputError(f"views.colour: {name!r} is not known; choose one of {', '.join(COLOURS)}")
-    return partial(fused_on_device, compiled=compiled, clamp=name == "clamped")

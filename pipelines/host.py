@@ -12,13 +12,12 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.batch import COLOURS, STAGES, BatchPlan, Output, Reader, Recipe, ViewBatch, finish, wait_for
+from pipelines.batch import STAGES, BatchPlan, Output, Reader, Recipe, ViewBatch, colour_step, finish, wait_for
 from pipelines.buffers import Buffers
 from pipelines.clock import Clock
 from pipelines.colour_host import fused
@@ -26,7 +25,6 @@ from pipelines.crop import crop_views
 from pipelines.decode import Decoder, open_decoder
 from pipelines.params import ViewParams
 from pipelines.replace import Replacer, SampleError, read_rows, size_mismatch, undecodable
-from shards.errors import InputError
 
 CHUNK = 16  # images a task: some 20 ms of work, and few enough to stay near the cores
 # Threads beside one for each core: they work while others wait for the interpreter lock or for DALI, which left 15 % of
@@ -52,7 +50,7 @@ class HostProducer:
         self.clock = Clock(STAGES)
         self._reader, self._recipe = reader, recipe
         self._device, self._dtype = device, dtype
-        self._colour = host_colour(colour)
+        self._colour = colour_step(colour, fused)
         self._chunk = max(1, min(CHUNK, -(-batch // threads)))
         self._decoder = decoder
         self._buffers = Buffers(pinned=device.type == "cuda")
@@ -164,21 +162,6 @@ class HostProducer:
         if not hasattr(self._local, "decoder"):
             self._local.decoder = open_decoder(self._chunk, threads=1, backend=self._decoder)
         return self._local.decoder
-
-
-def host_colour(name: str) -> Callable[[np.ndarray, ViewParams, Tensor], None]:
-    """The colour step on host crops: (uint8 [V, S, S, 3], parameters, float32 [V, 3, S, S] to write).
-
-    Raises:
-        InputError: for an unknown name.
-    """
-    if name == "exact":
-        from pipelines.colour_exact import exact
-
-        return exact
-    if name not in COLOURS:
-        raise InputError(f"views.colour: {name!r} is not known; choose one of {', '.join(COLOURS)}")
-    return partial(fused, clamp=name == "clamped")
 
 
 def _crop(images: Sequence[Tensor], params: ViewParams, output: Output) -> Tensor:

@@ -89,7 +89,7 @@ def naive_loss(moby: MoBY, pair_B2CHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     with torch.no_grad():
         k1, k2 = (F.normalize(moby.target(x), dim=1) for x in (x1, x2))
     config = moby.config
-    synthetic = config.negatives if config.negatives.active(moby.epoch, moby.length.epochs) else None
+    synthetic = config.negatives.at(moby.epoch, moby.length.epochs)
     first = naive_info_nce(q1, k2, moby.queue2.rows_KD, config.temperature, synthetic)
     second = naive_info_nce(q2, k1, moby.queue1.rows_KD, config.temperature, synthetic)
     return first + second, k1, k2

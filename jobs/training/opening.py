@@ -40,8 +40,9 @@ from jobs.training.monitor import Monitor, check_held_out
 from jobs.training.saving import CheckpointWriter
 from jobs.training.state import Stateful, Training
 from jobs.training.timing import StepTimer
+from models.heads import has_batchnorm
 from models.objectives import Length, Objective, build_objective
-from models.objectives.base import Chosen, Encoder, has_batchnorm
+from models.objectives.base import Chosen, Encoder
 from shards.errors import InputError
 from shards.reader import SampleError
 
@@ -195,7 +196,7 @@ def checkpoint_activations(encoder: Encoder, name: str) -> None:
         InputError: a backbone that cannot, or that has BatchNorm, whose running statistics would move twice a step.
     """
     recompute = getattr(encoder.backbone, "set_grad_checkpointing", None)
-    if recompute is None or has_batchnorm(encoder):
+    if recompute is None or has_batchnorm(encoder.backbone):
         raise InputError(f"checkpoint_activations: not for {name} with its norms; leave it out")
     recompute(True)
 

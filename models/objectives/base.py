@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from models.backbones import check_layer, first_blocks
 from models.contrast import Contrast
 from models.correction import Correction
+from models.heads import has_batchnorm
 from models.precision import arithmetic, in_bf16, resolved
 from models.selection import SelectionConfig, audit, take_pair, without_side_effects
 
@@ -162,7 +163,7 @@ class Objective(nn.Module):
         Raises:
             ValueError: BatchNorm, which has no statistics of one image, or the objective wants more images at once.
         """
-        if images < 2 and any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in self.modules()):
+        if images < 2 and has_batchnorm(self):
             raise ValueError(
                 "batch: BatchNorm needs two images or more at once, and batch / accumulate is 1; give a larger batch "
                 "or a smaller accumulate"
@@ -215,7 +216,9 @@ class Objective(nn.Module):
         if self.target is None or selection.resolution is not None or selection.static_colour:
             return False
         same = resolved(selection.precision, device) == "same" or in_bf16(device)
-        return same and selection.layer is None and not has_batchnorm(self.target) and not has_drop(self.target)
+        return (
+            same and selection.layer is None and not has_batchnorm(self.target.backbone) and not has_drop(self.target)
+        )
 
     def audit(self, crops: tuple[Tensor, ...], choice_B: Tensor, selection: SelectionConfig) -> Metrics:
         """How often a cheaper choice agrees with the full one, and its regret; see `selection.audit`. No side effects.
@@ -238,17 +241,12 @@ class Objective(nn.Module):
     def pair_features(self, chosen: Chosen) -> tuple[Tensor, Tensor]:
         """The online backbone's features [B, D] of the pair's first and second views, with their graph."""
         first_BCHW, second_BCHW = chosen.crops[0].unbind(1)
-        if self.joint_norm and has_batchnorm(self.online):
-            both = self.online.features(torch.cat([first_BCHW, second_BCHW]))
-            return both.tensor_split(2)  # pyright: ignore[reportReturnType]
-        return self.online.features(first_BCHW), self.online.features(second_BCHW)
+        joint = self.joint_norm and has_batchnorm(self.online.backbone)
+        return both_views(self.online.features, first_BCHW, second_BCHW, joint=joint)
 
     def pair_heads(self, features1_BD: Tensor, features2_BD: Tensor) -> tuple[Tensor, Tensor]:
         """The online heads' outputs for the pair's features."""
-        if self.joint_norm:
-            both = self.online.head(torch.cat([features1_BD, features2_BD]))
-            return both.tensor_split(2)  # pyright: ignore[reportReturnType]
-        return self.online.head(features1_BD), self.online.head(features2_BD)
+        return both_views(self.online.head, features1_BD, features2_BD, joint=self.joint_norm)
 
     def loss(self, chosen: Chosen, labels_B: Tensor | None = None) -> tuple[Tensor, Metrics]:
         """Scalar loss with its graph, and scalar metrics. A subclass writes it."""
@@ -297,19 +295,22 @@ def all_views(encoder: Encoder, views_BNCHW: Tensor, selection: SelectionConfig)
     images at a time, N forwards, where the backbone has BatchNorm and `batchnorm = view` asks for the statistics of
     training."""
     with first_blocks(encoder.backbone, selection.layer):
-        if selection.batchnorm == "view" and has_batchnorm(encoder):
+        if selection.batchnorm == "view" and has_batchnorm(encoder.backbone):
             return torch.stack([encoder.features(views_BCHW) for views_BCHW in views_BNCHW.unbind(1)], 1)
         return encoder.features(views_BNCHW.flatten(0, 1)).unflatten(0, views_BNCHW.shape[:2])
+
+
+def both_views(run: Callable[[Tensor], Tensor], first: Tensor, second: Tensor, *, joint: bool) -> tuple[Tensor, Tensor]:
+    """What `run` gives for two batches: for both at once where BatchNorm's statistics are joint, else for each."""
+    if not joint:
+        return run(first), run(second)
+    one, two = run(torch.cat([first, second])).tensor_split(2)
+    return one, two
 
 
 def taken(values_BND: Tensor | None, choice_B: Tensor) -> Tensor | None:
     """[B, 2, D] of the chosen pair; None where there are no values."""
     return None if values_BND is None else take_pair(values_BND, choice_B)
-
-
-def has_batchnorm(encoder: Encoder) -> bool:
-    """Whether any part of the backbone normalises by batch statistics."""
-    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in encoder.backbone.modules())
 
 
 def has_drop(encoder: Encoder) -> bool:

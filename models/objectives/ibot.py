@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from models.backbones import BackboneConfig
 from models.distributed import gather
-from models.objectives.base import Chosen, Features, Length, Metrics, Scores, fp32, has_batchnorm
+from models.heads import has_batchnorm
+from models.objectives.base import Chosen, Features, Length, Metrics, Scores, fp32
 from models.objectives.dino import DINO, DINOConfig, entropy, head_of, pair_loss
 from models.selection import SelectionConfig, pair_index, take_pair
 
@@ -144,7 +145,7 @@ class IBOT(DINO):
             "selection.encoder: target": selection.encoder == "target",
             "selection.resolution: smaller views": selection.resolution is not None,
             "selection.audit_every: a comparison with other masks": selection.audit_every > 0,
-            "backbone.batchnorm_mlp: statistics of each view": has_batchnorm(self.online),
+            "backbone.batchnorm_mlp: statistics of each view": has_batchnorm(self.online.backbone),
         }
         for what, asked in refused.items():
             if asked:

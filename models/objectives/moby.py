@@ -71,8 +71,7 @@ class MoBY(MomentumObjective):
         self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def chance(self, images: int, *, real: bool = False) -> float:
-        negatives = self.config.negatives
-        synthetic = negatives if not real and negatives.active(self.epoch, self.length.epochs) else None
+        synthetic = None if real else self.config.negatives.at(self.epoch, self.length.epochs)
         return 2 * chance(self.config.queue, synthetic)
 
     def pair_table(self, features: Features, selection: SelectionConfig) -> Tensor:
@@ -93,8 +92,8 @@ class MoBY(MomentumObjective):
         self._pending.append((k1_BD, k2_BD, unknown_B if labels_B is None else labels_B))
 
     def _task(self, q_BD: Tensor, k_BD: Tensor, queue: Queue, labels_B: Tensor | None) -> Contrast:
-        config, negatives = self.config, self.config.negatives
-        synthetic = negatives if negatives.active(self.epoch, self.length.epochs) else None
+        config = self.config
+        synthetic = config.negatives.at(self.epoch, self.length.epochs)
         barred_BK = same_class(labels_B, queue.labels_K) if config.oracle else None
         return Contrast(q_BD, k_BD, queue.rows_KD, config.temperature, synthetic, labels_B, queue.labels_K, barred_BK)
 

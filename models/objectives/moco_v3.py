@@ -64,8 +64,7 @@ class MoCoV3(MomentumObjective):
 
     def chance(self, images: int, *, real: bool = False) -> float:
         config = self.config
-        active = not real and config.negatives.active(self.epoch, self.length.epochs)
-        synthetic = config.negatives if active else None
+        synthetic = None if real else config.negatives.at(self.epoch, self.length.epochs)
         return 4 * config.temperature * chance(images, synthetic, left_out=1)
 
     def pair_table(self, features: Features, selection: SelectionConfig) -> Tensor:
@@ -80,7 +79,7 @@ class MoCoV3(MomentumObjective):
 
     def _task(self, q_BD: Tensor, k_BD: Tensor, labels_B: Tensor | None) -> Contrast:
         config, sets = self.config, [gather(k_BD)]
-        synthetic = config.negatives if config.negatives.active(self.epoch, self.length.epochs) else None
+        synthetic = config.negatives.at(self.epoch, self.length.epochs)
         labelled = self.watching or config.oracle
         return batch_contrast(
             q_BD, k_BD, sets, config.temperature, synthetic, labels_B, labelled=labelled, oracle=config.oracle

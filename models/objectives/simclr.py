@@ -60,9 +60,7 @@ class SimCLR(Objective):
         check_others(self.config.negatives, images, 2)
 
     def chance(self, images: int, *, real: bool = False) -> float:
-        config = self.config
-        active = not real and config.negatives.active(self.epoch, self.length.epochs)
-        synthetic = config.negatives if active else None
+        synthetic = None if real else self.config.negatives.at(self.epoch, self.length.epochs)
         return chance(2 * images, synthetic, left_out=2)
 
     def pair_table(self, features: Features, selection: SelectionConfig) -> Tensor:
@@ -83,7 +81,7 @@ class SimCLR(Objective):
 
     def _task(self, z_BD: Tensor, other_BD: Tensor, sets: list[Tensor], labels_B: Tensor | None) -> Contrast:
         config = self.config
-        synthetic = config.negatives if config.negatives.active(self.epoch, self.length.epochs) else None
+        synthetic = config.negatives.at(self.epoch, self.length.epochs)
         labelled = self.watching or config.oracle
         return batch_contrast(
             z_BD, other_BD, sets, config.temperature, synthetic, labels_B, labelled=labelled, oracle=config.oracle
